@@ -1,0 +1,207 @@
+//! The data plane's glue: who the WireGuard peers are, what carries their packets inside QUIC, and the clan's names.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clan_os::{
+    dns::{DnsServer, Zone},
+    resolv::{ResolvConf, Undo},
+    tun::Tun,
+    wireguard::{Carrier, CarrierEnds, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
+};
+use clan_types::{MachineId, mesh_address};
+use iroh::endpoint::Connection;
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    NodeError, WIREGUARD_PORT,
+    core::{CoreHandle, View},
+    identity::Identity,
+};
+
+const INTERFACE: &str = "clan0";
+/// The least that IPv6 allows; with WireGuard's and QUIC's own bytes it fits every path.
+const MTU: u16 = 1280;
+/// Packets that wait for the QUIC carrier, each way.
+const CARRIER_QUEUE: usize = 1024;
+/// Keeps the path's address mappings open, and its state known, while nobody talks.
+const KEEPALIVE: Duration = Duration::from_secs(25);
+const DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 53);
+/// The name server of QEMU's user-mode network.
+const UPSTREAM_DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 2, 3)), 53);
+
+/// The running data plane.
+pub(crate) struct Mesh {
+    wireguard: Arc<Wireguard>,
+    dns: DnsServer,
+    resolv: Undo,
+    tasks: JoinSet<()>,
+}
+
+impl Mesh {
+    pub(crate) async fn start(identity: &Identity, core: &CoreHandle, cancel: &CancellationToken) -> Result<Self, NodeError> {
+        let view = core.view();
+        let address = mesh_address(&view.clan, &view.machine);
+        let tun = Tun::create(INTERFACE, MTU, address).await.map_err(|e| NodeError::network("the mesh interface", e))?;
+        let (carrier, ends) = Carrier::channel(CARRIER_QUEUE);
+        let wireguard = Wireguard::start(WireguardConfig {
+            local: view.machine,
+            private_key: identity.wireguard_secret(),
+            tun,
+            udp_port: WIREGUARD_PORT,
+            carrier,
+        })
+        .await
+        .map_err(|e| NodeError::network("WireGuard", e))?;
+        let wireguard = Arc::new(wireguard);
+
+        let (zone, names) = watch::channel(Arc::new(zone_of(&view)));
+        let dns = DnsServer::start(DNS, names, Some(UPSTREAM_DNS)).await.map_err(|e| NodeError::network("the name server", e))?;
+        let search = vec![format!("{}.clan", view.clan_name), "clan".to_owned()];
+        let resolv = ResolvConf::install(Path::new("/etc/resolv.conf"), DNS.ip(), &search)
+            .map_err(|e| NodeError::network("name resolution", e))?;
+
+        let mut tasks = JoinSet::new();
+        tasks.spawn(follow(core.clone(), wireguard.clone(), zone, cancel.clone()));
+        tasks.spawn(carry(core.clone(), ends, cancel.clone()));
+        Ok(Self { wireguard, dns, resolv, tasks })
+    }
+
+    pub(crate) fn wireguard(&self) -> Arc<Wireguard> {
+        self.wireguard.clone()
+    }
+
+    pub(crate) async fn stop(mut self) {
+        while self.tasks.join_next().await.is_some() {}
+        self.dns.stop().await;
+        if let Err(error) = self.resolv.undo() {
+            tracing::warn!(%error, "name resolution could not be put back");
+        }
+        self.wireguard.stop().await;
+    }
+}
+
+/// Keeps the peers and the names as the ledger and the beacons say.
+async fn follow(core: CoreHandle, wireguard: Arc<Wireguard>, zone: watch::Sender<Arc<Zone>>, cancel: CancellationToken) {
+    let mut views = core.watch();
+    let mut current: Vec<WgPeer> = Vec::new();
+    loop {
+        let view = views.borrow_and_update().clone();
+        let peers = peers_of(&view);
+        if peers != current {
+            match wireguard.set_peers(peers.clone()).await {
+                Ok(()) => current = peers,
+                Err(error) => tracing::error!(%error, "the mesh's peers could not be changed"),
+            }
+        }
+        let names = Arc::new(zone_of(&view));
+        zone.send_if_modified(|old| {
+            let changed = *old != names;
+            *old = names;
+            changed
+        });
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            changed = views.changed() => if changed.is_err() { return },
+        }
+    }
+}
+
+fn peers_of(view: &View) -> Vec<WgPeer> {
+    view.state
+        .good_machines()
+        .filter(|(id, _)| **id != view.machine)
+        .map(|(id, machine)| WgPeer {
+            id: *id,
+            public_key: machine.wg,
+            address: mesh_address(&view.clan, id),
+            candidates: view.beacons.get(id).map(|b| b.wireguard.clone()).unwrap_or_default(),
+            keepalive: Some(KEEPALIVE),
+        })
+        .collect()
+}
+
+/// Machines by their names, services by theirs; a machine's name wins over a service's.
+fn zone_of(view: &View) -> Zone {
+    let mut hosts = BTreeMap::new();
+    for (id, beacon) in view.beacons.iter().filter(|(id, _)| view.state.machine_in_good_standing(id).is_some()) {
+        for service in &beacon.services {
+            let address = mesh_address(&view.clan, id);
+            let held = hosts.entry(service.name.to_string()).or_insert(address);
+            if service.healthy {
+                *held = address;
+            }
+        }
+    }
+    for (id, machine) in view.state.good_machines() {
+        hosts.insert(machine.name.to_string(), mesh_address(&view.clan, id));
+    }
+    Zone { clan: view.clan_name.clone(), hosts }
+}
+
+/// Moves WireGuard packets in and out of QUIC datagrams.
+async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToken) {
+    let mut views = core.watch();
+    let mut readers: JoinSet<usize> = JoinSet::new();
+    let mut reading: BTreeSet<usize> = BTreeSet::new();
+    loop {
+        let links = views.borrow_and_update().links.clone();
+        for (machine, connection) in links.iter() {
+            if reading.insert(connection.stable_id()) {
+                readers.spawn(receive(*machine, connection.clone(), ends.incoming.clone()));
+            }
+        }
+        loop {
+            tokio::select! {
+                () = cancel.cancelled() => {
+                    readers.shutdown().await;
+                    return;
+                }
+                changed = views.changed() => {
+                    if changed.is_err() {
+                        return;
+                    }
+                    break;
+                }
+                Some(done) = readers.join_next() => {
+                    if let Ok(id) = done {
+                        reading.remove(&id);
+                    }
+                }
+                packet = ends.outgoing.recv() => match packet {
+                    // Without a connection, or with a full one, the packet is lost, as on any network.
+                    Some((machine, packet)) => {
+                        if let Some(connection) = links.get(&machine) {
+                            let _ = connection.send_datagram(packet);
+                        }
+                    }
+                    None => return,
+                },
+            }
+        }
+    }
+}
+
+async fn receive(machine: MachineId, connection: Connection, incoming: mpsc::Sender<(MachineId, Bytes)>) -> usize {
+    while let Ok(packet) = connection.read_datagram().await {
+        if incoming.send((machine, packet)).await.is_err() {
+            break;
+        }
+    }
+    connection.stable_id()
+}
+
+/// What status reports need of the data plane.
+pub(crate) async fn paths(wireguard: &Wireguard) -> BTreeMap<MachineId, WgPeerStatus> {
+    wireguard.peers().await.into_iter().map(|p| (p.id, p)).collect()
+}

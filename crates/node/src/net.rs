@@ -1,0 +1,92 @@
+//! The QUIC endpoint, and who is let in where.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use clan_types::{MachineId, PeerAddr};
+use clan_wire::peer::{ALPN_IMAGE, ALPN_JOIN, ALPN_PEER};
+use iroh::{
+    Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
+    endpoint::{Connection, QuicTransportConfig, presets},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{NodeError, core::CoreHandle, image::ImageServer, join, peer};
+
+/// Strangers, and machines, that may be in conversation at once; more are refused, not queued.
+const MAX_CONNECTIONS: usize = 256;
+
+/// Opens the endpoint. `bind` names the address of the base network: bound to everything, the endpoint would offer our
+/// own tunnel as a path.
+pub(crate) async fn endpoint(key: SecretKey, bind: SocketAddr, external: &[SocketAddr]) -> Result<Endpoint, NodeError> {
+    let mut builder = Endpoint::builder(presets::Minimal)
+        .secret_key(key)
+        .alpns(vec![ALPN_PEER.to_vec(), ALPN_JOIN.to_vec(), ALPN_IMAGE.to_vec()])
+        .relay_mode(RelayMode::Disabled)
+        .transport_config(transport())
+        .clear_ip_transports()
+        .bind_addr(bind)
+        .map_err(|e| NodeError::network("the QUIC endpoint", e))?
+        .address_lookup(iroh_mdns_address_lookup::MdnsAddressLookup::builder());
+    for addr in external {
+        builder = builder.external_addr(*addr);
+    }
+    builder.bind().await.map_err(|e| NodeError::network("the QUIC endpoint", e))
+}
+
+/// Packets of 1312 bytes (a WireGuard packet of our MTU) must fit a datagram from the start.
+fn transport() -> QuicTransportConfig {
+    QuicTransportConfig::builder()
+        .initial_mtu(1452)
+        .keep_alive_interval(Duration::from_secs(5))
+        .datagram_receive_buffer_size(Some(4 << 20))
+        .datagram_send_buffer_size(4 << 20)
+        .build()
+}
+
+/// Accepts connections until cancelled.
+pub(crate) async fn accept(endpoint: Endpoint, core: CoreHandle, images: Arc<ImageServer>, cancel: CancellationToken) {
+    let tasks = TaskTracker::new();
+    loop {
+        let incoming = tokio::select! {
+            () = cancel.cancelled() => break,
+            incoming = endpoint.accept() => incoming,
+        };
+        let Some(incoming) = incoming else { break };
+        if tasks.len() >= MAX_CONNECTIONS {
+            incoming.refuse();
+            continue;
+        }
+        let (core, images, cancel) = (core.clone(), images.clone(), cancel.clone());
+        tasks.spawn(async move {
+            let greeted = tokio::time::timeout(Duration::from_secs(10), async { incoming.accept().ok()?.await.ok() });
+            let Ok(Some(connection)) = greeted.await else { return };
+            tokio::select! {
+                () = cancel.cancelled() => {}
+                () = dispatch(connection, core, images) => {}
+            }
+        });
+    }
+    tasks.close();
+    tasks.wait().await;
+}
+
+async fn dispatch(connection: Connection, core: CoreHandle, images: Arc<ImageServer>) {
+    let remote = machine_of(&connection);
+    match connection.alpn() {
+        alpn if alpn == ALPN_PEER => peer::accepted(connection, core).await,
+        alpn if alpn == ALPN_JOIN => join::serve(connection, core).await,
+        alpn if alpn == ALPN_IMAGE => images.serve(connection, core).await,
+        _ => tracing::debug!(%remote, "connection with an unknown protocol"),
+    }
+}
+
+/// The key that a connection's other end has proved.
+pub(crate) fn machine_of(connection: &Connection) -> MachineId {
+    MachineId::from_bytes(*connection.remote_id().as_bytes())
+}
+
+/// A machine's address in iroh's form; `None` if the id is no key.
+pub(crate) fn endpoint_addr(peer: &PeerAddr) -> Option<EndpointAddr> {
+    let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes()).ok()?;
+    Some(EndpointAddr::from_parts(id, peer.addrs.iter().copied().map(TransportAddr::Ip)))
+}

@@ -1,0 +1,122 @@
+//! The services that this machine runs for its clan: started here, checked here, announced in the beacon.
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clan_types::ServiceName;
+use clan_wire::beacon::{ServiceKind, ServiceOffer};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    process::Command,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::core::CoreHandle;
+
+const CHECK_LIMIT: Duration = Duration::from_secs(5);
+const CHECK_HEALTHY: Duration = Duration::from_secs(5);
+const CHECK_UNHEALTHY: Duration = Duration::from_millis(300);
+
+/// A service that the image brings along.
+struct Known {
+    name: &'static str,
+    title: &'static str,
+    unit: &'static str,
+    kind: ServiceKind,
+    port: u16,
+}
+
+const KNOWN: [Known; 1] =
+    [Known { name: "web", title: "Welcome page", unit: "nginx.service", kind: ServiceKind::Http, port: 80 }];
+const WEB_ROOT: &str = "/var/lib/clan/www";
+
+/// Starts the offered services and keeps the beacon true about them.
+pub(crate) async fn run(offers: Vec<ServiceName>, core: CoreHandle, cancel: CancellationToken) {
+    let mut known: Vec<(ServiceName, &Known)> = Vec::new();
+    for offer in offers {
+        match KNOWN.iter().find(|k| k.name == offer.as_str()) {
+            Some(service) => known.push((offer, service)),
+            None => tracing::warn!(service = %offer, "this image has no such service"),
+        }
+    }
+    if known.is_empty() {
+        return;
+    }
+    if let Err(error) = write_page(&core, Path::new(WEB_ROOT)).await {
+        tracing::error!(%error, "the welcome page could not be written");
+    }
+    for (_, service) in &known {
+        start(service.unit).await;
+    }
+    loop {
+        let mut offers = Vec::new();
+        for (name, service) in &known {
+            let healthy = timeout(CHECK_LIMIT, answers(service)).await.unwrap_or(false);
+            offers.push(ServiceOffer { name: name.clone(), title: service.title.to_owned(), kind: service.kind, port: service.port, healthy });
+        }
+        let pause = if offers.iter().all(|o| o.healthy) { CHECK_HEALTHY } else { CHECK_UNHEALTHY };
+        core.change_own(move |own| own.services = offers).await;
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            () = tokio::time::sleep(pause) => {}
+        }
+    }
+}
+
+async fn start(unit: &str) {
+    match Command::new("systemctl").args(["start", "--no-block", unit]).status().await {
+        Ok(status) if status.success() => tracing::info!(unit, "service started"),
+        Ok(status) => tracing::error!(unit, %status, "service could not be started"),
+        Err(error) => tracing::error!(unit, %error, "systemctl could not be run"),
+    }
+}
+
+async fn answers(service: &Known) -> bool {
+    let Ok(mut stream) = TcpStream::connect(("::1", service.port)).await else { return false };
+    match service.kind {
+        ServiceKind::Tcp => true,
+        ServiceKind::Http => {
+            let request = b"HEAD / HTTP/1.0\r\nHost: localhost\r\n\r\n";
+            let mut head = [0u8; 12];
+            stream.write_all(request).await.is_ok() && stream.read_exact(&mut head).await.is_ok() && head.starts_with(b"HTTP/1.") && head[9] < b'5'
+        }
+    }
+}
+
+/// The page that the `web` service shows until its owner puts their own there.
+async fn write_page(core: &CoreHandle, root: &Path) -> std::io::Result<()> {
+    let view = core.view();
+    let machine = view.state.machine_in_good_standing(&view.machine).map(|m| m.name.to_string()).unwrap_or_default();
+    let page = page(view.clan_name.as_str(), &machine);
+    let root = PathBuf::from(root);
+    tokio::fs::create_dir_all(&root).await?;
+    tokio::fs::write(root.join("index.html.new"), page).await?;
+    tokio::fs::rename(root.join("index.html.new"), root.join("index.html")).await
+}
+
+/// Names are DNS labels: nothing in them needs escaping.
+fn page(clan: &str, machine: &str) -> String {
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<meta charset=\"utf-8\">\n<meta name=\"viewport\" content=\"width=device-width\">\n\
+         <title>{clan}</title>\n<style>\nbody{{font:1.1rem/1.6 system-ui,sans-serif;max-width:36rem;margin:18vh auto;padding:0 1.5rem;\
+         color:#1c2430;background:#f6f7f9}}\nh1{{font-size:2.4rem;margin:0}}\n\
+         @media(prefers-color-scheme:dark){{body{{color:#e6e9ee;background:#14181f}}}}\n</style>\n\
+         <h1>{clan}</h1>\n<p>You are looking at a page that the machine <strong>{machine}</strong> serves to the clan \
+         <strong>{clan}</strong>. Nobody outside can see it.</p>\n</html>\n"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_names_the_clan_and_the_machine() {
+        let page = page("family", "founder");
+        assert!(page.contains("<h1>family</h1>") && page.contains("<strong>founder</strong>"));
+    }
+}

@@ -1,0 +1,128 @@
+//! What the machine measures of itself, read from `/proc` and the file system.
+
+use std::{fs, time::Duration};
+
+use clan_types::ByteSize;
+use clan_wire::control::{GuestStats, UnitStatus};
+use tokio::{process::Command, time::Instant};
+
+use crate::core::now;
+
+const UNITS: [&str; 2] = ["clan-controller.service", "nginx.service"];
+/// Asking systemd costs a process; units change seldom.
+const UNITS_EVERY: Duration = Duration::from_secs(15);
+
+/// Takes measurements; keeps what is needed to tell the share of busy time between two of them.
+#[derive(Default)]
+pub(crate) struct Sampler {
+    busy: u64,
+    total: u64,
+    units: Vec<UnitStatus>,
+    units_at: Option<Instant>,
+}
+
+impl Sampler {
+    pub(crate) async fn sample(&mut self) -> GuestStats {
+        let (busy, total) = parse_cpu(&read("/proc/stat"));
+        let cpu_permille = share(busy.saturating_sub(self.busy), total.saturating_sub(self.total));
+        (self.busy, self.total) = (busy, total);
+        if self.units_at.is_none_or(|at| at.elapsed() >= UNITS_EVERY) {
+            self.units = units().await;
+            self.units_at = Some(Instant::now());
+        }
+        let (memory_total, memory_available) = parse_memory(&read("/proc/meminfo"));
+        let (disk_total, disk_used) = disk("/data");
+        let (net_received, net_sent) = parse_net(&read("/proc/net/dev"));
+        GuestStats {
+            at: now(),
+            cpu_permille,
+            memory_total,
+            memory_used: ByteSize::from_bytes(memory_total.as_bytes().saturating_sub(memory_available.as_bytes())),
+            disk_total,
+            disk_used,
+            net_received,
+            net_sent,
+            uptime_s: read("/proc/uptime").split('.').next().and_then(|s| s.parse().ok()).unwrap_or(0),
+            units: self.units.clone(),
+        }
+    }
+}
+
+fn read(path: &str) -> String {
+    fs::read_to_string(path).unwrap_or_default()
+}
+
+fn share(part: u64, whole: u64) -> u16 {
+    if whole == 0 { 0 } else { u16::try_from(part.saturating_mul(1000) / whole).unwrap_or(1000).min(1000) }
+}
+
+/// Busy and total ticks of all processors since boot (proc(5), `/proc/stat`).
+fn parse_cpu(text: &str) -> (u64, u64) {
+    let Some(line) = text.lines().find(|l| l.starts_with("cpu ")) else { return (0, 0) };
+    let ticks: Vec<u64> = line.split_whitespace().skip(1).take(8).filter_map(|n| n.parse().ok()).collect();
+    let total: u64 = ticks.iter().sum();
+    let idle: u64 = ticks.iter().skip(3).take(2).sum();
+    (total - idle, total)
+}
+
+/// Total and available memory.
+fn parse_memory(text: &str) -> (ByteSize, ByteSize) {
+    let field = |name: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(name));
+        let kib: u64 = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse().ok()).unwrap_or(0);
+        ByteSize::from_bytes(kib.saturating_mul(1024))
+    };
+    (field("MemTotal:"), field("MemAvailable:"))
+}
+
+/// Bytes received and sent on the base network, that is, on all interfaces but loopback and the mesh.
+fn parse_net(text: &str) -> (ByteSize, ByteSize) {
+    let (mut received, mut sent) = (0u64, 0u64);
+    for line in text.lines().skip(2) {
+        let Some((name, counters)) = line.split_once(':') else { continue };
+        if matches!(name.trim(), "lo" | "clan0") {
+            continue;
+        }
+        let counters: Vec<u64> = counters.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+        received = received.saturating_add(counters.first().copied().unwrap_or(0));
+        sent = sent.saturating_add(counters.get(8).copied().unwrap_or(0));
+    }
+    (ByteSize::from_bytes(received), ByteSize::from_bytes(sent))
+}
+
+fn disk(path: &str) -> (ByteSize, ByteSize) {
+    let Ok(stat) = rustix::fs::statvfs(path) else { return Default::default() };
+    let of = |blocks: u64| ByteSize::from_bytes(blocks.saturating_mul(stat.f_frsize));
+    (of(stat.f_blocks), of(stat.f_blocks.saturating_sub(stat.f_bfree)))
+}
+
+async fn units() -> Vec<UnitStatus> {
+    let Ok(output) = Command::new("systemctl").arg("is-active").args(UNITS).output().await else { return Vec::new() };
+    let states = String::from_utf8_lossy(&output.stdout).into_owned();
+    UNITS.iter().zip(states.lines()).map(|(name, state)| UnitStatus { name: (*name).to_owned(), state: state.to_owned() }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn busy_time_excludes_idle_and_waiting() {
+        assert_eq!(parse_cpu("cpu  10 0 20 60 10 0 0 0 0 0\ncpu0 1 1 1 1\n"), (30, 100));
+        assert_eq!(parse_cpu("nonsense"), (0, 0));
+        assert_eq!(share(30, 100), 300);
+        assert_eq!(share(0, 0), 0);
+    }
+
+    #[test]
+    fn network_counts_leave_out_loopback_and_the_mesh() {
+        let text = "Inter-|   Receive\n face |bytes\n    lo: 9 0 0 0 0 0 0 0 9 0\n  eth0: 100 1 0 0 0 0 0 0 50 1\n clan0: 7 0 0 0 0 0 0 0 7 0\n";
+        assert_eq!(parse_net(text), (ByteSize::from_bytes(100), ByteSize::from_bytes(50)));
+    }
+
+    #[test]
+    fn memory_is_told_in_bytes() {
+        let text = "MemTotal:  1024 kB\nMemFree: 1 kB\nMemAvailable:   512 kB\n";
+        assert_eq!(parse_memory(text), (ByteSize::from_mib(1), ByteSize::from_bytes(512 << 10)));
+    }
+}

@@ -1,0 +1,106 @@
+//! What a machine reports to its manager about the clan.
+
+use clan_ledger::Standing;
+use clan_os::wireguard::{PathChoice, WgPeerStatus, Wireguard};
+use clan_types::mesh_address;
+use clan_wire::control::{MachineStatus, NodeStatus, PathKind, PathStatus, PersonStatus, ServiceStatus};
+use iroh::{TransportAddr, endpoint::Connection};
+
+use crate::{
+    core::{View, now},
+    mesh,
+};
+
+/// Assembles the report.
+pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeStatus {
+    let paths = match wireguard {
+        Some(wireguard) => mesh::paths(wireguard).await,
+        None => Default::default(),
+    };
+    let machines: Vec<MachineStatus> = view
+        .state
+        .good_machines()
+        .map(|(id, machine)| {
+            let beacon = view.beacons.get(id);
+            let this = *id == view.machine;
+            MachineStatus {
+                id: *id,
+                name: machine.name.clone(),
+                owner: machine.owner,
+                address: mesh_address(&view.clan, id),
+                this,
+                path: if this { Some(local()) } else { path(paths.get(id), view.links.get(id)) },
+                last_seen: beacon.map(|b| b.made),
+                version: beacon.map(|b| b.version.clone()),
+            }
+        })
+        .collect();
+    NodeStatus {
+        clan: view.clan,
+        clan_name: view.clan_name.clone(),
+        machine: view.machine,
+        quic: view.addresses_of(&view.machine).addrs,
+        people: view
+            .state
+            .people
+            .iter()
+            .filter(|(_, person)| person.standing == Standing::Good)
+            .map(|(id, person)| PersonStatus { id: *id, name: person.name.clone(), role: person.role })
+            .collect(),
+        services: services(view, &machines),
+        machines,
+        entries: view.entries,
+        problems: view.problems.clone(),
+    }
+}
+
+fn services(view: &View, machines: &[MachineStatus]) -> Vec<ServiceStatus> {
+    let mut services: Vec<ServiceStatus> = Vec::new();
+    for machine in machines {
+        let Some(beacon) = view.beacons.get(&machine.id) else { continue };
+        let reachable = machine.this || (machine.path.is_some() && View::is_fresh(beacon, now()));
+        services.extend(beacon.services.iter().map(|offer| ServiceStatus {
+            name: offer.name.clone(),
+            title: offer.title.clone(),
+            kind: offer.kind,
+            machine: machine.name.clone(),
+            port: offer.port,
+            healthy: offer.healthy && reachable,
+        }));
+    }
+    services.sort_by(|a, b| (&a.name, &a.machine).cmp(&(&b.name, &b.machine)));
+    services
+}
+
+fn local() -> PathStatus {
+    PathStatus { kind: PathKind::Local, remote: None, rtt_us: None, why: "this machine".to_owned() }
+}
+
+fn path(status: Option<&WgPeerStatus>, link: Option<&Connection>) -> Option<PathStatus> {
+    if let Some(WgPeerStatus { path: PathChoice::Direct { addr, rtt }, .. }) = status {
+        return Some(PathStatus {
+            kind: PathKind::Direct,
+            remote: Some(*addr),
+            rtt_us: Some(u64::try_from(rtt.as_micros()).unwrap_or(u64::MAX)),
+            why: "a probe of this address was answered".to_owned(),
+        });
+    }
+    let link = link?;
+    let paths = link.paths();
+    let selected = paths.iter().find(|p| p.is_selected())?;
+    let rtt_us = Some(u64::try_from(selected.rtt().as_micros()).unwrap_or(u64::MAX));
+    Some(match selected.remote_addr() {
+        TransportAddr::Ip(addr) => PathStatus {
+            kind: PathKind::QuicDirect,
+            remote: Some(*addr),
+            rtt_us,
+            why: "no WireGuard address of the machine answers; its QUIC address does".to_owned(),
+        },
+        _ => PathStatus {
+            kind: PathKind::Relayed,
+            remote: None,
+            rtt_us,
+            why: "no address of the machine answers directly".to_owned(),
+        },
+    })
+}

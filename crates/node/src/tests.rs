@@ -1,0 +1,269 @@
+//! Machines of a clan on loopback: real endpoints, real ledgers on disk, everything but the packet device.
+
+use std::{io::Write, net::Ipv4Addr, sync::Arc, time::Duration};
+
+use clan_ledger::{AuthorId, Body, Ledger};
+use clan_os::channel::{recv_message, send_message};
+use clan_store::LedgerStore;
+use clan_types::{ByteSize, ClanId, FileHash, InviteId, MachineId, PeerAddr, PersonId, Role, Timestamp, WgPublicKey};
+use clan_wire::{
+    beacon::{ServiceKind, ServiceOffer},
+    control::Redeem,
+    image::{FileRole, ImageFile, Manifest},
+    peer::{ALPN_IMAGE, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, MAX_MESSAGE},
+};
+use ed25519_dalek::SigningKey;
+use iroh::Endpoint;
+use tokio::{task::JoinSet, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    core::{Core, CoreHandle, Own, View, now},
+    image::{Disks, ImageServer},
+    join::{self, RedeemError},
+    net, peer,
+};
+
+const LIMIT: Duration = Duration::from_secs(20);
+
+struct Machine {
+    core: CoreHandle,
+    endpoint: Endpoint,
+    key: SigningKey,
+    images: Arc<ImageServer>,
+    cancel: CancellationToken,
+    _tasks: JoinSet<()>,
+    dir: tempfile::TempDir,
+}
+
+impl Machine {
+    /// A machine with its own ledger file, serving on a loopback port.
+    async fn start(key: SigningKey, clan: &ClanId, entries: &[EncodedEntry], endpoint: Endpoint, bootstrap: Vec<PeerAddr>) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = LedgerStore::open(&dir.path().join("ledger.redb"), clan).unwrap();
+        let mut ledger = Ledger::open(*clan);
+        for entry in entries {
+            let entry = clan_ledger::Entry::decode(entry).unwrap();
+            store.append(&entry).unwrap();
+            ledger.insert(entry).unwrap();
+        }
+        let own = Own { quic: endpoint.bound_sockets(), ..Own::default() };
+        let (core, handle) = Core::new(key.clone(), ledger, store, own).unwrap();
+        let cancel = CancellationToken::new();
+        let images = Arc::new(ImageServer::new(Disks::at(&dir.path().join("root"), &dir.path().join("layer"), &dir.path().join("boot"))));
+        let mut tasks = JoinSet::new();
+        tasks.spawn(core.run(cancel.clone()));
+        tasks.spawn(net::accept(endpoint.clone(), handle.clone(), images.clone(), cancel.clone()));
+        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), bootstrap, cancel.clone()));
+        Self { core: handle, endpoint, key, images, cancel, _tasks: tasks, dir }
+    }
+
+    fn id(&self) -> MachineId {
+        MachineId::from_bytes(self.key.verifying_key().to_bytes())
+    }
+
+    fn addr(&self) -> PeerAddr {
+        PeerAddr { machine: self.id(), addrs: self.endpoint.bound_sockets() }
+    }
+
+    /// Waits until what the machine knows satisfies the condition.
+    async fn until(&self, what: &str, condition: impl Fn(&View) -> bool) {
+        let mut views = self.core.watch();
+        let reached = timeout(LIMIT, async { views.wait_for(|v| condition(v)).await.map(drop).unwrap() }).await;
+        assert!(reached.is_ok(), "not within {LIMIT:?}: {what}");
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.cancel.cancel();
+    }
+}
+
+fn key(seed: u8) -> SigningKey {
+    SigningKey::from_bytes(&[seed; 32])
+}
+
+fn person(seed: u8) -> PersonId {
+    PersonId::from_bytes(key(seed).verifying_key().to_bytes())
+}
+
+async fn endpoint(key: &SigningKey) -> Endpoint {
+    net::endpoint(iroh::SecretKey::from_bytes(&key.to_bytes()), (Ipv4Addr::LOCALHOST, 0).into(), &[]).await.unwrap()
+}
+
+fn add(ledger: &mut Ledger, author: &SigningKey, body: Body) {
+    let entry = ledger.author(author, body, now()).unwrap();
+    ledger.insert(entry).unwrap();
+}
+
+fn enrol(machine: &SigningKey, name: &str) -> Body {
+    Body::Enrol {
+        machine: MachineId::from_bytes(machine.verifying_key().to_bytes()),
+        name: name.parse().unwrap(),
+        wg: WgPublicKey::from_bytes(machine.verifying_key().to_bytes()),
+    }
+}
+
+fn encode(ledger: &Ledger) -> Vec<EncodedEntry> {
+    ledger.entries().map(clan_ledger::Entry::encode).collect()
+}
+
+/// A clan with one machine and one invite (secret `key(3)`).
+async fn founded(uses: u32, expires: Timestamp) -> (Machine, ClanId) {
+    let (founder, machine) = (key(1), key(2));
+    let (mut ledger, _) = Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
+    add(&mut ledger, &founder, enrol(&machine, "founder"));
+    let invite = InviteId::from_bytes(key(3).verifying_key().to_bytes());
+    add(&mut ledger, &founder, Body::Invite { invite, role: Role::Member, uses, expires });
+    let clan = ledger.clan();
+    let endpoint = endpoint(&machine).await;
+    (Machine::start(machine, &clan, &encode(&ledger), endpoint, vec![]).await, clan)
+}
+
+/// The log with which a newcomer asks to be admitted.
+fn newcomer(clan: &ClanId, person_seed: u8, machine: &SigningKey, name: &str) -> Vec<EncodedEntry> {
+    let author = key(person_seed);
+    let mut ledger = Ledger::open(*clan);
+    add(&mut ledger, &author, Body::admission(&key(3), clan, &person(person_seed), name.parse().unwrap()));
+    add(&mut ledger, &author, enrol(machine, &format!("{name}s-machine")));
+    encode(&ledger)
+}
+
+async fn ask(host: &Machine, machine: &SigningKey, entries: Vec<EncodedEntry>) -> (Endpoint, Result<Vec<EncodedEntry>, RedeemError>) {
+    let endpoint = endpoint(machine).await;
+    let outcome = join::redeem(&endpoint, &Redeem { entries, peers: vec![host.addr()] }).await;
+    (endpoint, outcome)
+}
+
+async fn joined(host: &Machine, clan: &ClanId, person_seed: u8, machine: SigningKey, name: &str) -> Machine {
+    let (endpoint, entries) = ask(host, &machine, newcomer(clan, person_seed, &machine, name)).await;
+    Machine::start(machine, clan, &entries.unwrap(), endpoint, vec![host.addr()]).await
+}
+
+fn tomorrow() -> Timestamp {
+    now().plus(Duration::from_secs(86_400))
+}
+
+#[tokio::test]
+async fn a_newcomer_is_admitted_and_both_machines_find_each_other() {
+    let (founder, clan) = founded(1, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    second.until("the newcomer is connected", |v| v.links.len() == 1).await;
+    founder.until("the founder is connected", |v| v.links.len() == 1).await;
+    let offer = ServiceOffer { name: "web".parse().unwrap(), title: "Page".into(), kind: ServiceKind::Http, port: 80, healthy: true };
+    founder.core.change_own(move |own| own.services = vec![offer]).await;
+    let host = founder.id();
+    second.until("the service is known", move |v| v.beacons.get(&host).is_some_and(|b| b.services.len() == 1)).await;
+    assert_eq!(second.core.view().state, founder.core.view().state);
+}
+
+#[tokio::test]
+async fn an_invite_for_one_is_refused_the_second_time_but_its_answer_may_be_repeated() {
+    let (founder, clan) = founded(1, tomorrow()).await;
+    let (_first, outcome) = ask(&founder, &key(5), newcomer(&clan, 4, &key(5), "bob")).await;
+    outcome.unwrap();
+    let (_again, outcome) = ask(&founder, &key(5), newcomer(&clan, 4, &key(5), "bob")).await;
+    assert!(outcome.is_ok(), "a lost answer can be asked for again");
+    let (_second, outcome) = ask(&founder, &key(7), newcomer(&clan, 6, &key(7), "eve")).await;
+    assert!(matches!(outcome, Err(RedeemError::Refused(JoinRefusal::Used))), "{outcome:?}");
+    assert_eq!(founder.core.view().state.people.len(), 2);
+}
+
+#[tokio::test]
+async fn an_expired_invite_and_a_taken_name_are_refused_with_their_reason() {
+    let (founder, clan) = founded(5, Timestamp::from_millis(now().as_millis() - 1)).await;
+    let (_e, outcome) = ask(&founder, &key(5), newcomer(&clan, 4, &key(5), "bob")).await;
+    assert!(matches!(outcome, Err(RedeemError::Refused(JoinRefusal::Expired))), "{outcome:?}");
+
+    let (founder, clan) = founded(5, tomorrow()).await;
+    let (_e, outcome) = ask(&founder, &key(5), newcomer(&clan, 4, &key(5), "ada")).await;
+    assert!(matches!(outcome, Err(RedeemError::Refused(JoinRefusal::NameTaken { .. }))), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn a_newcomer_cannot_smuggle_in_other_entries() {
+    let (founder, clan) = founded(5, tomorrow()).await;
+    let author = key(4);
+    let mut ledger = Ledger::open(clan);
+    add(&mut ledger, &author, Body::admission(&key(3), &clan, &person(4), "bob".parse().unwrap()));
+    let invite = InviteId::from_bytes(key(8).verifying_key().to_bytes());
+    add(&mut ledger, &author, Body::Invite { invite, role: Role::Owner, uses: 9, expires: tomorrow() });
+    let before = founder.core.view().entries;
+    let (_e, outcome) = ask(&founder, &key(5), encode(&ledger)).await;
+    assert!(matches!(outcome, Err(RedeemError::Refused(JoinRefusal::Malformed))), "{outcome:?}");
+    assert_eq!(founder.core.view().entries, before, "nothing of it was recorded");
+}
+
+#[tokio::test]
+async fn a_revoked_machine_loses_its_connection_and_gets_no_other() {
+    let (founder, clan) = founded(1, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    founder.until("connected", |v| v.links.len() == 1).await;
+    let mut ledger = Ledger::open(clan);
+    for entry in founder.core.entries().await {
+        ledger.insert(clan_ledger::Entry::decode(&entry).unwrap()).unwrap();
+    }
+    let revoke = Body::RevokeMachine { machine: second.id(), last: ledger.head(AuthorId::from(second.id())) };
+    let entry = ledger.author(&key(1), revoke, now()).unwrap();
+    founder.core.insert(None, vec![entry.encode()]).await.unwrap();
+    founder.until("the connection is gone", |v| v.links.is_empty()).await;
+    let addr = net::endpoint_addr(&founder.addr()).unwrap();
+    let connection = second.endpoint.connect(addr, clan_wire::peer::ALPN_PEER).await.unwrap();
+    timeout(LIMIT, connection.closed()).await.expect("refused");
+    assert!(founder.core.view().links.is_empty());
+}
+
+#[tokio::test]
+async fn a_machine_that_was_away_catches_up() {
+    let (founder, clan) = founded(3, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    second.until("connected", |v| v.links.len() == 1).await;
+    let (key, entries) = (second.key.clone(), second.core.entries().await);
+    second.cancel.cancel();
+    second.endpoint.close().await;
+    founder.until("the connection is gone", |v| v.links.is_empty()).await;
+    let third = joined(&founder, &clan, 6, self::key(7), "eve").await;
+    let back = endpoint(&key).await;
+    let second = Machine::start(key, &clan, &entries, back, vec![founder.addr()]).await;
+    second.until("the other newcomer is known", |v| v.state.people.len() == 3).await;
+    assert_eq!(second.core.view().state, third.core.view().state);
+}
+
+#[tokio::test]
+async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
+    let (founder, clan) = founded(1, tomorrow()).await;
+    let content: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
+    let root = founder.dir.path().join("root");
+    std::fs::File::create(&root).unwrap().write_all(&content).unwrap();
+    let file = |role, hash: u8, size: u64| ImageFile { role, size: ByteSize::from_bytes(size), hash: FileHash::from_bytes([hash; 32]) };
+    let manifest = Manifest {
+        version: 1,
+        title: "test".into(),
+        architecture: "x86_64".into(),
+        inputs: FileHash::from_bytes([0; 32]),
+        memory_min: ByteSize::from_mib(64),
+        files: vec![file(FileRole::Kernel, 1, 10), file(FileRole::Initramfs, 2, 10), file(FileRole::Root, 3, content.len() as u64)],
+    };
+    founder.images.set_manifest(&manifest.encode().unwrap());
+
+    let stranger = key(40);
+    let from = endpoint(&stranger).await;
+    let connection = from.connect(net::endpoint_addr(&founder.addr()).unwrap(), ALPN_IMAGE).await.unwrap();
+    let me = MachineId::from_bytes(stranger.verifying_key().to_bytes());
+    let request = async |proof: Option<InviteProof>, offset: u64| {
+        let (mut send, mut recv) = connection.open_bi().await.unwrap();
+        let what = ImagePart::File { hash: FileHash::from_bytes([3; 32]), offset };
+        send_message(&mut send, &ImageRequest { proof, what }, MAX_MESSAGE).await.unwrap();
+        let response: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.unwrap();
+        (response, recv.read_to_end(content.len()).await.unwrap())
+    };
+    assert_eq!(request(None, 0).await.0, ImageResponse::Denied);
+    assert_eq!(request(Some(InviteProof::new(&key(41), &clan, &me)), 0).await.0, ImageResponse::Denied, "an invite of nobody's");
+    let proof = InviteProof::new(&key(3), &clan, &me);
+    let (response, bytes) = request(Some(proof.clone()), 0).await;
+    assert_eq!(response, ImageResponse::Bytes(content.len() as u64));
+    assert!(bytes == content);
+    let (_, rest) = request(Some(proof), 2_999_000).await;
+    assert!(rest == content[2_999_000..], "a cut transfer goes on where it stopped");
+}

@@ -1,0 +1,268 @@
+//! What the manager says to its controller, over the virtio-serial port [`PORT`], in streams of [`crate::mux`].
+//!
+//! Each stream carries one length-prefixed [`ControlRequest`], then one or more length-prefixed [`ControlResponse`]s;
+//! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes.
+
+use std::net::{Ipv6Addr, SocketAddr};
+
+use clan_types::{ByteSize, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, Role, ServiceName, Timestamp, WgPublicKey};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    beacon::ServiceKind,
+    peer::{EncodedEntry, JoinRefusal},
+};
+
+/// Name of the virtio-serial port.
+pub const PORT: &str = "clan.control.0";
+/// Largest message.
+pub const MAX_MESSAGE: usize = 4 << 20;
+
+/// From the manager.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlRequest {
+    /// Who are you? Answered by [`ControlResponse::Identity`].
+    Identify,
+    /// Gives a new machine its place in a clan. Answered by [`ControlResponse::Provisioned`] once it is in the mesh's
+    /// ledger (for a newcomer: once it was admitted), or by [`ControlResponse::Refused`].
+    Provision(Box<Provision>),
+    /// Tells what the machine cannot see from inside; sent whenever the channel starts or something of it changes.
+    /// Answered by [`ControlResponse::Done`].
+    SetEnvironment(Environment),
+    /// Adds an entry that the person signed. Answered by [`ControlResponse::Done`] once it is on disk.
+    Append(EncodedEntry),
+    /// All entries. Answered by [`ControlResponse::Entries`].
+    Entries,
+    /// The state of the clan, now. Answered by [`ControlResponse::Status`].
+    Status,
+    /// The state and statistics, now and whenever they change, at most once a second.
+    /// Answered by [`ControlResponse::Status`] and [`ControlResponse::Stats`] until the stream ends.
+    Watch,
+    /// Opens a TCP connection to a service. Answered by [`ControlResponse::Connected`], then raw bytes both ways.
+    Connect {
+        /// The service.
+        service: ServiceName,
+        /// On which machine, if it matters.
+        machine: Option<MachineName>,
+    },
+    /// The journal. Answered by [`ControlResponse::Raw`], then text.
+    Journal {
+        /// So many lines back.
+        lines: u32,
+        /// And go on.
+        follow: bool,
+    },
+    /// Announces that this machine leaves the clan: tells the peers, then forgets. Answered by [`ControlResponse::Done`].
+    Farewell {
+        /// The person's entry that removes the machine (and the person, if it was their last one).
+        entry: EncodedEntry,
+    },
+}
+
+/// A new machine's place in a clan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Provision {
+    /// The clan.
+    pub clan: ClanId,
+    /// The machine's name in it.
+    pub name: MachineName,
+    /// The ledger as the manager knows it.
+    pub entries: Vec<EncodedEntry>,
+    /// For a newcomer: the entries to be admitted with, and whom to ask. Empty for a founder.
+    pub redeem: Option<Redeem>,
+    /// Services of the image to start and to offer to the clan.
+    pub offers: Vec<ServiceName>,
+    /// What the machine cannot see from inside.
+    pub environment: Environment,
+}
+
+/// How a newcomer's machine gets admitted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redeem {
+    /// The newcomer's log.
+    pub entries: Vec<EncodedEntry>,
+    /// Machines to ask, in this order.
+    pub peers: Vec<PeerAddr>,
+}
+
+/// What a machine cannot see from inside.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Environment {
+    /// Base OS addresses that lead to the QUIC endpoint: the manager forwards them to the guest.
+    pub quic: Vec<SocketAddr>,
+    /// Base OS addresses that lead to the WireGuard socket.
+    pub wireguard: Vec<SocketAddr>,
+    /// The encoded [`crate::image::Manifest`] of the image that the machine runs, so that it can serve it to newcomers.
+    /// Empty where there is no image.
+    pub manifest: Vec<u8>,
+}
+
+/// From the controller.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ControlResponse {
+    /// See [`ControlRequest::Identify`].
+    Identity {
+        /// The machine's key, made in the guest.
+        machine: MachineId,
+        /// The machine's WireGuard key, made in the guest.
+        wireguard: WgPublicKey,
+        /// The clan it is provisioned for, if it is.
+        clan: Option<ClanId>,
+        /// Program version.
+        version: String,
+    },
+    /// See [`ControlRequest::Provision`].
+    Provisioned {
+        /// All entries, those of the admission included.
+        entries: Vec<EncodedEntry>,
+    },
+    /// The clan does not admit this machine.
+    Refused(JoinRefusal),
+    /// Done.
+    Done,
+    /// It did not work.
+    Failed(String),
+    /// All entries.
+    Entries(Vec<EncodedEntry>),
+    /// See [`NodeStatus`].
+    Status(Box<NodeStatus>),
+    /// See [`GuestStats`].
+    Stats(Box<GuestStats>),
+    /// Connected; raw bytes follow both ways.
+    Connected,
+    /// Raw bytes follow.
+    Raw,
+}
+
+/// The clan as one of its machines sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// The clan.
+    pub clan: ClanId,
+    /// Its name.
+    pub clan_name: ClanName,
+    /// This machine.
+    pub machine: MachineId,
+    /// Where this machine's QUIC endpoint may be reached, for invitation links.
+    pub quic: Vec<SocketAddr>,
+    /// Its people.
+    pub people: Vec<PersonStatus>,
+    /// Its machines, this one included.
+    pub machines: Vec<MachineStatus>,
+    /// What they offer.
+    pub services: Vec<ServiceStatus>,
+    /// Ledger entries, void ones included.
+    pub entries: u64,
+    /// What needs attention, one sentence each.
+    pub problems: Vec<String>,
+}
+
+/// A person, as seen by a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PersonStatus {
+    /// Key.
+    pub id: PersonId,
+    /// Name.
+    pub name: PersonName,
+    /// Role.
+    pub role: Role,
+}
+
+/// A machine, as seen by another.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineStatus {
+    /// Key.
+    pub id: MachineId,
+    /// Name.
+    pub name: MachineName,
+    /// Whose it is.
+    pub owner: PersonId,
+    /// Address in the mesh.
+    pub address: Ipv6Addr,
+    /// Whether it is the machine that reports.
+    pub this: bool,
+    /// How it is reached; `None` while it is not.
+    pub path: Option<PathStatus>,
+    /// When its last beacon was made.
+    pub last_seen: Option<Timestamp>,
+    /// Its program version, if known.
+    pub version: Option<String>,
+}
+
+/// How a machine is reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PathStatus {
+    /// Which kind of path carries the packets.
+    pub kind: PathKind,
+    /// The remote address, if the path has one.
+    pub remote: Option<SocketAddr>,
+    /// Round trip, microseconds, if measured.
+    pub rtt_us: Option<u64>,
+    /// Why this path and no better one; one sentence.
+    pub why: String,
+}
+
+/// Kinds of path, best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum PathKind {
+    /// The machine itself.
+    Local,
+    /// WireGuard over plain UDP.
+    Direct,
+    /// WireGuard inside a QUIC connection that is itself direct.
+    QuicDirect,
+    /// WireGuard inside a QUIC connection through a relay.
+    Relayed,
+}
+
+/// A service, as seen by a machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Name.
+    pub name: ServiceName,
+    /// One line for people.
+    pub title: String,
+    /// How it is spoken to.
+    pub kind: ServiceKind,
+    /// Where it runs.
+    pub machine: MachineName,
+    /// TCP port there.
+    pub port: u16,
+    /// Whether it works, as far as is known.
+    pub healthy: bool,
+}
+
+/// What a guest measures of itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct GuestStats {
+    /// When, by the guest's clock.
+    pub at: Timestamp,
+    /// Busy share of all processors since the last report, in thousandths.
+    pub cpu_permille: u16,
+    /// Memory of the guest.
+    pub memory_total: ByteSize,
+    /// Memory not available to programs.
+    pub memory_used: ByteSize,
+    /// Size of the data disk's file system.
+    pub disk_total: ByteSize,
+    /// Of which used.
+    pub disk_used: ByteSize,
+    /// Bytes received from the base network since boot.
+    pub net_received: ByteSize,
+    /// Bytes sent to the base network since boot.
+    pub net_sent: ByteSize,
+    /// Seconds since boot.
+    pub uptime_s: u64,
+    /// Systemd units of interest and whether they are active.
+    pub units: Vec<UnitStatus>,
+}
+
+/// A systemd unit.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnitStatus {
+    /// Such as `nginx.service`.
+    pub name: String,
+    /// As `systemctl is-active` says.
+    pub state: String,
+}
+

@@ -1,0 +1,184 @@
+//! What machines of a clan, and newcomers, say over QUIC. One ALPN per conversation.
+
+use clan_types::{ClanId, FileHash, ImageId, InviteId, MachineId};
+use ed25519_dalek::{Signature, Signer, SigningKey, Verifier, VerifyingKey};
+use serde::{Deserialize, Serialize};
+
+/// Machine to machine: one bi-directional stream of [`PeerMessage`] (ledger and beacons), datagrams (WireGuard packets).
+pub const ALPN_PEER: &[u8] = b"clan/peer/1";
+/// Newcomer to machine: one [`JoinRequest`] and one [`JoinResponse`] a stream.
+pub const ALPN_JOIN: &[u8] = b"clan/join/1";
+/// Anyone entitled to machine: one [`ImageRequest`], one [`ImageResponse`], then raw bytes, a stream.
+pub const ALPN_IMAGE: &[u8] = b"clan/image/1";
+
+/// Largest message on any of these streams.
+pub const MAX_MESSAGE: usize = 4 << 20;
+/// Most entries in one message.
+pub const MAX_ENTRIES: usize = 10_000;
+
+/// A signed ledger entry in its own encoding; opaque here, checked by the ledger.
+pub type EncodedEntry = Vec<u8>;
+
+/// The next sequence number that the sender lacks, by author key.
+pub type Vector = Vec<([u8; 32], u64)>;
+
+/// On the `clan/peer/1` stream, in both directions.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PeerMessage {
+    /// First message of each side.
+    Hello {
+        /// The clan that both must share.
+        clan: ClanId,
+        /// What the sender has.
+        vector: Vector,
+    },
+    /// Entries that the receiver lacks, in an order in which each author's chain is contiguous.
+    Entries(Vec<EncodedEntry>),
+    /// What the sender has now; answered with what it lacks.
+    Vector(Vector),
+    /// A [`crate::beacon::SignedBeacon`], the sender's own or another machine's.
+    Beacon(crate::beacon::SignedBeacon),
+}
+
+/// Shows that the connecting endpoint holds an invite's secret, without sending it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InviteProof {
+    /// The invite.
+    pub invite: InviteId,
+    /// Ed25519 signature by the invite key over the clan and the connecting endpoint; 64 bytes.
+    pub signature: Vec<u8>,
+}
+
+impl InviteProof {
+    /// Proves the invite whose secret is `invite_key`, for the connection that `endpoint` makes.
+    pub fn new(invite_key: &SigningKey, clan: &ClanId, endpoint: &MachineId) -> Self {
+        let signature = invite_key.sign(&Self::statement(clan, endpoint)).to_bytes().to_vec();
+        Self { invite: InviteId::from_bytes(invite_key.verifying_key().to_bytes()), signature }
+    }
+
+    /// Whether the proof was made for this clan by the endpoint that presents it.
+    pub fn is_valid(&self, clan: &ClanId, endpoint: &MachineId) -> bool {
+        let (Ok(key), Ok(signature)) = (VerifyingKey::from_bytes(self.invite.as_bytes()), Signature::from_slice(&self.signature)) else {
+            return false;
+        };
+        key.verify(&Self::statement(clan, endpoint), &signature).is_ok()
+    }
+
+    fn statement(clan: &ClanId, endpoint: &MachineId) -> Vec<u8> {
+        [b"clan invite proof v1".as_slice(), clan.as_bytes(), endpoint.as_bytes()].concat()
+    }
+}
+
+/// On a `clan/join/1` stream, from the newcomer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum JoinRequest {
+    /// Asks what the invite leads to.
+    Preview {
+        /// Right to know.
+        proof: InviteProof,
+    },
+    /// Asks to be admitted.
+    Redeem {
+        /// The newcomer's log: their admission, then the enrolment of their machine.
+        entries: Vec<EncodedEntry>,
+    },
+}
+
+/// Answer to a [`JoinRequest`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum JoinResponse {
+    /// The clan's ledger, which the newcomer checks for themselves.
+    Preview {
+        /// All entries.
+        entries: Vec<EncodedEntry>,
+    },
+    /// The newcomer is in.
+    Admitted {
+        /// All entries, the countersignature included.
+        entries: Vec<EncodedEntry>,
+    },
+    /// No, and why.
+    Refused(JoinRefusal),
+}
+
+/// Why a newcomer is not admitted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+pub enum JoinRefusal {
+    /// No such invite in the ledger, or the proof does not fit.
+    #[error("the clan does not know this invite")]
+    UnknownInvite,
+    /// All its uses are used.
+    #[error("this invite has been used already")]
+    Used,
+    /// Its time is over.
+    #[error("this invite has expired")]
+    Expired,
+    /// It, or the person who made it, was revoked.
+    #[error("this invite was withdrawn")]
+    Revoked,
+    /// Somebody in the clan has the name already.
+    #[error("the name `{name}` is taken in this clan")]
+    NameTaken {
+        /// The name.
+        name: String,
+    },
+    /// The newcomer's clock is too far ahead.
+    #[error("this computer's clock is ahead of the clan's by more than ten minutes")]
+    ClockAhead,
+    /// The entries do not form a valid admission.
+    #[error("the request to join was malformed")]
+    Malformed,
+    /// The machine could not answer just now.
+    #[error("the machine that was asked is not ready")]
+    NotReady,
+}
+
+/// On a `clan/image/1` stream, from the one who fetches.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageRequest {
+    /// Right to fetch, for endpoints that are not machines of the clan.
+    pub proof: Option<InviteProof>,
+    /// What to fetch.
+    pub what: ImagePart,
+}
+
+/// What can be fetched of an image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImagePart {
+    /// The manifest, whose hash is the image's id.
+    Manifest(ImageId),
+    /// A file of a manifest, from an offset on.
+    File {
+        /// Which.
+        hash: FileHash,
+        /// First byte wanted.
+        offset: u64,
+    },
+}
+
+/// Answer to an [`ImageRequest`]; after [`ImageResponse::Bytes`] follow so many raw bytes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ImageResponse {
+    /// So many bytes follow.
+    Bytes(u64),
+    /// Not here.
+    NotFound,
+    /// Not for this endpoint.
+    Denied,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_proof_holds_for_its_clan_and_its_endpoint_only() {
+        let key = SigningKey::from_bytes(&[5; 32]);
+        let (clan, endpoint) = (ClanId::from_bytes([1; 32]), MachineId::from_bytes([2; 32]));
+        let proof = InviteProof::new(&key, &clan, &endpoint);
+        assert!(proof.is_valid(&clan, &endpoint));
+        assert!(!proof.is_valid(&ClanId::from_bytes([9; 32]), &endpoint));
+        assert!(!proof.is_valid(&clan, &MachineId::from_bytes([9; 32])), "a proof cannot be replayed by another endpoint");
+        assert!(!InviteProof { signature: vec![0; 63], ..proof }.is_valid(&clan, &endpoint));
+    }
+}
