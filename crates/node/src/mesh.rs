@@ -18,7 +18,10 @@ use clan_os::{
 use clan_types::{MachineId, mesh_address};
 use iroh::endpoint::Connection;
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{
+        mpsc::{self, error::TrySendError},
+        watch,
+    },
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -194,7 +197,7 @@ async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToke
 
 async fn receive(machine: MachineId, connection: Connection, incoming: mpsc::Sender<(MachineId, Bytes)>) -> usize {
     while let Ok(packet) = connection.read_datagram().await {
-        if incoming.send((machine, packet)).await.is_err() {
+        if let Err(TrySendError::Closed(_)) = incoming.try_send((machine, packet)) {
             break;
         }
     }

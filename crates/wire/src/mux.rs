@@ -1,7 +1,7 @@
 //! Many streams over one byte stream that may lose its place: a virtio-serial port.
 //!
 //! A port outlives the programs at its ends: after one of them restarts, bytes of the former conversation arrive first, and
-//! the last frame of it may be cut short. So every frame names its session, and a session begins with a [`Kind::Hello`]
+//! the last frame of it may be cut short. So every frame names its session, and a session begins with a Hello
 //! behind enough zero bytes to complete whatever frame was cut. The host names sessions; the guest answers.
 //!
 //! ```text
@@ -21,10 +21,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Version of the frames.
-pub const PROTOCOL: u8 = 1;
-/// Largest payload of a frame, bytes.
-pub const MAX_PAYLOAD: usize = 32 << 10;
+mod frame;
+
+use frame::{HEADER, Header, Kind, MAX_TEXT, Parser, frame, long, word};
+pub use frame::{MAX_PAYLOAD, PROTOCOL};
+
 /// Receive window of a stream, bytes.
 pub const WINDOW: usize = 256 << 10;
 /// How many streams each side may have open.
@@ -32,12 +33,8 @@ pub const MAX_STREAMS: usize = 64;
 /// Time between two Hellos while none was answered.
 pub const HELLO_INTERVAL: Duration = Duration::from_millis(300);
 
-const MAGIC: [u8; 4] = *b"\xC1mux";
-const HEADER: usize = 32;
 /// Bytes of a stream that wait for their turn to be sent.
 const OUTBOX: usize = 128 << 10;
-/// Longest program version in a Hello.
-const MAX_TEXT: usize = 256;
 /// Frames that wait in front of data. Only a peer that floods us without reading reaches it.
 const MAX_CONTROL: usize = 4096;
 
@@ -84,138 +81,6 @@ pub enum Event {
     Reset(StreamId),
     /// Answer to [`Mux::ping`].
     Pong(u64),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[repr(u8)]
-enum Kind {
-    Hello = 1,
-    Open,
-    Data,
-    Credit,
-    Fin,
-    Reset,
-    Ping,
-    Pong,
-}
-
-impl Kind {
-    fn from_byte(byte: u8) -> Option<Self> {
-        use Kind::{Credit, Data, Fin, Hello, Open, Ping, Pong, Reset};
-        [Hello, Open, Data, Credit, Fin, Reset, Ping, Pong].into_iter().find(|kind| *kind as u8 == byte)
-    }
-}
-
-#[derive(Debug, Clone, Copy)]
-struct Header {
-    version: u8,
-    kind: u8,
-    session: u64,
-    stream: u32,
-    length: usize,
-    payload_crc: u32,
-}
-
-fn word(bytes: &[u8], at: usize) -> u32 {
-    bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_le_bytes)
-}
-
-fn long(bytes: &[u8], at: usize) -> u64 {
-    bytes.get(at..at + 8).and_then(|b| b.try_into().ok()).map_or(0, u64::from_le_bytes)
-}
-
-impl Header {
-    /// `None` if the bytes are no header, or one that no one may send.
-    fn parse(bytes: &[u8]) -> Option<Self> {
-        if bytes.get(..4)? != MAGIC || crc32fast::hash(bytes.get(..28)?) != word(bytes, 28) {
-            return None;
-        }
-        let length = usize::try_from(word(bytes, 20)).ok()?;
-        let header = Self {
-            version: bytes[4],
-            kind: bytes[5],
-            session: long(bytes, 8),
-            stream: word(bytes, 16),
-            length,
-            payload_crc: word(bytes, 24),
-        };
-        // INVARIANT: no more than MAX_PAYLOAD bytes are ever awaited or kept.
-        (length <= if header.is_hello() { 8 + MAX_TEXT } else { MAX_PAYLOAD }).then_some(header)
-    }
-
-    fn is_hello(&self) -> bool {
-        self.kind == Kind::Hello as u8
-    }
-}
-
-fn frame(kind: Kind, session: u64, stream: u32, payload: &[&[u8]]) -> Vec<u8> {
-    let length: usize = payload.iter().map(|part| part.len()).sum();
-    let mut bytes = Vec::with_capacity(HEADER + length);
-    bytes.extend_from_slice(&MAGIC);
-    bytes.extend_from_slice(&[PROTOCOL, kind as u8, 0, 0]);
-    bytes.extend_from_slice(&session.to_le_bytes());
-    bytes.extend_from_slice(&stream.to_le_bytes());
-    bytes.extend_from_slice(&u32::try_from(length).unwrap_or(u32::MAX).to_le_bytes());
-    let mut crc = crc32fast::Hasher::new();
-    payload.iter().for_each(|part| crc.update(part));
-    bytes.extend_from_slice(&crc.finalize().to_le_bytes());
-    let crc = crc32fast::hash(&bytes);
-    bytes.extend_from_slice(&crc.to_le_bytes());
-    payload.iter().for_each(|part| bytes.extend_from_slice(part));
-    bytes
-}
-
-/// Finds frames among bytes that may begin anywhere.
-#[derive(Debug, Default)]
-struct Parser {
-    buffer: Vec<u8>,
-    at: usize,
-    /// Until this offset only a Hello counts: these bytes were announced as the payload of a frame that turned out to be
-    /// cut, so what looks like frames in there may be anybody's data.
-    suspect_until: usize,
-    /// Bytes that belong to no frame were met.
-    lost_place: bool,
-}
-
-impl Parser {
-    fn push(&mut self, bytes: &[u8]) {
-        self.buffer.drain(..self.at);
-        self.suspect_until = self.suspect_until.saturating_sub(self.at);
-        self.at = 0;
-        self.buffer.extend_from_slice(bytes);
-    }
-
-    fn next(&mut self) -> Option<(Header, Vec<u8>)> {
-        loop {
-            let rest = &self.buffer[self.at..];
-            let skip = rest.iter().position(|byte| *byte == MAGIC[0]).unwrap_or(rest.len());
-            self.lost_place |= skip > 0;
-            self.at += skip;
-            let rest = &rest[skip..];
-            if rest.len() < HEADER {
-                return None;
-            }
-            let header = Header::parse(rest).filter(|header| self.at >= self.suspect_until || header.is_hello());
-            let Some(header) = header else {
-                self.lost_place = true;
-                self.at += 1;
-                continue;
-            };
-            let payload = rest.get(HEADER..HEADER + header.length)?;
-            if crc32fast::hash(payload) != header.payload_crc {
-                self.lost_place = true;
-                self.suspect_until = self.suspect_until.max(self.at + HEADER + header.length);
-                self.at += 1;
-                continue;
-            }
-            let payload = payload.to_vec();
-            self.at += HEADER + header.length;
-            if header.is_hello() {
-                self.suspect_until = 0;
-            }
-            return Some((header, payload));
-        }
-    }
 }
 
 #[derive(Debug, Default)]
