@@ -1,0 +1,430 @@
+//! The logs of one clan.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::OnceLock,
+    time::Duration,
+};
+
+use clan_types::{ClanId, ClanName, EntryId, Hlc, MachineId, MachineName, PersonId, PersonName, Timestamp};
+use ed25519_dalek::SigningKey;
+
+use crate::{
+    AuthorId, Body, Entry, EntryError, InviteProblem, LastEntry, State,
+    fold::fold,
+    log::{Log, Placed},
+};
+
+/// How far an entry's time may lie ahead of the reader's clock and still be believed.
+pub const MAX_AHEAD: Duration = Duration::from_secs(600);
+
+/// What a ledger has: for each author key the next sequence number that it lacks. Beside these pairs stand others, under
+/// keys derived from an author's, that tell apart logs of equal length; whoever does not know them passes them on.
+pub type Vector = Vec<([u8; 32], u64)>;
+
+/// INVARIANT: no more entries than these wait for a predecessor.
+const MAX_WAITING: usize = 4096;
+/// INVARIANT: half of it holds what one author's dispute takes.
+const LEAST_LIMIT: usize = 6;
+
+/// What became of an inserted entry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Inserted {
+    /// It is in the log, or kept as evidence that its author equivocated. Store it and pass it on.
+    New,
+    /// Nothing changed.
+    Known,
+    /// It is kept until its predecessor arrives. Store it; do not pass it on.
+    Waiting,
+}
+
+/// Why an entry is not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum InsertError {
+    /// It belongs to another clan.
+    #[error("the entry belongs to another clan")]
+    ForeignClan,
+    /// It is not later than its predecessor.
+    #[error("the entry is not later than the one before it")]
+    TimeRunsBack,
+    /// Its predecessor is missing and too many entries wait already. It can be offered again.
+    #[error("too many entries wait for their predecessors")]
+    TooManyWaiting,
+}
+
+/// Why a newcomer's entries cannot be countersigned.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum RedeemProblem {
+    /// They are not an admission, then enrolments, of one new author in this clan.
+    #[error("the entries are not a newcomer's admission")]
+    Malformed,
+    /// The invite does not allow it.
+    #[error("the invite cannot be redeemed")]
+    Invite(#[source] InviteProblem),
+    /// The person's name is taken.
+    #[error("the name `{0}` is taken by another person")]
+    PersonNameTaken(PersonName),
+    /// The machine's name is taken.
+    #[error("the name `{0}` is taken by another machine")]
+    MachineNameTaken(MachineName),
+    /// The machine or its WireGuard key is enrolled already.
+    #[error("the machine's key is enrolled already")]
+    KeyTaken,
+    /// The newcomer's clock is ahead by more than [`MAX_AHEAD`].
+    #[error("the newcomer's clock is ahead by more than {} minutes", MAX_AHEAD.as_secs() / 60)]
+    ClockAhead,
+}
+
+/// The logs of one clan and, folded on demand, its [`State`].
+#[derive(Debug, Clone)]
+pub struct Ledger {
+    clan: ClanId,
+    pub(crate) logs: BTreeMap<AuthorId, Log>,
+    /// The entries that count for the fold (no evidence, none waiting), in the order in which they take effect.
+    pub(crate) order: BTreeMap<(Hlc, EntryId), (AuthorId, u64)>,
+    waiting: BTreeMap<(AuthorId, u64, EntryId), Entry>,
+    state: OnceLock<State>,
+}
+
+/// What became of many inserted entries.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct InsertedMany {
+    /// Those that were [`Inserted::New`], in the order given.
+    pub new: Vec<Entry>,
+    /// Those that were [`Inserted::Waiting`].
+    pub waiting: Vec<Entry>,
+    /// Those that were refused, and why.
+    pub refused: Vec<(EntryId, InsertError)>,
+}
+
+impl Ledger {
+    /// Founds a clan: its ledger, and the founding entry that is in it already. `nonce` must be random.
+    pub fn found(
+        key: &SigningKey,
+        clan: ClanName,
+        founder: PersonName,
+        nonce: [u8; 32],
+        now: Timestamp,
+    ) -> Result<(Self, Entry), EntryError> {
+        let body = Body::Found { clan, founder, nonce };
+        let entry = Entry::sign(key, None, 0, None, Hlc { wall: now, counter: 0 }, body)?;
+        let mut ledger = Self::open(entry.clan());
+        // The first entry of an empty ledger of its own clan is always placed.
+        let _ = ledger.insert(entry.clone());
+        Ok((ledger, entry))
+    }
+
+    /// The ledger of a clan, empty. Only entries of that clan enter it, and its founding entry is recognised by its
+    /// hash: nothing that arrives later can be somebody else's clan.
+    pub fn open(clan: ClanId) -> Self {
+        Self { clan, logs: BTreeMap::new(), order: BTreeMap::new(), waiting: BTreeMap::new(), state: OnceLock::new() }
+    }
+
+    /// The clan.
+    pub fn clan(&self) -> ClanId {
+        self.clan
+    }
+
+    /// Takes an entry in, in any order. One whose predecessor is missing waits for it.
+    pub fn insert(&mut self, entry: Entry) -> Result<Inserted, InsertError> {
+        if entry.clan() != self.clan {
+            return Err(InsertError::ForeignClan);
+        }
+        let author = entry.author();
+        if self.waiting.contains_key(&(author, entry.seq(), entry.id())) {
+            return Ok(Inserted::Known);
+        }
+        let log = self.logs.entry(author).or_default();
+        let result = match log.place(&entry) {
+            Placed::Chained(displaced) => {
+                log.rechecked(entry.seq());
+                self.chained(&entry, &displaced);
+                Ok(Inserted::New)
+            }
+            Placed::Evidence => {
+                self.state = OnceLock::new();
+                self.drop_waiting_after(&entry);
+                Ok(Inserted::New)
+            }
+            Placed::Lost => {
+                self.drop_waiting_after(&entry);
+                Ok(Inserted::Known)
+            }
+            Placed::Known => {
+                log.rechecked(entry.seq());
+                Ok(Inserted::Known)
+            }
+            Placed::TimeRunsBack => Err(InsertError::TimeRunsBack),
+            Placed::Waits => {
+                if entry.seq() <= log.len() {
+                    log.recheck.get_or_insert(0);
+                }
+                if self.waiting.len() >= MAX_WAITING {
+                    return Err(InsertError::TooManyWaiting);
+                }
+                self.waiting.insert((author, entry.seq(), entry.id()), entry);
+                Ok(Inserted::Waiting)
+            }
+        };
+        if self.logs.get(&author).is_some_and(|log| log.chain.is_empty()) {
+            self.logs.remove(&author);
+        }
+        result
+    }
+
+    /// Takes many entries in; a refused one does not stop the others.
+    pub fn insert_all(&mut self, entries: impl IntoIterator<Item = Entry>) -> InsertedMany {
+        let mut result = InsertedMany::default();
+        for entry in entries {
+            match self.insert(entry.clone()) {
+                Ok(Inserted::New) => result.new.push(entry),
+                Ok(Inserted::Waiting) => result.waiting.push(entry),
+                Ok(Inserted::Known) => {}
+                Err(error) => result.refused.push((entry.id(), error)),
+            }
+        }
+        result
+    }
+
+    /// What the entries amount to. Folded when asked for the first time after a change.
+    pub fn state(&self) -> &State {
+        self.state.get_or_init(|| fold(self))
+    }
+
+    /// All entries, evidence included, those that wait excluded. Each author's chain is contiguous.
+    pub fn entries(&self) -> impl Iterator<Item = &Entry> {
+        self.logs.values().flat_map(|log| log.chain.iter().chain(&log.rival))
+    }
+
+    /// How many entries [`Ledger::entries`] yields.
+    pub fn len(&self) -> usize {
+        self.logs.values().map(|log| log.chain.len() + usize::from(log.rival.is_some())).sum()
+    }
+
+    /// Whether there is no entry.
+    pub fn is_empty(&self) -> bool {
+        self.logs.is_empty()
+    }
+
+    /// The last entry of an author's log: what a revocation names as the last that counts.
+    pub fn head(&self, author: AuthorId) -> Option<LastEntry> {
+        self.logs.get(&author).and_then(Log::head)
+    }
+
+    /// The entry with the id.
+    pub fn get(&self, id: &EntryId) -> Option<&Entry> {
+        self.entries().find(|entry| entry.id() == *id)
+    }
+
+    /// What this ledger has, for a peer's [`Ledger::missing`].
+    pub fn vector(&self) -> Vector {
+        let mut vector = Vector::new();
+        for (author, log) in &self.logs {
+            let wanted = log.wanted();
+            vector.push((*author.as_bytes(), wanted));
+            if let Some(last) = wanted.checked_sub(1).and_then(|seq| log.get(seq)) {
+                vector.push((tag_key(HEAD, author), short(&last.id())));
+            }
+            if let Some(rival) = &log.rival {
+                vector.push((tag_key(RIVAL, author), short(&rival.id())));
+            }
+        }
+        vector
+    }
+
+    /// Entries that the sender of the vector lacks, at most `limit` (which is at least 6), each author's in order. Ask
+    /// again with the vector they lead to until there are none.
+    pub fn missing(&self, vector: &[([u8; 32], u64)], limit: usize) -> Vec<&Entry> {
+        let limit = limit.max(LEAST_LIMIT);
+        let theirs: HashMap<&[u8; 32], u64> = vector.iter().map(|(key, value)| (key, *value)).collect();
+        let next = |author: &AuthorId| theirs.get(author.as_bytes()).copied().unwrap_or(0);
+        // Half of the room is for disputes, each whole or not at all: otherwise what they know already, or cannot place
+        // before the dispute is settled, could fill it for ever.
+        let mut disputed = Vec::new();
+        for (author, log) in &self.logs {
+            let entries = dispute(author, log, next(author), &theirs);
+            if disputed.len() + entries.len() <= limit / 2 {
+                disputed.extend(entries);
+            }
+        }
+        let room = limit - disputed.len();
+        let mut missing = Vec::new();
+        for (author, log) in &self.logs {
+            let from = usize::try_from(next(author)).unwrap_or(usize::MAX).min(log.chain.len());
+            missing.extend(log.chain[from..].iter().take(room - missing.len()));
+            if missing.len() == room {
+                break;
+            }
+        }
+        missing.extend(disputed);
+        missing
+    }
+
+    /// Signs the next entry of the key's log; the caller stores it, then inserts it. `now` is the wall clock.
+    pub fn author(&self, key: &SigningKey, body: Body, now: Timestamp) -> Result<Entry, EntryError> {
+        let head = self.logs.get(&AuthorId::of(key)).and_then(|log| log.chain.last());
+        let (seq, prev) = head.map_or((0, None), |head| (head.seq() + 1, Some(head.id())));
+        let time = self.next_time(now).max(head.map_or(Hlc::default(), |head| head.time().next(now)));
+        Entry::sign(key, Some(&self.clan), seq, prev, time, body)
+    }
+
+    /// The bodies that put a person and their machines out, each with the last entry known here as the last that
+    /// counts.
+    pub fn revocation_of_person(&self, person: &PersonId) -> Vec<Body> {
+        let machines = self.state().machines.iter().filter(|(_, machine)| machine.owner == *person);
+        let mut bodies: Vec<_> = machines.map(|(machine, _)| self.revocation_of_machine(machine)).collect();
+        bodies.push(Body::RevokePerson { person: *person, last: self.head((*person).into()) });
+        bodies
+    }
+
+    /// The body that puts a machine out, with the last of its entries known here as the last that counts.
+    pub fn revocation_of_machine(&self, machine: &MachineId) -> Body {
+        Body::RevokeMachine { machine: *machine, last: self.head((*machine).into()) }
+    }
+
+    /// Whether a newcomer's entries (their admission, then enrolments) would count if they were inserted here and
+    /// countersigned now. Gives the admission, whose id the countersignature names.
+    pub fn check_redemption<'a>(&self, entries: &'a [Entry], now: Timestamp) -> Result<&'a Entry, RedeemProblem> {
+        let (admission, rest) = entries.split_first().ok_or(RedeemProblem::Malformed)?;
+        let Body::Admission { invite, name, .. } = admission.body() else { return Err(RedeemProblem::Malformed) };
+        let author = admission.author();
+        let state = self.state();
+        if admission.clan() != self.clan || state.people.contains_key(&author.person()) {
+            return Err(RedeemProblem::Malformed);
+        }
+        let mut before = admission;
+        let mut seen = self.next_time(now);
+        let (mut keys, mut names, mut wgs) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        for entry in rest {
+            let Body::Enrol { machine, name, wg } = entry.body() else { return Err(RedeemProblem::Malformed) };
+            let follows = entry.author() == author && entry.clan() == self.clan && entry.prev() == Some(before.id());
+            if !follows || entry.seq() != before.seq() + 1 || entry.time() <= before.time() {
+                return Err(RedeemProblem::Malformed);
+            }
+            if !names.insert(name) || state.machine_named(name).is_some() {
+                return Err(RedeemProblem::MachineNameTaken(name.clone()));
+            }
+            let known = state.machines.iter().any(|(id, known)| id == machine || known.wg == *wg);
+            if known || !keys.insert(machine) || !wgs.insert(wg) {
+                return Err(RedeemProblem::KeyTaken);
+            }
+            before = entry;
+        }
+        // Another admission of theirs, recorded before, would displace or be displaced by this one.
+        let differs = |entry: &Entry, log: &Log| log.get(entry.seq()).is_some_and(|known| known.id() != entry.id());
+        if self.logs.get(&author).is_some_and(|log| entries.iter().any(|entry| differs(entry, log))) {
+            return Err(RedeemProblem::Malformed);
+        }
+        if before.time().wall > now.plus(MAX_AHEAD) {
+            return Err(RedeemProblem::ClockAhead);
+        }
+        // The countersignature will be later than all it has seen, and that is the time that must not be past expiry.
+        seen = seen.max(before.time());
+        state.check_invite(invite, seen.wall).map_err(RedeemProblem::Invite)?;
+        if state.person_named(name).is_some() {
+            return Err(RedeemProblem::PersonNameTaken(name.clone()));
+        }
+        Ok(admission)
+    }
+
+    /// A reading later than everything seen, except times that lie absurdly far ahead.
+    fn next_time(&self, now: Timestamp) -> Hlc {
+        let end = Hlc { wall: now.plus(MAX_AHEAD), counter: u32::MAX };
+        let seen = self.order.range(..=(end, EntryId::from_bytes([0xff; 32]))).next_back();
+        seen.map_or(Hlc { wall: now, counter: 0 }, |((seen, _), _)| seen.next(now))
+    }
+
+    /// Books an entry that entered a chain, and places those that waited for it.
+    fn chained(&mut self, entry: &Entry, displaced: &[Entry]) {
+        self.state = OnceLock::new();
+        let author = entry.author();
+        for gone in displaced {
+            self.order.remove(&(gone.time(), gone.id()));
+            self.drop_waiting_after(gone);
+        }
+        self.order.insert((entry.time(), entry.id()), (author, entry.seq()));
+        let mut parents = vec![entry.clone()];
+        while let Some(parent) = parents.pop() {
+            for child in self.take_waiting_after(&parent) {
+                let Some(log) = self.logs.get_mut(&author) else { return };
+                match log.place(&child) {
+                    Placed::Chained(displaced) => {
+                        for gone in displaced {
+                            self.order.remove(&(gone.time(), gone.id()));
+                        }
+                        self.order.insert((child.time(), child.id()), (author, child.seq()));
+                        parents.push(child);
+                    }
+                    Placed::Evidence | Placed::Lost | Placed::TimeRunsBack => self.drop_waiting_after(&child),
+                    Placed::Known => {}
+                    // A sibling displaced the parent meanwhile.
+                    Placed::Waits => self.drop_waiting_after(&child),
+                }
+            }
+        }
+        self.settle(author);
+    }
+
+    /// Takes out the waiting entries that name `parent` as their predecessor.
+    fn take_waiting_after(&mut self, parent: &Entry) -> Vec<Entry> {
+        let next = parent.seq() + 1;
+        let (least, end) = ((parent.author(), next, EntryId::from_bytes([0; 32])), EntryId::from_bytes([0xff; 32]));
+        let range = self.waiting.range(least..=(parent.author(), next, end));
+        let keys: Vec<_> = range.filter(|(_, entry)| entry.prev() == Some(parent.id())).map(|(key, _)| *key).collect();
+        keys.iter().filter_map(|key| self.waiting.remove(key)).collect()
+    }
+
+    /// Forgets the waiting entries of a branch that lost.
+    fn drop_waiting_after(&mut self, lost: &Entry) {
+        let mut parents = vec![lost.clone()];
+        while let Some(parent) = parents.pop() {
+            parents.extend(self.take_waiting_after(&parent));
+        }
+        self.settle(lost.author());
+    }
+
+    /// Ends the search for a fork once nothing contradicts the chain any more, or begins one.
+    fn settle(&mut self, author: AuthorId) {
+        let Some(log) = self.logs.get_mut(&author) else { return };
+        let (least, end) = (EntryId::from_bytes([0; 32]), EntryId::from_bytes([0xff; 32]));
+        let contradicted = self.waiting.range((author, 0, least)..=(author, log.len(), end)).next().is_some();
+        if !contradicted {
+            log.recheck = None;
+        } else {
+            log.recheck.get_or_insert(0);
+        }
+    }
+}
+
+/// What shows a peer whose log of this author is on another branch that there are two. At most three entries.
+fn dispute<'a>(author: &AuthorId, log: &'a Log, next: u64, theirs: &HashMap<&[u8; 32], u64>) -> Vec<&'a Entry> {
+    let mut entries = Vec::new();
+    if let Some(head) = theirs.get(&tag_key(HEAD, author))
+        && let Some(ours) = next.checked_sub(1).and_then(|seq| log.get(seq))
+        && *head != short(&ours.id())
+    {
+        entries.push(ours);
+    }
+    if let Some(rival) = &log.rival {
+        if theirs.get(&tag_key(RIVAL, author)) != Some(&short(&rival.id())) {
+            entries.extend(log.get(rival.seq()));
+            entries.push(rival);
+        }
+        // Theirs is longer, so that we cannot tell whether it is the same branch: they can.
+        if next > log.len() {
+            entries.extend(log.chain.last());
+        }
+    }
+    entries
+}
+
+const HEAD: &str = "clan 2026-11 ledger vector head v1";
+const RIVAL: &str = "clan 2026-11 ledger vector rival v1";
+
+fn tag_key(kind: &str, author: &AuthorId) -> [u8; 32] {
+    blake3::derive_key(kind, author.as_bytes())
+}
+
+fn short(id: &EntryId) -> u64 {
+    id.as_bytes().iter().take(8).fold(0, |value, byte| value << 8 | u64::from(*byte))
+}

@@ -1,0 +1,32 @@
+//! Who belongs to a clan and who may do what: signed logs, and the pure fold that turns them into a [`State`].
+//!
+//! - Every author (a person's or a machine's key) has one log of [`Entry`]s, chained by hash.
+//! - A [`Ledger`] holds the logs of one clan. Any two ledgers that hold the same entries have the same [`State`],
+//!   whatever order, duplication or detour the entries arrived by.
+//! - Nothing here reads a clock, a file, a socket or a random number: times and keys come in as arguments.
+//!
+//! # What the fold guarantees
+//!
+//! - Entries take effect in the order of their hybrid time, then of their id. An author needs the right at that point.
+//! - A newcomer is in from the first [`Body::Countersign`] of their admission by a machine in good standing; what they
+//!   wrote before takes effect then.
+//! - A revocation says which is the last entry of its subject that still counts; later ones are void, whatever time
+//!   they carry. Revocations are weighed from the most senior author down (greater role first, then earlier admission);
+//!   one that counts is never undone by a junior's, and of two people who revoke each other the senior one stays.
+//! - An author who signs two entries for one place in their log has equivocated: the earlier one (by time, then id)
+//!   and what follows it count, the other is kept as evidence. A revocation that pins the losing branch leaves only
+//!   what both branches share.
+//! - A time that lies ahead of the reader's clock by more than [`MAX_AHEAD`] does not move the reader's clock, and an
+//!   admission is void whose countersignature is not later than it. Revocations work on entries of any time.
+
+mod body;
+mod entry;
+mod fold;
+mod ledger;
+mod log;
+mod state;
+
+pub use body::{AdmissionProof, Body, LastEntry, Title, TitleError, VmDescription};
+pub use entry::{AuthorId, Entry, EntryError, MAX_ENTRY};
+pub use ledger::{InsertError, Inserted, InsertedMany, Ledger, MAX_AHEAD, RedeemProblem, Vector};
+pub use state::{Invite, InviteProblem, Machine, Person, Published, Standing, State, Void, VoidReason};

@@ -1,0 +1,84 @@
+//! The encoding of entries.
+#![allow(clippy::unwrap_used, reason = "helpers of tests")]
+
+mod common;
+
+use clan_ledger::{Body, Entry, EntryError, MAX_ENTRY};
+use clan_types::{ClanId, Hlc, Role, Timestamp};
+use common::*;
+use proptest::prelude::*;
+
+fn samples() -> Vec<Entry> {
+    let mut clan = Clan::new();
+    clan.join(2, 1, Role::Admin);
+    for body in clan.ledger.revocation_of_person(&person(&key(2))) {
+        clan.say(&key(1), body);
+    }
+    clan.say(&key(1), Body::Leave);
+    clan.ledger.entries().cloned().collect()
+}
+
+#[test]
+fn entries_round_trip() {
+    for entry in samples() {
+        let again = Entry::decode(&entry.encode()).unwrap();
+        assert_eq!((again.id(), again.body(), again.clan()), (entry.id(), entry.body(), entry.clan()));
+        assert_eq!(again.encode(), entry.encode());
+    }
+}
+
+#[test]
+fn every_flipped_bit_and_every_cut_is_refused() {
+    for entry in samples() {
+        let bytes = entry.encode();
+        for bit in 0..bytes.len() * 8 {
+            let mut changed = bytes.clone();
+            changed[bit / 8] ^= 1 << (bit % 8);
+            assert!(Entry::decode(&changed).is_err(), "bit {bit} of {entry:?}");
+        }
+        for end in 0..bytes.len() {
+            assert!(Entry::decode(&bytes[..end]).is_err(), "cut at {end}");
+        }
+        assert!(Entry::decode(&[bytes.as_slice(), &[0]].concat()).is_err(), "longer by a byte");
+    }
+}
+
+#[test]
+fn a_newer_version_and_a_giant_are_told_apart() {
+    let mut bytes = samples()[0].encode();
+    bytes[0] = 9;
+    assert_eq!(Entry::decode(&bytes), Err(EntryError::NewerVersion(9)));
+    assert_eq!(Entry::decode(&vec![1; MAX_ENTRY + 1]), Err(EntryError::TooLong));
+}
+
+#[test]
+fn an_admission_needs_the_invites_secret_for_this_person_and_this_clan() {
+    let (clan, other) = (ClanId::from_bytes([1; 32]), ClanId::from_bytes([2; 32]));
+    let time = Hlc { wall: at(0), counter: 0 };
+    let good = Body::admission(&key(50), &clan, &person(&key(2)), name("eve"));
+    assert!(Entry::sign(&key(2), Some(&clan), 0, None, time, good.clone()).is_ok());
+    assert_eq!(Entry::sign(&key(3), Some(&clan), 0, None, time, good.clone()), Err(EntryError::BadProof));
+    assert_eq!(Entry::sign(&key(2), Some(&other), 0, None, time, good), Err(EntryError::BadProof));
+}
+
+#[test]
+fn entries_out_of_place_or_time_cannot_be_made() {
+    let clan = ClanId::from_bytes([1; 32]);
+    let time = Hlc { wall: at(0), counter: 0 };
+    let id = samples()[0].id();
+    assert_eq!(Entry::sign(&key(1), Some(&clan), 1, None, time, Body::Leave), Err(EntryError::Misplaced));
+    assert_eq!(Entry::sign(&key(1), Some(&clan), 0, Some(id), time, Body::Leave), Err(EntryError::Misplaced));
+    assert_eq!(Entry::sign(&key(1), None, 0, None, time, Body::Leave), Err(EntryError::Misplaced));
+    let late = Hlc { wall: Timestamp::from_millis(u64::MAX), counter: 0 };
+    assert_eq!(Entry::sign(&key(1), Some(&clan), 0, None, late, Body::Leave), Err(EntryError::TimeOutOfRange));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn decoding_any_bytes_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..600)) {
+        prop_assert!(Entry::decode(&bytes).is_err());
+        prop_assert!(Entry::decode(&[&[1], bytes.as_slice()].concat()).is_err());
+    }
+}

@@ -1,0 +1,278 @@
+//! A clan's ledger in a `redb` file.
+
+use std::{
+    fs::{self, OpenOptions},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use clan_ledger::{Entry, EntryError, Ledger};
+use clan_types::ClanId;
+use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+
+use crate::{
+    StoreError,
+    file::{keep_aside, sibling, sync_parent},
+};
+
+/// Entry id to encoded entry.
+const ENTRIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("entries");
+/// See [`VERSION`], [`CLAN`] and [`COUNT`].
+const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
+const VERSION: &str = "version";
+const CLAN: &str = "clan";
+/// How many entries there are: an older state of the file would not add up.
+const COUNT: &str = "count";
+const CURRENT: u8 = 1;
+/// The ledger is held in memory besides; the file needs little.
+const CACHE: usize = 8 << 20;
+
+/// A clan's ledger on disk. One process has it open at a time.
+#[derive(Debug)]
+pub struct LedgerStore {
+    path: PathBuf,
+    clan: ClanId,
+    /// `None` after a failed write, until the file was opened again.
+    database: Mutex<Option<Database>>,
+}
+
+impl LedgerStore {
+    /// Opens a clan's file, or creates it. A damaged file is kept aside under another name and reported as
+    /// [`StoreError::Corrupt`]; opening again then begins an empty one, which peers fill.
+    pub fn open(path: impl AsRef<Path>, clan: &ClanId) -> Result<Self, StoreError> {
+        let path = path.as_ref().to_owned();
+        match fs::symlink_metadata(&path) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => create(&path, clan)?,
+            Err(error) => return Err(StoreError::io("open", &path)(error)),
+        }
+        let store = Self { clan: *clan, database: Mutex::new(None), path };
+        store.with(|_| Ok(()))?;
+        Ok(store)
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Adds an entry. It is on disk on return; adding it again does nothing.
+    pub fn append(&self, entry: &Entry) -> Result<(), StoreError> {
+        self.append_all([entry])
+    }
+
+    /// Adds entries, all or none. They are on disk on return.
+    pub fn append_all<'a>(&self, entries: impl IntoIterator<Item = &'a Entry>) -> Result<(), StoreError> {
+        let entries: Vec<_> = entries.into_iter().collect();
+        if entries.is_empty() {
+            return Ok(());
+        }
+        self.with(|database| {
+            let write = database.begin_write()?;
+            {
+                let mut table = write.open_table(ENTRIES)?;
+                for entry in &entries {
+                    table.insert(entry.id().as_bytes(), entry.as_bytes())?;
+                }
+                let count = table.len()?;
+                write.open_table(META)?.insert(COUNT, count.to_le_bytes().as_slice())?;
+            }
+            write.commit()?;
+            Ok(())
+        })
+    }
+
+    /// Reads all entries back and checks each.
+    pub fn load(&self) -> Result<Ledger, StoreError> {
+        let mut entries = self.with(|database| {
+            let mut entries = Vec::new();
+            for row in database.begin_read()?.open_table(ENTRIES)?.iter()? {
+                match Entry::decode(row?.1.value()) {
+                    Ok(entry) => entries.push(entry),
+                    Err(EntryError::NewerVersion(found)) => return Err(Failure::Newer(found)),
+                    Err(error) => return Err(Failure::Damaged(error.to_string())),
+                }
+            }
+            Ok(entries)
+        })?;
+        entries.sort_by_key(|entry| (entry.author(), entry.seq()));
+        let mut ledger = Ledger::open(self.clan);
+        // Refused are only entries of a branch that lost: they were stored when they arrived and have no effect.
+        ledger.insert_all(entries);
+        Ok(ledger)
+    }
+
+    /// Runs something on the open file. After an I/O error the file is opened afresh next time, because a database that
+    /// failed once (a full disk) refuses all further work.
+    fn with<T>(&self, run: impl FnOnce(&Database) -> Result<T, Failure>) -> Result<T, StoreError> {
+        let mut guard = self.lock();
+        // The database asserts what it expects of its file: a damaged one can end in a panic.
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            let database = match guard.take() {
+                Some(database) => database,
+                None => open(&self.path, &self.clan)?,
+            };
+            run(&database).map(|value| (value, database))
+        }));
+        match result.unwrap_or_else(|_| Err(Failure::Damaged("its structure is broken".to_owned()))) {
+            Ok((value, database)) => {
+                *guard = Some(database);
+                Ok(value)
+            }
+            Err(failure) => Err(failure.report(&self.path)),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Database>> {
+        self.database.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for LedgerStore {
+    fn drop(&mut self) {
+        // Closing writes, and can stumble over damage. Everything acknowledged is on disk already; the next opening
+        // reports what is wrong.
+        let database = self.lock().take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
+    }
+}
+
+/// Makes an empty file under another name first: one that was cut short in the making is never taken for a damaged one.
+fn create(path: &Path, clan: &ClanId) -> Result<(), StoreError> {
+    let temporary = sibling(path, ".new");
+    let make = || -> Result<(), Failure> {
+        match fs::remove_file(&temporary) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
+        let database = redb::Builder::new().set_cache_size(CACHE).create_file(file)?;
+        let write = database.begin_write()?;
+        {
+            write.open_table(ENTRIES)?;
+            let mut meta = write.open_table(META)?;
+            meta.insert(VERSION, [CURRENT].as_slice())?;
+            meta.insert(CLAN, clan.as_bytes().as_slice())?;
+            meta.insert(COUNT, 0u64.to_le_bytes().as_slice())?;
+        }
+        write.commit()?;
+        drop(database);
+        // A link, unlike a rename, never replaces a ledger that somebody else made meanwhile.
+        match fs::hard_link(&temporary, path) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error.into()),
+            _ => Ok(()),
+        }
+    };
+    let made = make();
+    let _ = fs::remove_file(&temporary);
+    match made {
+        Ok(()) => sync_parent(path),
+        Err(Failure::Io(error)) => Err(StoreError::io("create", path)(error)),
+        Err(failure) => Err(failure.report(path)),
+    }
+}
+
+fn open(path: &Path, clan: &ClanId) -> Result<Database, Failure> {
+    // The database would take an empty file for a new one.
+    if fs::metadata(path)?.len() == 0 {
+        return Err(Failure::Damaged("it is empty".to_owned()));
+    }
+    let mut database = redb::Builder::new().set_cache_size(CACHE).open(path)?;
+    // Covers what the entries do not: the database's own pages, on which a later write would stumble.
+    if !database.check_integrity()? {
+        return Err(Failure::Damaged("its checksums do not fit".to_owned()));
+    }
+    check(&database, clan)?;
+    Ok(database)
+}
+
+/// Reads everything once: damage shows now, not when it hurts.
+fn check(database: &Database, clan: &ClanId) -> Result<(), Failure> {
+    let read = database.begin_read()?;
+    let meta = read.open_table(META)?;
+    let missing = |what: &str| Failure::Damaged(format!("its {what} is missing"));
+    let version = meta.get(VERSION)?.ok_or_else(|| missing(VERSION))?;
+    match version.value() {
+        [CURRENT] => {}
+        [newer] if *newer > CURRENT => return Err(Failure::Newer(*newer)),
+        _ => return Err(missing(VERSION)),
+    }
+    let found = meta.get(CLAN)?.ok_or_else(|| missing(CLAN))?;
+    let found = ClanId::from_bytes(<[u8; 32]>::try_from(found.value()).map_err(|_| missing(CLAN))?);
+    if found != *clan {
+        return Err(Failure::Foreign(found));
+    }
+    let count = meta.get(COUNT)?.ok_or_else(|| missing(COUNT))?;
+    let count = u64::from_le_bytes(<[u8; 8]>::try_from(count.value()).map_err(|_| missing(COUNT))?);
+    let mut seen = 0;
+    for row in read.open_table(ENTRIES)?.iter()? {
+        let (id, bytes) = row?;
+        if blake3::hash(bytes.value()).as_bytes() != id.value() {
+            return Err(Failure::Damaged("an entry is damaged".to_owned()));
+        }
+        seen += 1;
+    }
+    if seen != count {
+        return Err(Failure::Damaged(format!("it has {seen} of {count} entries")));
+    }
+    Ok(())
+}
+
+/// What went wrong inside, before it is known what becomes of the file.
+enum Failure {
+    Io(io::Error),
+    InUse,
+    Newer(u8),
+    Foreign(ClanId),
+    Damaged(String),
+}
+
+impl Failure {
+    fn report(self, path: &Path) -> StoreError {
+        let path_buf = path.to_owned();
+        match self {
+            Self::Io(error) => StoreError::io("read or write", path)(error),
+            Self::InUse => StoreError::InUse { path: path_buf },
+            Self::Newer(found) => StoreError::NewerVersion { path: path_buf, found: found.into() },
+            Self::Foreign(found) => StoreError::ForeignClan { path: path_buf, found },
+            Self::Damaged(why) => keep_aside(path, why),
+        }
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        match error.kind() {
+            // Only a file that is shorter than it says reads like this.
+            io::ErrorKind::UnexpectedEof | io::ErrorKind::InvalidData => Self::Damaged(error.to_string()),
+            _ => Self::Io(error),
+        }
+    }
+}
+
+impl From<redb::Error> for Failure {
+    fn from(error: redb::Error) -> Self {
+        match error {
+            redb::Error::Io(error) => error.into(),
+            redb::Error::DatabaseAlreadyOpen => Self::InUse,
+            redb::Error::UpgradeRequired(_) => Self::Io(io::Error::new(io::ErrorKind::Unsupported, error.to_string())),
+            redb::Error::PreviousIo | redb::Error::DatabaseClosed => Self::Io(io::Error::other(error.to_string())),
+            error => Self::Damaged(error.to_string()),
+        }
+    }
+}
+
+macro_rules! through_redb_error {
+    ($($kind:ty),*) => {$(
+        impl From<$kind> for Failure {
+            fn from(error: $kind) -> Self {
+                redb::Error::from(error).into()
+            }
+        }
+    )*};
+}
+
+through_redb_error!(DatabaseError, redb::StorageError, redb::TableError, redb::TransactionError, redb::CommitError);
