@@ -1,0 +1,441 @@
+use std::{
+    collections::VecDeque,
+    path::{Path, PathBuf},
+    pin::Pin,
+    task::{Context, Poll},
+};
+
+use bytes::{Buf, Bytes};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::UnixStream,
+};
+
+use crate::{
+    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login,
+    MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats,
+};
+
+/// Largest answer that is read into memory.
+const MAX_ANSWER: usize = 64 << 20;
+/// Longest line of an event stream.
+const MAX_LINE: usize = 4 << 20;
+
+/// Why a request got no answer, or a bad one.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// No manager listens on the socket.
+    #[error("the manager is not running: nothing listens on {}", path.display())]
+    ManagerNotRunning {
+        /// The socket.
+        path: PathBuf,
+    },
+    /// The socket is there, but cannot be used.
+    #[error("cannot connect to the manager at {}", path.display())]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The manager says why not.
+    #[error(transparent)]
+    Problem(Box<ApiProblem>),
+    /// The answer is none of this API's.
+    #[error("unexpected answer of the manager: {what}")]
+    Protocol {
+        /// What was unexpected.
+        what: String,
+    },
+}
+
+/// Talks to the manager over its Unix socket. Cheap to clone; every request is a connection of its own.
+#[derive(Debug, Clone)]
+pub struct ManagerClient {
+    socket: PathBuf,
+}
+
+impl ManagerClient {
+    /// A client for the manager that listens on this socket: `<data>/run/manager.sock`. Connects at the first request.
+    pub fn unix(path: impl Into<PathBuf>) -> Self {
+        Self { socket: path.into() }
+    }
+
+    /// The socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Everything in one.
+    pub async fn status(&self) -> Result<Status, ClientError> {
+        self.get("/status").await
+    }
+
+    /// Founds a clan.
+    pub async fn create_clan(&self, request: &CreateClan) -> Result<TaskInfo, ClientError> {
+        self.post("/clans", request).await
+    }
+
+    /// What a link leads to. Asks machines of the clan, and may take as long as they do.
+    pub async fn preview_join(&self, link: &str) -> Result<JoinPreview, ClientError> {
+        self.post("/joins/preview", &PreviewJoin { link: link.to_owned() }).await
+    }
+
+    /// Joins a clan.
+    pub async fn join(&self, request: &JoinClan) -> Result<TaskInfo, ClientError> {
+        self.post("/joins", request).await
+    }
+
+    /// Running and recent tasks, newest first.
+    pub async fn tasks(&self) -> Result<Vec<TaskInfo>, ClientError> {
+        self.get("/tasks").await
+    }
+
+    /// One task, with its log lines.
+    pub async fn task(&self, id: TaskId) -> Result<TaskInfo, ClientError> {
+        self.get(&format!("/tasks/{id}")).await
+    }
+
+    /// A task's events, from now on until it ends.
+    pub async fn task_events(&self, id: TaskId) -> Result<EventStream, ClientError> {
+        let body = self.send(Method::GET, &format!("/tasks/{id}/events"), None).await?.into_body();
+        Ok(EventStream { body: ByteStream { body }, buffer: Vec::new(), ready: VecDeque::new() })
+    }
+
+    /// Cancels a task. What it did so far is undone.
+    pub async fn cancel_task(&self, id: TaskId) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/tasks/{id}/cancel"), &serde_json::json!({})).await
+    }
+
+    /// The clans that this computer is in.
+    pub async fn clans(&self) -> Result<Vec<ClanInfo>, ClientError> {
+        self.get("/clans").await
+    }
+
+    /// Makes an invite. `clan` is a name, an id or a unique beginning of an id, here as in the following.
+    pub async fn invite(&self, clan: &str, request: &CreateInvite) -> Result<Invite, ClientError> {
+        self.post(&format!("/clans/{}/invites", segment(clan)), request).await
+    }
+
+    /// The people of a clan.
+    pub async fn members(&self, clan: &str) -> Result<Vec<PersonInfo>, ClientError> {
+        self.get(&format!("/clans/{}/members", segment(clan))).await
+    }
+
+    /// The machines of a clan.
+    pub async fn machines(&self, clan: &str) -> Result<Vec<MachineInfo>, ClientError> {
+        self.get(&format!("/clans/{}/machines", segment(clan))).await
+    }
+
+    /// The services of a clan.
+    pub async fn services(&self, clan: &str) -> Result<Vec<ServiceInfo>, ClientError> {
+        self.get(&format!("/clans/{}/services", segment(clan))).await
+    }
+
+    /// Leaves a clan.
+    pub async fn leave(&self, clan: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/clans/{}/leave", segment(clan)), &serde_json::json!({})).await
+    }
+
+    /// A URL that opens a service in a browser.
+    pub async fn open_service(&self, clan: &str, service: &str) -> Result<OpenedService, ClientError> {
+        self.post(&format!("/clans/{}/services/{}/open", segment(clan), segment(service)), &serde_json::json!({})).await
+    }
+
+    /// The VMs on this computer.
+    pub async fn vms(&self) -> Result<Vec<VmInfo>, ClientError> {
+        self.get("/vms").await
+    }
+
+    /// Starts a VM. `vm` is the name or id of its clan, here as in the following.
+    pub async fn start_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/start", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Stops a VM in good order.
+    pub async fn stop_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/stop", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Deletes a VM and its disk.
+    pub async fn delete_vm(&self, vm: &str, query: DeleteQuery) -> Result<TaskInfo, ClientError> {
+        self.call(Method::DELETE, &format!("/vms/{}?force={}", segment(vm), query.force), None).await
+    }
+
+    /// A VM's log lines, as text.
+    pub async fn vm_logs(&self, vm: &str, query: LogQuery) -> Result<ByteStream, ClientError> {
+        let source = match query.source {
+            LogSource::Journal => "journal",
+            LogSource::Console => "console",
+        };
+        let path = format!("/vms/{}/logs?lines={}&follow={}&source={source}", segment(vm), query.lines, query.follow);
+        Ok(ByteStream { body: self.send(Method::GET, &path, None).await?.into_body() })
+    }
+
+    /// A VM's statistics.
+    pub async fn vm_stats(&self, vm: &str) -> Result<VmStats, ClientError> {
+        self.get(&format!("/vms/{}/stats", segment(vm))).await
+    }
+
+    /// A VM's console: raw bytes both ways.
+    pub async fn vm_console(&self, vm: &str) -> Result<Console, ClientError> {
+        let request = Request::builder()
+            .method(Method::GET)
+            .uri(format!("{BASE}/vms/{}/console", segment(vm)))
+            .header(header::HOST, "localhost")
+            .header(header::CONNECTION, "upgrade")
+            .header(header::UPGRADE, CONSOLE_UPGRADE)
+            .body(Full::default())
+            .map_err(protocol)?;
+        let response = self.exchange(request).await?;
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+            return Err(refusal(response).await);
+        }
+        let upgraded = hyper::upgrade::on(response).await.map_err(protocol)?;
+        Ok(Console { io: TokioIo::new(upgraded) })
+    }
+
+    /// A URL that opens the web page, signed in.
+    pub async fn login(&self) -> Result<Login, ClientError> {
+        self.post("/logins", &serde_json::json!({})).await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.call(Method::GET, path, None).await
+    }
+
+    async fn post<B: Serialize, T: DeserializeOwned>(&self, path: &str, body: &B) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(protocol)?;
+        self.call(Method::POST, path, Some(body)).await
+    }
+
+    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<T, ClientError> {
+        let response = self.send(method, path, body).await?;
+        let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(protocol)?.to_bytes();
+        serde_json::from_slice(&bytes).map_err(protocol)
+    }
+
+    /// Sends a request; an answer other than 2xx is an error.
+    async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Response<Incoming>, ClientError> {
+        let mut request = Request::builder().method(method).uri(format!("{BASE}{path}")).header(header::HOST, "localhost");
+        if body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        let request = request.body(Full::from(body.unwrap_or_default())).map_err(protocol)?;
+        let response = self.exchange(request).await?;
+        if response.status().is_success() { Ok(response) } else { Err(refusal(response).await) }
+    }
+
+    async fn exchange(&self, request: Request<Full<Bytes>>) -> Result<Response<Incoming>, ClientError> {
+        use std::io::ErrorKind::{ConnectionRefused, NotFound};
+        let stream = UnixStream::connect(&self.socket).await.map_err(|source| match source.kind() {
+            NotFound | ConnectionRefused => ClientError::ManagerNotRunning { path: self.socket.clone() },
+            _ => ClientError::Connect { path: self.socket.clone(), source },
+        })?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(protocol)?;
+        // The connection ends with the answer's body, or with the upgraded stream.
+        tokio::spawn(connection.with_upgrades());
+        sender.send_request(request).await.map_err(protocol)
+    }
+}
+
+/// The problem that an answer other than 2xx tells.
+async fn refusal(response: Response<Incoming>) -> ClientError {
+    let status = response.status();
+    match Limited::new(response.into_body(), MAX_ANSWER).collect().await {
+        Ok(body) => match serde_json::from_slice(&body.to_bytes()) {
+            Ok(problem) => ClientError::Problem(Box::new(problem)),
+            Err(_) => ClientError::Protocol { what: format!("status {status} without a problem report") },
+        },
+        Err(error) => protocol(error),
+    }
+}
+
+fn protocol(error: impl std::fmt::Display) -> ClientError {
+    ClientError::Protocol { what: error.to_string() }
+}
+
+/// Percent-encodes one segment of a path.
+fn segment(text: &str) -> String {
+    use std::fmt::Write as _;
+    let mut encoded = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        if byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'~') {
+            encoded.push(char::from(byte));
+        } else {
+            let _ = write!(encoded, "%{byte:02X}");
+        }
+    }
+    encoded
+}
+
+/// Bytes of an answer, as they arrive.
+#[derive(Debug)]
+pub struct ByteStream {
+    body: Incoming,
+}
+
+impl ByteStream {
+    /// The next bytes; `None` at the end.
+    pub async fn next(&mut self) -> Option<Result<Bytes, ClientError>> {
+        loop {
+            match self.body.frame().await? {
+                Ok(frame) => match frame.into_data() {
+                    Ok(data) => return Some(Ok(data)),
+                    Err(_trailers) => {}
+                },
+                Err(error) => return Some(Err(protocol(error))),
+            }
+        }
+    }
+}
+
+/// A task's events, as they arrive.
+#[derive(Debug)]
+pub struct EventStream {
+    body: ByteStream,
+    buffer: Vec<u8>,
+    ready: VecDeque<TaskEvent>,
+}
+
+impl EventStream {
+    /// The next event; `None` after the one that tells of the task's end.
+    pub async fn next(&mut self) -> Option<Result<TaskEvent, ClientError>> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                return Some(Ok(event));
+            }
+            match self.body.next().await? {
+                Ok(bytes) => {
+                    self.buffer.extend_from_slice(bytes.chunk());
+                    if let Err(error) = self.take_lines() {
+                        return Some(Err(error));
+                    }
+                }
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+
+    /// Server-sent events: only `data:` lines matter here, each holds one event whole.
+    fn take_lines(&mut self) -> Result<(), ClientError> {
+        while let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
+            let line: Vec<u8> = self.buffer.drain(..=end).collect();
+            if let Some(data) = line.strip_prefix(b"data:") {
+                self.ready.push_back(serde_json::from_slice(data).map_err(protocol)?);
+            }
+        }
+        if self.buffer.len() > MAX_LINE { Err(protocol("an event without end")) } else { Ok(()) }
+    }
+}
+
+/// A VM's console: raw bytes both ways.
+#[derive(Debug)]
+pub struct Console {
+    io: TokioIo<hyper::upgrade::Upgraded>,
+}
+
+impl AsyncRead for Console {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Console {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
+        Pin::new(&mut self.io).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::UnixListener,
+    };
+
+    use super::*;
+    use crate::ErrorCode;
+
+    /// A client whose manager gives one canned answer; also what the client asked.
+    async fn answered(answer: &'static str) -> (ManagerClient, tokio::task::JoinHandle<String>, tempfile::TempDir) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("manager.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut asked = vec![0; 4096];
+            let length = stream.read(&mut asked).await.unwrap();
+            stream.write_all(answer.as_bytes()).await.unwrap();
+            stream.shutdown().await.unwrap();
+            String::from_utf8_lossy(&asked[..length]).into_owned()
+        });
+        (ManagerClient::unix(path), server, dir)
+    }
+
+    #[tokio::test]
+    async fn no_manager_is_told_apart_from_other_failures() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("manager.sock");
+        let error = ManagerClient::unix(&path).status().await.unwrap_err();
+        assert!(matches!(error, ClientError::ManagerNotRunning { path: p } if p == path));
+        // A socket file that a killed manager left behind.
+        drop(UnixListener::bind(&path).unwrap());
+        let error = ManagerClient::unix(&path).status().await.unwrap_err();
+        assert!(matches!(error, ClientError::ManagerNotRunning { .. }));
+    }
+
+    #[tokio::test]
+    async fn a_problem_report_becomes_a_typed_error() {
+        let (client, server, _dir) = answered(concat!(
+            "HTTP/1.1 410 Gone\r\ncontent-type: application/problem+json\r\nconnection: close\r\n\r\n",
+            r#"{"type":"urn:clan:problem:invite_used","code":"invite_used","message":"this invite has been used already","hints":["ask for a new one"],"status":410}"#
+        ))
+        .await;
+        let Err(ClientError::Problem(problem)) = client.preview_join("clan://join/x").await else { panic!("a problem was expected") };
+        assert_eq!(problem.code, ErrorCode::InviteUsed);
+        assert_eq!(problem.hints, ["ask for a new one"]);
+        assert!(server.await.unwrap().starts_with("POST /api/v1/joins/preview HTTP/1.1\r\n"));
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_not_ours_is_a_protocol_error() {
+        let (client, _server, _dir) = answered("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n<html>").await;
+        assert!(matches!(client.status().await, Err(ClientError::Protocol { .. })));
+        let (client, _server, _dir) = answered("HTTP/1.1 500 Oops\r\nconnection: close\r\n\r\noops").await;
+        assert!(matches!(client.status().await, Err(ClientError::Protocol { .. })));
+    }
+
+    #[tokio::test]
+    async fn events_arrive_one_by_one_and_end_with_the_stream() {
+        let (client, _server, _dir) = answered(concat!(
+            "HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n",
+            "data: {\"event\":\"log\",\"line\":\"one\"}\n\n: keep-alive\n\ndata: {\"event\":\"log\",\"line\":\"two\"}\n\n"
+        ))
+        .await;
+        let mut events = client.task_events(TaskId::from_u64(1)).await.unwrap();
+        for expected in ["one", "two"] {
+            assert_eq!(events.next().await.unwrap().unwrap(), TaskEvent::Log { line: expected.into() });
+        }
+        assert!(events.next().await.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_name_cannot_reach_another_path() {
+        let (client, server, _dir) = answered("HTTP/1.1 200 OK\r\nconnection: close\r\n\r\n[]").await;
+        client.members("../vms?x").await.unwrap();
+        assert!(server.await.unwrap().starts_with("GET /api/v1/clans/%2E%2E%2Fvms%3Fx/members HTTP/1.1\r\n"));
+    }
+}

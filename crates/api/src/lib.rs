@@ -1,0 +1,29 @@
+//! The one contract that the command line and the web page share with the manager: data types of the HTTP API, its
+//! OpenAPI document, and a client over the manager's Unix socket.
+//!
+//! All paths start with [`BASE`]. Identifiers are lower-case base32 text, sizes are bytes, times are milliseconds since
+//! 1970-01-01T00:00:00Z. Errors are [`ApiProblem`]s (RFC 9457, `application/problem+json`).
+
+mod client;
+mod openapi;
+mod problem;
+mod requests;
+mod status;
+mod tasks;
+
+pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
+pub use openapi::openapi;
+pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
+pub use requests::{
+    CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, OpenedService, PreviewJoin, Transfer,
+};
+pub use status::{
+    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo, PathKind, PersonInfo,
+    ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
+};
+pub use tasks::{StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep};
+
+/// What all paths of the API start with.
+pub const BASE: &str = "/api/v1";
+/// Token of the HTTP `Upgrade` that turns a connection into a VM's console: raw bytes both ways.
+pub const CONSOLE_UPGRADE: &str = "clan-console";

@@ -1,0 +1,151 @@
+//! The OpenAPI document. The functions below exist for their attributes only; the manager's router serves the paths.
+#![allow(dead_code)]
+
+use utoipa::{
+    Modify, OpenApi,
+    openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme},
+};
+
+use crate::*;
+
+/// The OpenAPI document of the manager's HTTP API, as committed in `docs/openapi.json`.
+pub fn openapi() -> utoipa::openapi::OpenApi {
+    Document::openapi()
+}
+
+#[derive(OpenApi)]
+#[openapi(
+    info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
+    paths(
+        status, clans, create_clan, preview_join, join, tasks, task, task_events, cancel_task, invite, members, machines, services, leave,
+        open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
+    ),
+    components(schemas(ApiProblem, TaskEvent)),
+    modifiers(&Security),
+    security(("bearer" = []), ("cookie" = []))
+)]
+struct Document;
+
+struct Security;
+
+impl Modify for Security {
+    fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
+        let components = document.components.get_or_insert_with(Default::default);
+        components.add_security_scheme("bearer", SecurityScheme::Http(HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build()));
+        components.add_security_scheme("cookie", SecurityScheme::ApiKey(ApiKey::Cookie(ApiKeyValue::new("clan_session"))));
+    }
+}
+
+/// Everything that a page shows, in one
+#[utoipa::path(get, path = "/api/v1/status", responses((status = 200, body = Status), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn status() {}
+
+/// The clans that this computer is in
+#[utoipa::path(get, path = "/api/v1/clans", responses((status = 200, body = [ClanInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn clans() {}
+
+/// Found a clan
+#[utoipa::path(post, path = "/api/v1/clans", request_body = CreateClan, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn create_clan() {}
+
+/// What a link leads to
+#[utoipa::path(post, path = "/api/v1/joins/preview", request_body = PreviewJoin, responses((status = 200, body = JoinPreview), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn preview_join() {}
+
+/// Join a clan
+#[utoipa::path(post, path = "/api/v1/joins", request_body = JoinClan, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn join() {}
+
+/// Running and recent tasks, newest first
+#[utoipa::path(get, path = "/api/v1/tasks", responses((status = 200, body = [TaskInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn tasks() {}
+
+/// One task, with its log lines
+#[utoipa::path(get, path = "/api/v1/tasks/{id}", params(("id" = String, Path)), responses((status = 200, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn task() {}
+
+/// A task's events as server-sent events: each `data:` is one TaskEvent; ends with the task
+#[utoipa::path(get, path = "/api/v1/tasks/{id}/events", params(("id" = String, Path)), responses((status = 200, body = TaskEvent, content_type = "text/event-stream"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn task_events() {}
+
+/// Cancel a task; what it did so far is undone
+#[utoipa::path(post, path = "/api/v1/tasks/{id}/cancel", params(("id" = String, Path)), responses((status = 200, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn cancel_task() {}
+
+/// Make an invite
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/invites", params(("clan" = String, Path)), request_body = CreateInvite, responses((status = 201, body = Invite), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn invite() {}
+
+/// The people of a clan
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/members", params(("clan" = String, Path)), responses((status = 200, body = [PersonInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn members() {}
+
+/// The machines of a clan
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/machines", params(("clan" = String, Path)), responses((status = 200, body = [MachineInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn machines() {}
+
+/// The services of a clan
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/services", params(("clan" = String, Path)), responses((status = 200, body = [ServiceInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn services() {}
+
+/// Leave a clan
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/leave", params(("clan" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn leave() {}
+
+/// A URL that opens a service in a browser
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/services/{name}/open", params(("clan" = String, Path), ("name" = String, Path)), responses((status = 201, body = OpenedService), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn open_service() {}
+
+/// The VMs on this computer
+#[utoipa::path(get, path = "/api/v1/vms", responses((status = 200, body = [VmInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn vms() {}
+
+/// Start a VM
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/start", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn start_vm() {}
+
+/// Stop a VM in good order
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/stop", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn stop_vm() {}
+
+/// Delete a VM and its disk
+#[utoipa::path(delete, path = "/api/v1/vms/{vm}", params(("vm" = String, Path), DeleteQuery), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn delete_vm() {}
+
+/// A VM's log lines
+#[utoipa::path(get, path = "/api/v1/vms/{vm}/logs", params(("vm" = String, Path), LogQuery), responses((status = 200, body = String, content_type = "text/plain"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn vm_logs() {}
+
+/// A VM's console: raw bytes both ways after an upgrade to `clan-console`
+#[utoipa::path(get, path = "/api/v1/vms/{vm}/console", params(("vm" = String, Path)), responses((status = 101, description = "Raw bytes follow"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn vm_console() {}
+
+/// A VM's statistics
+#[utoipa::path(get, path = "/api/v1/vms/{vm}/stats", params(("vm" = String, Path)), responses((status = 200, body = VmStats), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn vm_stats() {}
+
+/// A URL that opens the web page, signed in; over the Unix socket only
+#[utoipa::path(post, path = "/api/v1/logins", responses((status = 201, body = Login), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn login() {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_committed_document_is_the_one_that_the_code_describes() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/openapi.json");
+        let mut text = openapi().to_pretty_json().unwrap();
+        text.push('\n');
+        if std::env::var_os("UPDATE").is_some() {
+            std::fs::write(&path, &text).unwrap();
+        }
+        let committed = std::fs::read_to_string(&path).unwrap_or_default();
+        assert!(committed == text, "docs/openapi.json is out of date: run `UPDATE=1 cargo nextest run -p clan-api`");
+    }
+
+    #[test]
+    fn every_path_is_under_the_base() {
+        assert!(openapi().paths.paths.keys().all(|path| path.starts_with(BASE)));
+    }
+}

@@ -1,0 +1,233 @@
+use clan_types::{ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, PersonName, Role, ServiceName, Timestamp};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+use crate::{AcceleratorInfo, ControlMode};
+
+/// Founds a clan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateClan {
+    /// Its name.
+    #[schema(value_type = String)]
+    pub name: ClanName,
+    /// The founder's name.
+    #[schema(value_type = String)]
+    pub person: PersonName,
+    /// Name of this computer's machine.
+    #[schema(value_type = String)]
+    pub machine: MachineName,
+    /// Memory of the VM in bytes; default 512 MiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub memory: Option<ByteSize>,
+    /// Size of the VM's data disk in bytes; default 2 GiB, taken as it fills.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub disk: Option<ByteSize>,
+    /// Processors of the VM; default all up to 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+}
+
+/// Asks what a link leads to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PreviewJoin {
+    /// The invitation link.
+    pub link: String,
+}
+
+/// What must be transferred before a VM can run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Transfer {
+    /// Bytes of the whole.
+    #[schema(value_type = u64)]
+    pub total: ByteSize,
+    /// Bytes that are not here yet; zero if everything is here.
+    #[schema(value_type = u64)]
+    pub missing: ByteSize,
+}
+
+/// What a link leads to, checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct JoinPreview {
+    /// Id of the clan.
+    #[schema(value_type = String)]
+    pub clan: ClanId,
+    /// Its name.
+    #[schema(value_type = String)]
+    pub clan_name: ClanName,
+    /// Short grouped text of its id, to compare by eye with what the inviter sees.
+    pub fingerprint: String,
+    /// Who made the invite.
+    #[schema(value_type = String)]
+    pub inviter: PersonName,
+    /// Role that the newcomer gets.
+    #[schema(value_type = String)]
+    pub role: Role,
+    /// When the invite expires.
+    #[schema(value_type = u64)]
+    pub expires: Timestamp,
+    /// Names of the people in the clan.
+    #[schema(value_type = Vec<String>)]
+    pub people: Vec<PersonName>,
+    /// Names of its machines: a newcomer's must differ.
+    #[schema(value_type = Vec<String>)]
+    pub machines: Vec<MachineName>,
+    /// The image that will run.
+    #[schema(value_type = String)]
+    pub image: ImageId,
+    /// Its title.
+    pub image_title: String,
+    /// What must be downloaded.
+    pub download: Transfer,
+    /// Memory that the VM will have.
+    #[schema(value_type = u64)]
+    pub memory: ByteSize,
+    /// Size that its data disk may grow to.
+    #[schema(value_type = u64)]
+    pub disk: ByteSize,
+    /// Processors that it will have.
+    pub cpus: u32,
+    /// Who may steer it.
+    pub control_mode: ControlMode,
+    /// How it will run here.
+    pub accelerator: AcceleratorInfo,
+    /// What to consider before joining, one sentence each.
+    pub warnings: Vec<String>,
+}
+
+/// Joins a clan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct JoinClan {
+    /// The invitation link.
+    pub link: String,
+    /// The newcomer's name.
+    #[schema(value_type = String)]
+    pub person: PersonName,
+    /// Name of this computer's machine.
+    #[schema(value_type = String)]
+    pub machine: MachineName,
+    /// Memory of the VM in bytes; default what the preview says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub memory: Option<ByteSize>,
+    /// Size of the VM's data disk in bytes; default what the preview says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub disk: Option<ByteSize>,
+    /// Processors of the VM; default what the preview says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+}
+
+/// Makes an invite.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct CreateInvite {
+    /// Role of who redeems it; default member.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub role: Option<Role>,
+    /// How many may redeem it; default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uses: Option<u32>,
+    /// Seconds until it expires; default 24 hours.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub expires_in: Option<u64>,
+}
+
+/// An invite.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Invite {
+    /// The link. Whoever has it may join: it is shown once and not kept.
+    pub link: String,
+    /// Id.
+    #[schema(value_type = String)]
+    pub invite: InviteId,
+    /// Clan that it leads to.
+    #[schema(value_type = String)]
+    pub clan_name: ClanName,
+    /// Short grouped text of the clan's id, which the newcomer will see too.
+    pub fingerprint: String,
+    /// Role of who redeems it.
+    #[schema(value_type = String)]
+    pub role: Role,
+    /// How many may redeem it.
+    pub uses: u32,
+    /// When it expires.
+    #[schema(value_type = u64)]
+    pub expires: Timestamp,
+}
+
+/// Where log lines come from.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum LogSource {
+    /// The guest's journal, through its controller.
+    #[default]
+    Journal,
+    /// What the guest wrote to its console; there even when the guest is not.
+    Console,
+}
+
+/// Which log lines.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct LogQuery {
+    /// So many lines back; default 200, at most 100000.
+    #[serde(default = "default_lines")]
+    pub lines: u32,
+    /// Whether to go on as lines appear.
+    #[serde(default)]
+    pub follow: bool,
+    /// From where; default journal.
+    #[serde(default)]
+    pub source: LogSource,
+}
+
+fn default_lines() -> u32 {
+    200
+}
+
+impl Default for LogQuery {
+    fn default() -> Self {
+        Self { lines: default_lines(), follow: false, source: LogSource::Journal }
+    }
+}
+
+/// How to delete a VM.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema, IntoParams)]
+#[into_params(parameter_in = Query)]
+pub struct DeleteQuery {
+    /// Even if it is still in its clan. The clan keeps the machine's entry.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// A service, ready to open.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct OpenedService {
+    /// Open this in a browser. It works once and for a short time; the page that it leads to stays.
+    pub url: String,
+    /// The same without the right to open it.
+    pub plain_url: String,
+    /// The service.
+    #[schema(value_type = String)]
+    pub service: ServiceName,
+    /// Where it runs.
+    #[schema(value_type = String)]
+    pub machine: MachineName,
+}
+
+/// A way into the web page.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Login {
+    /// Open this in a browser. It works once and for a short time.
+    pub url: String,
+    /// When it stops working.
+    #[schema(value_type = u64)]
+    pub expires: Timestamp,
+}

@@ -1,0 +1,32 @@
+//! `clan leave`: leaves a clan.
+
+use crate::{context::Context, error::CliError, progress};
+
+/// Arguments of `clan leave`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Which clan, if you are in several
+    clan: Option<String>,
+}
+
+/// Leaves, after asking.
+pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
+    let named = context.clan(args.clan).await?;
+    let clans = context.ask(context.client.clans()).await?;
+    // The manager decides what a name means; here it only serves the question.
+    let shown = clans
+        .iter()
+        .find(|c| c.name.as_str() == named || c.id.to_string() == named)
+        .map_or(named.as_str(), |c| c.name.as_str());
+    context.confirm(
+        &format!("Leave {shown}? Its virtual machine and everything on it will be deleted."),
+        "leave without being asked",
+    )?;
+    let task = context.ask(context.client.leave(&named)).await?;
+    let task = progress::follow(context, task).await?;
+    if context.printer.is_json() {
+        return context.printer.json(&task);
+    }
+    context.printer.talk(&format!("You have left {shown}."));
+    Ok(())
+}

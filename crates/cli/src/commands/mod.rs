@@ -1,0 +1,15 @@
+//! One file per noun or daily verb.
+
+pub(crate) mod completions;
+pub(crate) mod controller;
+pub(crate) mod create;
+pub(crate) mod invite;
+pub(crate) mod join;
+pub(crate) mod leave;
+pub(crate) mod machines;
+pub(crate) mod manager;
+pub(crate) mod members;
+pub(crate) mod service;
+pub(crate) mod status;
+pub(crate) mod vm;
+pub(crate) mod web;

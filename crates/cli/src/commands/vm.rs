@@ -1,0 +1,232 @@
+//! `clan vm`: this computer's virtual machines.
+
+use std::{io, time::Duration};
+
+use clan_api::{ByteStream, Console, DeleteQuery, LogQuery, LogSource, TaskInfo, VmInfo};
+use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use crate::{
+    context::Context,
+    error::CliError,
+    printer::is_harmful,
+    progress,
+    table::{Cell, Table},
+    words,
+};
+
+/// Ctrl-] ends a console, as in telnet.
+const ESCAPE: u8 = 0x1d;
+
+/// Which virtual machine.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Which {
+    /// Its clan, if you are in several
+    clan: Option<String>,
+}
+
+/// Verbs of `clan vm`.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Verb {
+    /// Show the virtual machines
+    #[command(alias = "ls")]
+    List,
+    /// Start one
+    Start(Which),
+    /// Stop one in good order
+    Stop(Which),
+    /// Print its log
+    Logs {
+        #[command(flatten)]
+        which: Which,
+        /// So many lines back
+        #[arg(long, short = 'n', default_value_t = 200, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(0..=100_000))]
+        lines: u32,
+        /// Go on as lines appear
+        #[arg(long, short)]
+        follow: bool,
+        /// What was written to the console instead of the journal; there even when the machine is not
+        #[arg(long)]
+        console: bool,
+    },
+    /// Attach the terminal to its console; Ctrl-] detaches
+    Console(Which),
+    /// Delete one and its disk
+    Delete {
+        #[command(flatten)]
+        which: Which,
+        /// Even if it is still in its clan, which keeps its entry then; `clan leave` is better
+        #[arg(long)]
+        force: bool,
+    },
+}
+
+/// Does what the verb says.
+pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
+    match verb {
+        Verb::List => list(context).await,
+        Verb::Start(which) => {
+            let vm = context.clan(which.clan).await?;
+            follow(context, context.ask(context.client.start_vm(&vm)).await?).await
+        }
+        Verb::Stop(which) => {
+            let vm = context.clan(which.clan).await?;
+            follow(context, context.ask(context.client.stop_vm(&vm)).await?).await
+        }
+        Verb::Logs { which, lines, follow, console } => {
+            let vm = context.clan(which.clan).await?;
+            let query =
+                LogQuery { lines, follow, source: if console { LogSource::Console } else { LogSource::Journal } };
+            print_log(context.ask(context.client.vm_logs(&vm, query)).await?, context).await
+        }
+        Verb::Console(which) => {
+            let vm = context.clan(which.clan).await?;
+            attach(context.ask(context.client.vm_console(&vm)).await?, context).await
+        }
+        Verb::Delete { which, force } => {
+            let named = context.clan(which.clan).await?;
+            let vms = context.ask(context.client.vms()).await?;
+            let shown = vms
+                .iter()
+                .find(|v| v.clan.as_str() == named || v.id.to_string() == named)
+                .map_or_else(|| named.clone(), |v| format!("{} ({})", v.machine, v.clan));
+            context.confirm(
+                &format!("Delete the virtual machine {shown} and everything on its disk?"),
+                "delete without being asked",
+            )?;
+            follow(context, context.ask(context.client.delete_vm(&named, DeleteQuery { force })).await?).await
+        }
+    }
+}
+
+async fn follow(context: &Context, task: TaskInfo) -> Result<(), CliError> {
+    let task = progress::follow(context, task).await?;
+    if context.printer.is_json() { context.printer.json(&task) } else { Ok(()) }
+}
+
+async fn list(context: &Context) -> Result<(), CliError> {
+    let vms = context.ask(context.client.vms()).await?;
+    if context.printer.is_json() {
+        return context.printer.json(&vms);
+    }
+    if vms.is_empty() {
+        context.printer.talk("No virtual machine yet: `clan create NAME` or `clan join LINK` makes one.");
+        return Ok(());
+    }
+    let mut table = Table::new(&["CLAN", "MACHINE", "STATE", "SINCE", "CPU", "MEMORY", "DISK", "WHY"]);
+    for vm in &vms {
+        let (tone, state) = words::vm_state(vm.state);
+        let stats = vm.stats.as_ref();
+        table.row([
+            vm.clan.as_str().into(),
+            vm.machine.as_str().into(),
+            Cell::toned(tone, state),
+            since(vm).into(),
+            stats.map_or_else(String::new, |s| format!("{} %", s.cpu_permille / 10)).into(),
+            stats.map_or_else(|| vm.memory.to_string(), |s| format!("{} / {}", s.memory_used, s.memory_total)).into(),
+            vm.disk_used.to_string().into(),
+            vm.reason.as_deref().unwrap_or_default().into(),
+        ]);
+    }
+    table.print(&context.printer)
+}
+
+fn since(vm: &VmInfo) -> String {
+    words::span(Duration::from_secs(words::now().since(vm.since).as_secs().max(10)))
+}
+
+/// A terminal gets text without control sequences, everything else gets the bytes.
+async fn print_log(mut log: ByteStream, context: &Context) -> Result<(), CliError> {
+    let terminal = context.printer.stdout_is_terminal();
+    let mut text = Vec::new();
+    while let Some(bytes) = log.next().await {
+        let bytes = bytes?;
+        if !terminal {
+            context.printer.raw(&bytes)?;
+            continue;
+        }
+        text.extend_from_slice(&bytes);
+        // Whole lines only: a character may be cut at the end of what has arrived.
+        let whole = text.iter().rposition(|b| *b == b'\n').map_or(0, |at| at + 1);
+        context.printer.raw(readable(&text[..whole]).as_bytes())?;
+        text.drain(..whole);
+    }
+    context.printer.raw(readable(&text).as_bytes())
+}
+
+fn readable(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes)
+        .replace("\r\n", "\n")
+        .chars()
+        .map(|c| if matches!(c, '\n' | '\t') || !is_harmful(c) { c } else { '·' })
+        .collect()
+}
+
+async fn attach(console: Console, context: &Context) -> Result<(), CliError> {
+    let failed = |e: io::Error| CliError::refused("console", "the console broke off").why(e);
+    let raw = RawTerminal::new();
+    if raw.is_some() {
+        context.printer.talk("Attached. Ctrl-] detaches.\r");
+    }
+    let (mut from_guest, mut to_guest) = tokio::io::split(console);
+    let mut stdin = tokio::io::stdin();
+    let (mut typed, mut shown) = ([0u8; 1024], vec![0u8; 16 << 10]);
+    let mut open = true;
+    loop {
+        tokio::select! {
+            count = from_guest.read(&mut shown) => match count.map_err(failed)? {
+                0 => break,
+                count => context.printer.raw(&shown[..count])?,
+            },
+            count = stdin.read(&mut typed), if open => {
+                let count = count.map_err(failed)?;
+                let keys = &typed[..count];
+                let end = raw.as_ref().and_then(|_| keys.iter().position(|k| *k == ESCAPE));
+                to_guest.write_all(&keys[..end.unwrap_or(count)]).await.map_err(failed)?;
+                to_guest.flush().await.map_err(failed)?;
+                if end.is_some() {
+                    break;
+                }
+                // Piped input has ended; what the guest still says is worth reading.
+                open = count > 0;
+            }
+        }
+    }
+    if raw.is_some() {
+        context.printer.talk("\r\nDetached.\r");
+    }
+    Ok(())
+}
+
+/// The terminal passes every key on; it is as before when this is dropped.
+struct RawTerminal {
+    before: Termios,
+}
+
+impl RawTerminal {
+    /// `None` if stdin is no terminal.
+    fn new() -> Option<Self> {
+        let stdin = io::stdin();
+        let before = tcgetattr(&stdin).ok()?;
+        let mut raw = before.clone();
+        raw.make_raw();
+        tcsetattr(&stdin, OptionalActions::Flush, &raw).ok()?;
+        Some(Self { before })
+    }
+}
+
+impl Drop for RawTerminal {
+    fn drop(&mut self) {
+        let _ = tcsetattr(io::stdin(), OptionalActions::Flush, &self.before);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_log_cannot_steer_the_terminal() {
+        assert_eq!(readable(b"one\r\n\x1b]0;title\x07\ttwo\xff\n"), "one\n·]0;title·\ttwo\u{fffd}\n");
+    }
+}

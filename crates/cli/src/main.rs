@@ -1,0 +1,62 @@
+//! The `clan` executable: the command line of a person's manager, the manager itself, and the controller that runs
+//! inside a clan's virtual machine.
+
+mod args;
+mod browser;
+mod commands;
+mod context;
+mod error;
+mod preflight;
+mod printer;
+mod progress;
+mod table;
+mod words;
+
+use std::process::ExitCode;
+
+use args::{Cli, Command};
+use commands::*;
+use context::Context;
+use error::CliError;
+use printer::Printer;
+
+fn main() -> ExitCode {
+    let cli = match preflight::parse() {
+        Ok(cli) => cli,
+        Err(code) => return code,
+    };
+    preflight::start_logging(&cli);
+    let printer = Printer::new(cli.global.json);
+    match preflight::guard(&printer, || run(cli, &printer)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            printer.error(&error);
+            error.exit().into()
+        }
+    }
+}
+
+fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
+    match cli.command {
+        Command::Completions(args) => return completions::run(&args, printer),
+        Command::Controller(args) => return controller::run(args),
+        Command::Manager(args) => return manager::run(args, &cli.global, printer),
+        _ => {}
+    }
+    let context = Context::new(&cli.global, printer)?;
+    preflight::block_on(async {
+        match cli.command {
+            Command::Create(args) => create::run(args, &context).await,
+            Command::Invite(args) => invite::run(args, &context).await,
+            Command::Join(args) => join::run(args, &context).await,
+            Command::Status(_) => status::run(&context).await,
+            Command::Members(args) => members::run(args, &context).await,
+            Command::Machines(args) => machines::run(args, &context).await,
+            Command::Vm(verb) => vm::run(verb, &context).await,
+            Command::Service(verb) => service::run(verb, &context).await,
+            Command::Web(args) => web::run(args, &context).await,
+            Command::Leave(args) => leave::run(args, &context).await,
+            Command::Completions(_) | Command::Controller(_) | Command::Manager(_) => Ok(()),
+        }
+    })
+}

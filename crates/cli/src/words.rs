@@ -1,0 +1,174 @@
+//! Amounts, times and states in words.
+
+use std::time::Duration;
+
+use clan_api::{AcceleratorKind, ControlMode, PathInfo, PathKind, VmState};
+use clan_types::Timestamp;
+
+use crate::printer::Tone;
+
+/// A duration in at most two units: `8.4 s`, `3 min 20 s`, `2 h 5 min`, `4 days`.
+pub(crate) fn span(duration: Duration) -> String {
+    let s = duration.as_secs();
+    match s {
+        0..10 => format!("{:.1} s", duration.as_secs_f64()),
+        10..60 => format!("{s} s"),
+        60..3600 => two(s / 60, "min", s % 60, "s"),
+        3600..86_400 => two(s / 3600, "h", s % 3600 / 60, "min"),
+        _ if s < 2 * 86_400 => two(s / 86_400, "day", s % 86_400 / 3600, "h"),
+        _ => two(s / 86_400, "days", s % 86_400 / 3600, "h"),
+    }
+}
+
+fn two(a: u64, a_unit: &str, b: u64, b_unit: &str) -> String {
+    if b == 0 { format!("{a} {a_unit}") } else { format!("{a} {a_unit} {b} {b_unit}") }
+}
+
+/// How long ago: `now`, `40 s ago`.
+pub(crate) fn ago(now: Timestamp, then: Timestamp) -> String {
+    let since = now.since(then);
+    match since.as_secs() {
+        0..2 => "now".to_owned(),
+        s @ 2..60 => format!("{s} s ago"),
+        s => format!("{} ago", span(Duration::from_secs(s))),
+    }
+}
+
+/// This computer's clock.
+pub(crate) fn now() -> Timestamp {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    Timestamp::from_millis(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// `1 machine`, `2 machines`.
+pub(crate) fn count(number: usize, one: &str) -> String {
+    if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
+/// `1 person`, `2 people`.
+pub(crate) fn people(number: usize) -> String {
+    if number == 1 { "1 person".to_owned() } else { format!("{number} people") }
+}
+
+/// A path: `direct, 12 ms`.
+pub(crate) fn path(path: &PathInfo) -> (Tone, String) {
+    let (tone, word) = match path.kind {
+        PathKind::Local => (Tone::Good, "this computer"),
+        PathKind::Direct => (Tone::Good, "direct"),
+        PathKind::QuicDirect => (Tone::Good, "direct (QUIC)"),
+        PathKind::Relayed => (Tone::Warn, "relayed"),
+    };
+    let text = match path.rtt_us {
+        Some(us) if us < 10_000 => format!("{word}, {:.1} ms", us as f64 / 1000.0),
+        Some(us) => format!("{word}, {} ms", us / 1000),
+        None => word.to_owned(),
+    };
+    (tone, text)
+}
+
+/// A VM's state.
+pub(crate) fn vm_state(state: VmState) -> (Tone, &'static str) {
+    match state {
+        VmState::Stopped => (Tone::Faint, "stopped"),
+        VmState::Starting => (Tone::Warn, "starting"),
+        VmState::Running => (Tone::Good, "running"),
+        VmState::Stopping => (Tone::Warn, "stopping"),
+        VmState::Failed => (Tone::Bad, "failed"),
+    }
+}
+
+/// Who may steer a VM.
+pub(crate) fn control_mode(mode: ControlMode) -> &'static str {
+    match mode {
+        ControlMode::Local => "local: only you steer it",
+        ControlMode::Remote => "remote: the clan's admins steer it",
+        ControlMode::Shared => "shared: you and the clan's admins steer it",
+    }
+}
+
+/// What executes a VM.
+pub(crate) fn accelerator(kind: AcceleratorKind) -> &'static str {
+    match kind {
+        AcceleratorKind::Kvm => "KVM",
+        AcceleratorKind::Tcg => "emulation (TCG)",
+    }
+}
+
+/// `30m`, `24h`, `7d` as a duration: whole minutes to whole days, no more than a year.
+pub(crate) fn parse_duration(text: &str) -> Result<Duration, String> {
+    let wrong = || {
+        format!("`{}` is not a duration: write for example 30m, 24h or 7d", text.chars().take(40).collect::<String>())
+    };
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match &text[digits.len()..] {
+        "s" => 1,
+        "m" | "min" => 60,
+        "h" => 3600,
+        "d" => 86_400,
+        _ => return Err(wrong()),
+    };
+    let seconds = digits.parse::<u64>().ok().and_then(|n| n.checked_mul(unit)).ok_or_else(wrong)?;
+    match seconds {
+        0 => Err("a duration must be longer than nothing".to_owned()),
+        _ if seconds > 366 * 86_400 => Err("a year is the longest".to_owned()),
+        _ => Ok(Duration::from_secs(seconds)),
+    }
+}
+
+/// Text as a name: one DNS label, or nothing if no usable character is left.
+pub(crate) fn label(text: &str) -> Option<String> {
+    let mut label = String::new();
+    // A host name counts up to its first dot.
+    for c in text.split('.').next().unwrap_or_default().chars().flat_map(char::to_lowercase) {
+        match c {
+            'a'..='z' | '0'..='9' => label.push(c),
+            _ if !label.is_empty() && !label.ends_with('-') => label.push('-'),
+            _ => {}
+        }
+    }
+    label.truncate(50);
+    let label = label.trim_matches('-');
+    (!label.is_empty()).then(|| label.to_owned())
+}
+
+/// `name`, or `name-2`, `name-3`, … if that is taken.
+pub(crate) fn free_name(name: &str, taken: impl Fn(&str) -> bool) -> String {
+    if !taken(name) {
+        return name.to_owned();
+    }
+    (2u32..).map(|n| format!("{name}-{n}")).find(|candidate| !taken(candidate)).unwrap_or_else(|| name.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_read_in_two_units() {
+        let said: Vec<String> = [0, 9, 59, 60, 200, 7500, 90_000, 400_000].map(|s| span(Duration::from_secs(s))).into();
+        assert_eq!(said, ["0.0 s", "9.0 s", "59 s", "1 min", "3 min 20 s", "2 h 5 min", "1 day 1 h", "4 days 15 h"]);
+    }
+
+    #[test]
+    fn durations_are_typed_with_a_unit() {
+        assert_eq!(parse_duration("24h"), Ok(Duration::from_secs(86_400)));
+        assert_eq!(parse_duration("30m"), Ok(Duration::from_secs(1800)));
+        for wrong in ["", "h", "24", "-1h", "1.5h", "0h", "9999d", "99999999999999999999d"] {
+            assert!(parse_duration(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn any_host_name_becomes_a_label() {
+        assert_eq!(label("Annas_Laptop.fritz.box").as_deref(), Some("annas-laptop"));
+        assert_eq!(label("--x--").as_deref(), Some("x"));
+        assert_eq!(label("***"), None);
+        assert!(label(&"a".repeat(200)).unwrap().parse::<clan_types::MachineName>().is_ok());
+    }
+
+    #[test]
+    fn a_taken_name_gets_a_number() {
+        assert_eq!(free_name("laptop", |n| n == "laptop" || n == "laptop-2"), "laptop-3");
+        assert_eq!(free_name("laptop", |_| false), "laptop");
+    }
+}

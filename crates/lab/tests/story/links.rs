@@ -1,0 +1,48 @@
+//! Invitation links that must not work.
+
+use std::time::Duration;
+
+use clan_lab::{Lab, Person, story};
+
+use crate::{Checked, Checks, refused};
+
+const MANAGER: Duration = Duration::from_secs(20);
+
+/// `used` is a link for one person, whom it let in.
+pub(crate) fn check(checks: &mut Checks, lab: &mut Lab, used: &str) {
+    checks.that("a stranger's manager starts", || lab.person("stranger").start_manager(MANAGER));
+    let stranger = &*lab.person("stranger");
+    checks.that("a used link is refused", || attempt(stranger, used, &["used"]));
+    checks.that("a truncated link is called damaged", || {
+        attempt(stranger, &used[..used.len() - 9], &["incomplete or damaged"])
+    });
+    checks.that("a tampered link is called damaged", || attempt(stranger, &tampered(used), &["incomplete or damaged"]));
+    checks.that("a foreign link is told apart", || {
+        attempt(stranger, "https://example.org/join/me", &["not a clan link"])
+    });
+
+    let invited = lab.person("founder").clan(&["invite", "--expires", "1s"]).and_then(clan_lab::Finished::success);
+    // That it has expired is what is tested; the clan's own clocks decide, so there is nothing to wait for but time.
+    std::thread::sleep(Duration::from_millis(1500));
+    let stranger = &*lab.person("stranger");
+    checks.that("an expired link is refused", || attempt(stranger, &story::link_in(&invited?.stdout)?, &["expired"]));
+
+    let status = lab.person("stranger").clan_json(&["status"]);
+    checks.that("a refused link leaves no machine behind", || {
+        let status = status?;
+        let empty = status["clans"].as_array().is_some_and(Vec::is_empty)
+            && status["vms"].as_array().is_some_and(Vec::is_empty);
+        if empty { Ok(()) } else { Err(clan_lab::LabError::Promise(status.to_string())) }
+    });
+}
+
+fn attempt(person: &Person, link: &str, words: &[&str]) -> Checked {
+    refused(&person.clan_typing(&["join", "--yes", "--person", "stranger", "--machine", "stranger"], link)?, words)
+}
+
+/// One character in the middle is another.
+fn tampered(link: &str) -> String {
+    let middle = link.len() / 2;
+    let other = if &link[middle..=middle] == "A" { "B" } else { "A" };
+    format!("{}{other}{}", &link[..middle], &link[middle + 1..])
+}

@@ -1,0 +1,88 @@
+//! From a record on disk to a guest whose controller answers: what founding and joining have in common.
+
+use std::time::Duration;
+
+use clan_api::{ApiProblem, ErrorCode, VmState};
+use clan_os::channel::Channel;
+use clan_vm::create_data_disk;
+use tokio::{sync::watch, time::timeout};
+
+use crate::{
+    clan::Clan,
+    guest::{self, GuestError, Identity},
+    logs,
+    problem,
+    tasks::TaskHandle,
+};
+
+const AGENT: Duration = Duration::from_secs(60);
+const CONTROLLER: Duration = Duration::from_secs(120);
+const CONSOLE_LINES: usize = 15;
+
+/// Makes the data disk, unless it is there.
+pub(crate) async fn data_disk(clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
+    let path = clan.record.paths().data_disk();
+    if path.exists() {
+        task.skip();
+        return Ok(());
+    }
+    create_data_disk(&path, clan.record.get().disk).await.map_err(|e| problem::vm(&e))
+}
+
+/// Starts the VM and waits for its agent, then, in the next step, for its controller.
+pub(crate) async fn bring_up(clan: &Clan, task: &TaskHandle, controller_step: usize) -> Result<(Channel, Identity), ApiProblem> {
+    clan.keeper.want(true).await?;
+    wait(clan, clan.keeper.watch_agent(), "agent", AGENT).await?;
+    task.begin(controller_step);
+    let control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER).await?;
+    let identity = identify(clan, control).await?;
+    Ok(identity)
+}
+
+/// Asks who the machine is; a controller that restarts meanwhile is asked again.
+async fn identify(clan: &Clan, first: Channel) -> Result<(Channel, Identity), ApiProblem> {
+    let mut control = first;
+    for _ in 0..3 {
+        match guest::identify(&control).await {
+            Ok(identity) => return Ok((control, identity)),
+            Err(GuestError::Channel(_) | GuestError::Message { .. } | GuestError::TimedOut { .. }) => {
+                control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER).await?;
+            }
+            Err(error) => return Err(problem::guest(&error)),
+        }
+    }
+    Err(silent(clan, "controller", CONTROLLER))
+}
+
+/// Waits for a channel, or for the VM to be given up.
+pub(crate) async fn wait(clan: &Clan, mut channel: watch::Receiver<Option<Channel>>, who: &'static str, limit: Duration) -> Result<Channel, ApiProblem> {
+    let mut view = clan.keeper.watch();
+    let failed = async {
+        match view.wait_for(|v| v.state == VmState::Failed).await {
+            Ok(view) => view.problem.clone().unwrap_or_else(|| ApiProblem::new(ErrorCode::VmFailed, "the VM failed")),
+            Err(_) => ApiProblem::new(ErrorCode::Stopping, "the manager is stopping"),
+        }
+    };
+    let connected = async {
+        match channel.wait_for(Option::is_some).await.ok().and_then(|c| c.clone()) {
+            Some(channel) => channel,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::select! {
+        biased;
+        connected = timeout(limit, connected) => connected.map_err(|_| silent(clan, who, limit)),
+        problem = failed => Err(problem),
+    }
+}
+
+fn silent(clan: &Clan, who: &str, limit: Duration) -> ApiProblem {
+    let mut problem = ApiProblem::new(ErrorCode::TimedOut, format!("the {who} in the VM did not answer within {} s", limit.as_secs()));
+    if let Ok(console) = logs::tail(&clan.record.paths().console_log(), CONSOLE_LINES)
+        && !console.trim().is_empty()
+    {
+        let lines: Vec<String> = console.lines().map(guest::short).collect();
+        problem = problem.why(format!("the end of its console:\n{}", lines.join("\n")));
+    }
+    problem.hint("a busy computer without hardware acceleration may need another attempt")
+}

@@ -1,0 +1,125 @@
+//! A clan on this computer: its record, the person's key and log, and its VM's keeper.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use clan_os::channel::Channel;
+use clan_types::{ClanId, ClanName, PersonId};
+use ed25519_dalek::SigningKey;
+
+use crate::{
+    disk::DiskError,
+    guest::GuestError,
+    keeper::Keeper,
+    link::Told,
+    paths::ClanPaths,
+    record::{ClanRecord, PersonLog},
+};
+
+/// A clan's record, kept on disk.
+pub(crate) struct RecordCell {
+    paths: ClanPaths,
+    record: Mutex<ClanRecord>,
+}
+
+impl RecordCell {
+    pub(crate) fn new(paths: ClanPaths, record: ClanRecord) -> Self {
+        Self { paths, record: Mutex::new(record) }
+    }
+
+    pub(crate) fn paths(&self) -> &ClanPaths {
+        &self.paths
+    }
+
+    pub(crate) fn get(&self) -> ClanRecord {
+        self.lock().clone()
+    }
+
+    /// Changes the record on disk, then here. Blocks on the disk, for less than a page.
+    pub(crate) fn update(&self, change: impl FnOnce(&mut ClanRecord)) -> Result<(), DiskError> {
+        let mut record = self.lock();
+        let mut changed = record.clone();
+        change(&mut changed);
+        if changed != *record {
+            changed.save(&self.paths)?;
+            *record = changed;
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ClanRecord> {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A clan on this computer.
+pub(crate) struct Clan {
+    pub(crate) record: Arc<RecordCell>,
+    pub(crate) keeper: Keeper,
+    pub(crate) key: SigningKey,
+    /// Held while an entry is signed and handed over: the person's log has one writer.
+    pub(crate) log: tokio::sync::Mutex<PersonLog>,
+}
+
+impl Clan {
+    pub(crate) fn id(&self) -> ClanId {
+        self.record.lock().id
+    }
+
+    pub(crate) fn name(&self) -> ClanName {
+        self.record.lock().name.clone()
+    }
+
+    pub(crate) fn person(&self) -> PersonId {
+        PersonId::from_bytes(self.key.verifying_key().to_bytes())
+    }
+
+    /// The channel to the controller, if it answers now.
+    pub(crate) fn control(&self) -> Result<Channel, GuestError> {
+        self.keeper.control().ok_or(GuestError::NotConnected { who: "controller" })
+    }
+
+    /// What the controller told last.
+    pub(crate) fn told(&self) -> Option<Told> {
+        self.keeper.told()
+    }
+}
+
+/// Short grouped text of a clan's id, to compare by eye: a hundred bits of it.
+pub(crate) fn fingerprint(id: &ClanId) -> String {
+    let text = id.to_string();
+    let groups: Vec<&str> = (0..5).filter_map(|n| text.get(n * 4..n * 4 + 4)).collect();
+    groups.join("-")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        paths::Paths,
+        record::{Phase, tests},
+    };
+
+    #[test]
+    fn a_change_that_cannot_be_written_does_not_happen() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        let made = tests::record(1, Phase::Ready);
+        tests::put(&paths, &made, None);
+        let clan = paths.clan(&made.id);
+        let cell = RecordCell::new(clan.clone(), made);
+        cell.update(|r| r.wanted = true).unwrap();
+        assert!(ClanRecord::load(&clan).unwrap().wanted);
+        // A directory in the way.
+        std::fs::remove_file(clan.record()).unwrap();
+        std::fs::create_dir(clan.record()).unwrap();
+        assert!(cell.update(|r| r.wanted = false).is_err());
+        assert!(cell.get().wanted);
+    }
+
+    #[test]
+    fn a_fingerprint_is_short_and_grouped() {
+        let text = fingerprint(&ClanId::from_bytes([0xa5; 32]));
+        assert_eq!(text.len(), 24);
+        assert_eq!(text.split('-').count(), 5);
+    }
+}

@@ -1,0 +1,218 @@
+//! Founding a clan. Each step finds out what an earlier attempt has done, so that a killed manager goes on here.
+
+use std::sync::Arc;
+
+use clan_api::{ApiProblem, CreateClan, ErrorCode, TaskKind, TaskResult};
+use clan_ledger::{Body, Ledger, Title, VmDescription};
+use clan_types::{ByteSize, ServiceName};
+use clan_wire::{
+    control::{ControlRequest, ControlResponse, Provision, Redeem},
+    image::Manifest,
+};
+
+use crate::{
+    boot,
+    clan::Clan,
+    disk::DiskError,
+    fetch::blocking,
+    guest::{self, GuestError, Identity},
+    image, keeper, link,
+    manager::Shared,
+    problem,
+    record::{ClanRecord, PersonLog, Phase, Staging, random},
+    sign,
+    tasks::{Task, TaskHandle, now},
+};
+
+pub(crate) const DEFAULT_MEMORY: ByteSize = ByteSize::from_mib(512);
+pub(crate) const DEFAULT_DISK: ByteSize = ByteSize::from_mib(2048);
+const LEAST_DISK: ByteSize = ByteSize::from_mib(64);
+/// What the base OS keeps for itself.
+const HOST_RESERVE: ByteSize = ByteSize::from_mib(128);
+/// Being admitted may take several machines of the clan.
+const PROVISION: std::time::Duration = std::time::Duration::from_secs(150);
+const PROVISION_ATTEMPTS: u32 = 3;
+/// The service of the image that a founder's machine offers.
+const FIRST_SERVICE: &str = "web";
+
+const STEPS: [&str; 5] =
+    ["Prepare the image", "Make the data disk", "Start the virtual machine", "Wait for its controller", "Found the clan"];
+
+/// Memory, disk and processors of a new VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Size {
+    pub(crate) memory: ByteSize,
+    pub(crate) disk: ByteSize,
+    pub(crate) cpus: u8,
+}
+
+/// Checks a VM's size against this computer.
+pub(crate) fn check_size(shared: &Shared, size: Size) -> Result<(), ApiProblem> {
+    let too_small = |message: String| Err(ApiProblem::new(ErrorCode::TooSmall, message));
+    let host = crate::status::host(&shared.paths);
+    if size.memory.as_mib() + HOST_RESERVE.as_mib() > host.memory_total.as_mib() {
+        return too_small(format!("the VM shall have {} of memory, this computer has {}", size.memory, host.memory_total))
+            .map_err(|p| p.hint("give it less: `--memory 256M`"));
+    }
+    if size.disk < LEAST_DISK {
+        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("a data disk of {} is too small", size.disk)).hint("give it more: `--disk 1G`"));
+    }
+    if size.cpus == 0 || u32::from(size.cpus) > host.cpus {
+        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("the VM shall have {} processors, this computer has {}", size.cpus, host.cpus)));
+    }
+    Ok(())
+}
+
+/// As many processors as a VM gets unless told otherwise.
+pub(crate) fn default_cpus(shared: &Shared) -> u8 {
+    u8::try_from(crate::status::host(&shared.paths).cpus.clamp(1, 2)).unwrap_or(1)
+}
+
+/// Puts a new clan on disk and starts founding it.
+pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<Arc<Task>, ApiProblem> {
+    let cpus = match request.cpus {
+        None => default_cpus(shared),
+        Some(n) => u8::try_from(n).map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+    };
+    let size = Size { memory: request.memory.unwrap_or(DEFAULT_MEMORY), disk: request.disk.unwrap_or(DEFAULT_DISK), cpus };
+    check_size(shared, size)?;
+    let _one = shared.admission.lock().await;
+    shared.check_name_free(&request.name)?;
+    let ports = free_ports()?;
+    let paths = shared.paths.clone();
+    let record = blocking(move || found(&paths, &request, size, ports)).await??;
+    let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
+    Ok(spawn(shared, clan))
+}
+
+pub(crate) fn free_ports() -> Result<crate::record::Ports, ApiProblem> {
+    keeper::free_ports().map_err(|e| ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(e.to_string()))
+}
+
+fn found(paths: &crate::Paths, request: &CreateClan, size: Size, ports: crate::record::Ports) -> Result<ClanRecord, ApiProblem> {
+    let on_disk = |e: DiskError| problem::disk(&e);
+    let staging = Staging::begin(paths).map_err(on_disk)?;
+    let nonce = random(&paths.clans()).map_err(on_disk)?;
+    let (ledger, entry) = Ledger::found(&staging.key, request.name.clone(), request.person.clone(), nonce, now())
+        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the clan cannot be founded").why(e.to_string()))?;
+    let mut log = PersonLog::default();
+    log.push(entry.encode());
+    let record = ClanRecord {
+        id: ledger.clan(),
+        name: request.name.clone(),
+        person: request.person.clone(),
+        machine: request.machine.clone(),
+        phase: Phase::Creating,
+        wanted: false,
+        image: None,
+        memory: size.memory,
+        disk: size.disk,
+        cpus: size.cpus,
+        ports,
+        made: now(),
+    };
+    staging.commit(paths, &record, &log, None).map_err(on_disk)?;
+    Ok(record)
+}
+
+/// Starts, or goes on with, founding.
+pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
+    let name = clan.name();
+    let shared_ = shared.clone();
+    shared.tasks.spawn(TaskKind::CreateClan, format!("Create the clan {name}"), Some(name), &STEPS, move |task| async move {
+        let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
+        shared_.settle(&clan, outcome).await
+    })
+}
+
+async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
+    let on_disk = |e: DiskError| problem::disk(&e);
+    task.begin(0);
+    let known = clan.record.get().image.and_then(|id| shared.images.get(&id));
+    let image = match known {
+        Some(image) => {
+            task.skip();
+            image
+        }
+        None => image::default_image(shared, task).await?,
+    };
+    if clan.record.get().memory < image.manifest.memory_min {
+        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", image.manifest.memory_min))
+            .hint("give the VM more with `--memory`"));
+    }
+    clan.record.update(|r| r.image = Some(image.id)).map_err(on_disk)?;
+    task.begin(1);
+    boot::data_disk(clan, task).await?;
+    task.begin(2);
+    let (_, identity) = boot::bring_up(clan, task, 3).await?;
+    task.begin(4);
+    let entries = {
+        let mut log = clan.log.lock().await;
+        let mut ledger = sign::fold(clan.id(), log.entries());
+        enrol(clan, &mut log, &mut ledger, &identity)?;
+        if ledger.state().published.is_none() {
+            let body = Body::Publish { description: describe(&clan.record.get(), image.id, &image.manifest)? };
+            sign::sign(clan.record.paths(), &clan.key, &mut log, &mut ledger, body)?;
+        }
+        log.entries().map(<[u8]>::to_vec).collect()
+    };
+    let offers = FIRST_SERVICE.parse::<ServiceName>().into_iter().collect();
+    provision(shared, clan, entries, None, offers, task).await?;
+    finish(clan)
+}
+
+/// Signs the enrolment of the machine here, unless an earlier attempt has.
+pub(crate) fn enrol(clan: &Clan, log: &mut PersonLog, ledger: &mut Ledger, identity: &Identity) -> Result<(), ApiProblem> {
+    let is = |body: &Body| matches!(body, Body::Enrol { machine, .. } if *machine == identity.machine);
+    if ledger.entries().any(|e| e.author().person() == clan.person() && is(e.body())) {
+        return Ok(());
+    }
+    let body = Body::Enrol { machine: identity.machine, name: clan.record.get().machine, wg: identity.wireguard };
+    sign::sign(clan.record.paths(), &clan.key, log, ledger, body).map(drop)
+}
+
+fn describe(record: &ClanRecord, image: clan_types::ImageId, manifest: &Manifest) -> Result<VmDescription, ApiProblem> {
+    let line: String = manifest.title.chars().filter(|c| !c.is_control()).take(100).collect();
+    let title = line.parse::<Title>().map_err(|e| ApiProblem::new(ErrorCode::Internal, "the image has no usable title").why(e.to_string()))?;
+    Ok(VmDescription { image, title, memory: record.memory, cpus: record.cpus, disk: record.disk })
+}
+
+/// Gives the machine its place. Safe to repeat, so that a controller that restarts meanwhile does no harm.
+pub(crate) async fn provision(
+    shared: &Shared,
+    clan: &Clan,
+    entries: Vec<Vec<u8>>,
+    redeem: Option<Redeem>,
+    offers: Vec<ServiceName>,
+    task: &TaskHandle,
+) -> Result<(), ApiProblem> {
+    let record = clan.record.get();
+    let environment = link::environment(&record, &shared.images).await;
+    let request = Provision { clan: record.id, name: record.machine, entries, redeem, offers, environment };
+    let request = ControlRequest::Provision(Box::new(request));
+    let mut attempt = 1;
+    loop {
+        let control = boot::wait(clan, clan.keeper.watch_control(), "controller", PROVISION).await?;
+        match guest::open(&control, &request, PROVISION).await {
+            Ok((_, ControlResponse::Provisioned { .. })) => return Ok(()),
+            Ok(_) => return Err(problem::guest(&GuestError::Unexpected { what: "take its place in the clan" })),
+            Err(error @ (GuestError::TimedOut { .. } | GuestError::Channel(_) | GuestError::Message { .. })) if attempt < PROVISION_ATTEMPTS => {
+                task.log(format!("{error}: trying again"));
+                attempt += 1;
+                tokio::time::sleep(std::time::Duration::from_secs(2)).await;
+            }
+            Err(error) => return Err(problem::guest(&error)),
+        }
+    }
+}
+
+/// From here on this computer is in the clan.
+pub(crate) fn finish(clan: &Clan) -> Result<TaskResult, ApiProblem> {
+    clan.record.update(|r| r.phase = Phase::Ready).map_err(|e| problem::disk(&e))?;
+    // The right to join is used up; a leftover does no harm.
+    if let Err(error) = crate::disk::remove_file(&clan.record.paths().link()) {
+        tracing::debug!(%error, "the used link stays on disk");
+    }
+    let record = clan.record.get();
+    Ok(TaskResult::Clan { id: record.id, name: record.name })
+}

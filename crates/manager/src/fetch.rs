@@ -1,0 +1,306 @@
+//! What a newcomer's manager fetches from machines of the clan: the ledger, and the image. As a client only.
+
+use std::{
+    fs::OpenOptions as SyncOpenOptions,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
+
+use clan_api::{ApiProblem, ErrorCode};
+use clan_build::{ImageStore, StoreError, StoredImage};
+use clan_ledger::{InviteProblem, Ledger, VmDescription};
+use clan_os::channel::{recv_message, send_message};
+use clan_types::{ImageId, InviteId, InviteLink, MachineId, PeerAddr};
+use clan_wire::{
+    image::{MAX_MANIFEST, Manifest},
+    peer::{ALPN_IMAGE, ALPN_JOIN, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE},
+};
+use ed25519_dalek::SigningKey;
+use iroh::{
+    Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
+    endpoint::{Connection, QuicTransportConfig, RecvStream, presets},
+};
+use tokio::{io::AsyncWriteExt, time::timeout};
+
+use crate::{
+    problem, sign,
+    tasks::{TaskHandle, now},
+};
+
+const CONNECT: Duration = Duration::from_secs(12);
+const ANSWER: Duration = Duration::from_secs(20);
+/// A transfer that stands still for so long is tried anew.
+const STALL: Duration = Duration::from_secs(30);
+const ATTEMPTS: u32 = 5;
+const CHUNK: usize = 256 << 10;
+
+/// Fetches by right of an invitation link.
+pub(crate) struct Fetcher {
+    endpoint: Endpoint,
+    link: InviteLink,
+    invite_key: SigningKey,
+}
+
+/// What a link leads to, checked by ourselves.
+pub(crate) struct Found {
+    pub(crate) ledger: Ledger,
+    pub(crate) description: VmDescription,
+}
+
+impl Fetcher {
+    /// Opens an endpoint of a passing identity.
+    pub(crate) async fn open(link: InviteLink) -> Result<Self, ApiProblem> {
+        let failed = |why: String| ApiProblem::new(ErrorCode::Internal, "cannot open a network endpoint").why(why);
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(|e| failed(e.to_string()))?;
+        let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
+        let endpoint = Endpoint::builder(presets::Minimal)
+            .secret_key(SecretKey::from_bytes(&secret))
+            .relay_mode(RelayMode::Disabled)
+            .transport_config(transport)
+            .bind()
+            .await
+            .map_err(|e| failed(e.to_string()))?;
+        let invite_key = SigningKey::from_bytes(link.secret.expose());
+        Ok(Self { endpoint, link, invite_key })
+    }
+
+    /// The invite.
+    pub(crate) fn invite(&self) -> InviteId {
+        InviteId::from_bytes(self.invite_key.verifying_key().to_bytes())
+    }
+
+    /// Closes the endpoint in good order.
+    pub(crate) async fn close(self) {
+        self.endpoint.close().await;
+    }
+
+    fn proof(&self) -> InviteProof {
+        InviteProof::new(&self.invite_key, &self.link.clan, &MachineId::from_bytes(*self.endpoint.id().as_bytes()))
+    }
+
+    /// Asks the machines of the link, one after the other, what it leads to, and checks the answer.
+    pub(crate) async fn preview(&self) -> Result<Found, ApiProblem> {
+        let began = Instant::now();
+        let mut last = None;
+        for peer in &self.link.peers {
+            match self.ask_preview(peer).await {
+                Ok(JoinResponse::Preview { entries }) => {
+                    let ledger = sign::fold(self.link.clan, entries.iter().map(Vec::as_slice));
+                    return self.check(ledger);
+                }
+                Ok(JoinResponse::Refused(refusal @ JoinRefusal::NotReady)) => last = Some(refusal.to_string()),
+                Ok(JoinResponse::Refused(refusal)) => return Err(problem::refusal(&refusal)),
+                Ok(JoinResponse::Admitted { .. }) => last = Some("an answer to another question".into()),
+                Err(why) => last = Some(why),
+            }
+        }
+        Err(self.unreachable(began.elapsed(), last))
+    }
+
+    /// INVARIANT: nothing is believed that does not follow from the clan's id, which came with the link: the founding
+    /// entry hashes to it, and every other entry is signed by somebody it leads to.
+    fn check(&self, ledger: Ledger) -> Result<Found, ApiProblem> {
+        let state = ledger.state();
+        if state.clan_name.is_none() {
+            return Err(ApiProblem::new(ErrorCode::Untrusted, "the machine that answered does not hold the clan of this link")
+                .hint("ask for a new link: `clan invite` makes one"));
+        }
+        state.check_invite(&self.invite(), now()).map_err(|p| problem::refusal(&refusal_of(p)))?;
+        let published = state.published.as_ref();
+        let description = published.map(|p| p.description.clone()).ok_or_else(|| {
+            ApiProblem::new(ErrorCode::Untrusted, "the clan does not say what its machines are to run").hint("ask the person who invited you")
+        })?;
+        Ok(Found { ledger, description })
+    }
+
+    fn unreachable(&self, waited: Duration, last: Option<String>) -> ApiProblem {
+        let addrs: Vec<String> = self.link.peers.iter().flat_map(|p| p.addrs.iter().map(SocketAddr::to_string)).collect();
+        let mut problem = ApiProblem::new(ErrorCode::Unreachable, "no machine of the clan answers").why(format!(
+            "tried {} for {} s{}",
+            if addrs.is_empty() { "no address, as the link names none".to_owned() } else { addrs.join(", ") },
+            waited.as_secs(),
+            last.map(|l| format!("; the last attempt: {l}")).unwrap_or_default()
+        ));
+        problem = problem.hint("the computer of whoever invited you must be on, and its clan running: `clan status` there");
+        problem.hint("if it is on another network, its UDP port must be reachable from yours")
+    }
+
+    async fn connect(&self, peer: &PeerAddr, alpn: &[u8]) -> Result<Connection, String> {
+        let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes()).map_err(|_| "the link names a machine that cannot exist".to_owned())?;
+        let addr = EndpointAddr::from_parts(id, peer.addrs.iter().copied().map(TransportAddr::Ip));
+        match timeout(CONNECT, self.endpoint.connect(addr, alpn)).await {
+            Ok(connected) => connected.map_err(|e| e.to_string()),
+            Err(_) => Err(format!("no answer within {} s", CONNECT.as_secs())),
+        }
+    }
+
+    async fn ask_preview(&self, peer: &PeerAddr) -> Result<JoinResponse, String> {
+        let connection = self.connect(peer, ALPN_JOIN).await?;
+        let answer = timeout(ANSWER, async {
+            let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
+            let request = JoinRequest::Preview { proof: self.proof() };
+            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+            recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())
+        });
+        let answer = answer.await.unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER.as_secs())));
+        connection.close(0u32.into(), b"done");
+        answer
+    }
+
+    /// The manifest of an image.
+    pub(crate) async fn manifest(&self, image: &ImageId) -> Result<Manifest, ApiProblem> {
+        let began = Instant::now();
+        let mut last = None;
+        for peer in &self.link.peers {
+            match self.ask_manifest(peer, image).await {
+                Ok(manifest) => return Ok(manifest),
+                Err(Failed::Final(problem)) => return Err(*problem),
+                Err(Failed::Passing(why)) => last = Some(why),
+            }
+        }
+        Err(self.unreachable(began.elapsed(), last))
+    }
+
+    async fn ask_manifest(&self, peer: &PeerAddr, image: &ImageId) -> Result<Manifest, Failed> {
+        let connection = self.connect(peer, ALPN_IMAGE).await.map_err(Failed::Passing)?;
+        let (length, mut recv) = self.request(&connection, ImagePart::Manifest(*image)).await?;
+        if length > MAX_MANIFEST as u64 {
+            return Err(Failed::Passing("the manifest is too large".into()));
+        }
+        let bytes = timeout(ANSWER, recv.read_to_end(MAX_MANIFEST)).await;
+        let bytes = bytes.map_err(|_| Failed::Passing("the transfer stands still".into()))?.map_err(|e| Failed::Passing(e.to_string()))?;
+        connection.close(0u32.into(), b"done");
+        Manifest::decode(&bytes, Some(image)).map_err(|error| {
+            Failed::Final(Box::new(ApiProblem::new(ErrorCode::Untrusted, error.to_string()).hint("update Clan, or ask for a new link")))
+        })
+    }
+
+    async fn request(&self, connection: &Connection, what: ImagePart) -> Result<(u64, RecvStream), Failed> {
+        let passing = |e: &dyn std::fmt::Display| Failed::Passing(e.to_string());
+        let asked = timeout(ANSWER, async {
+            let (mut send, mut recv) = connection.open_bi().await.map_err(|e| passing(&e))?;
+            let request = ImageRequest { proof: Some(self.proof()), what };
+            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| passing(&e))?;
+            // The other side needs no end of ours.
+            let _ = send.finish();
+            let answer: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| passing(&e))?;
+            Ok((answer, recv))
+        });
+        match asked.await.unwrap_or_else(|_| Err(Failed::Passing(format!("no answer within {} s", ANSWER.as_secs()))))? {
+            (ImageResponse::Bytes(length), recv) => Ok((length, recv)),
+            (ImageResponse::NotFound, _) => Err(Failed::Passing("it does not have the image".into())),
+            (ImageResponse::Denied, _) => Err(Failed::Passing("it does not give the image out for this invite".into())),
+        }
+    }
+
+    /// Fetches an image into the store, going on where an earlier attempt stopped.
+    pub(crate) async fn image(&self, store: &ImageStore, manifest: &Manifest, task: &TaskHandle) -> Result<StoredImage, ApiProblem> {
+        let id = manifest.id().map_err(|e| ApiProblem::new(ErrorCode::Untrusted, e.to_string()))?;
+        // A damaged file is dropped and fetched once more; a second damage is somebody's intent.
+        for attempt in 0..2 {
+            let incoming = blocking({
+                let (store, manifest) = (store.clone(), manifest.clone());
+                move || store.begin(manifest)
+            })
+            .await?
+            .map_err(|e| problem::store(&e))?;
+            let mut tries = 0;
+            let mut have: u64 = incoming.files().iter().map(|f| f.have).sum();
+            while !incoming.files().iter().all(clan_build::IncomingFile::is_complete) {
+                let peer = self.link.peers.get(tries as usize % self.link.peers.len().max(1));
+                let Some(peer) = peer else { return Err(self.unreachable(Duration::ZERO, None)) };
+                match self.transfer(peer, &incoming, manifest, task).await {
+                    Ok(()) => {}
+                    Err(Failed::Final(problem)) => return Err(*problem),
+                    Err(Failed::Passing(why)) => {
+                        task.log(format!("the transfer broke off: {why}"));
+                        let now_have = incoming.files().iter().map(|f| f.have).sum();
+                        // A transfer that gets on is not given up.
+                        tries = if now_have > have { 1 } else { tries + 1 };
+                        have = now_have;
+                        if tries >= ATTEMPTS {
+                            return Err(ApiProblem::new(ErrorCode::Unreachable, "the image could not be downloaded")
+                                .why(why)
+                                .hint("try again: what is here already is kept"));
+                        }
+                        tokio::time::sleep(Duration::from_secs(1)).await;
+                    }
+                }
+            }
+            task.detail("checking the image");
+            match blocking(move || incoming.finish()).await? {
+                Ok(image) => return Ok(image),
+                Err(error @ StoreError::Damaged { .. }) if attempt == 0 => task.log(format!("{error}: fetching it once more")),
+                Err(error) => return Err(problem::store(&error)),
+            }
+        }
+        Err(ApiProblem::new(ErrorCode::Untrusted, format!("image {} arrived damaged twice", id.short())))
+    }
+
+    async fn transfer(&self, peer: &PeerAddr, incoming: &clan_build::Incoming, manifest: &Manifest, task: &TaskHandle) -> Result<(), Failed> {
+        let total = manifest.total_size().as_bytes();
+        let connection = self.connect(peer, ALPN_IMAGE).await.map_err(Failed::Passing)?;
+        for file in incoming.files().into_iter().filter(|f| !f.is_complete()) {
+            let before: u64 = incoming.files().iter().filter(|f| f.hash != file.hash).map(|f| f.have).sum();
+            let (length, mut recv) = self.request(&connection, ImagePart::File { hash: file.hash, offset: file.have }).await?;
+            if length != file.size - file.have {
+                return Err(Failed::Passing("it has another file under this name".into()));
+            }
+            let on_disk = |error: std::io::Error| {
+                let error = StoreError::Io { action: "write", path: file.path.clone(), source: error };
+                Failed::Final(Box::new(problem::store(&error)))
+            };
+            let opened = SyncOpenOptions::new().append(true).create(true).open(&file.path).map_err(on_disk)?;
+            let mut out = tokio::io::BufWriter::with_capacity(CHUNK, tokio::fs::File::from_std(opened));
+            let mut have = file.have;
+            // INVARIANT: no more than the manifest says is ever written.
+            while have < file.size {
+                let want = usize::try_from(file.size - have).unwrap_or(CHUNK).min(CHUNK);
+                let chunk = timeout(STALL, recv.read_chunk(want)).await;
+                let chunk = match chunk {
+                    Err(_) => Err("the transfer stands still".to_owned()),
+                    Ok(Err(error)) => Err(error.to_string()),
+                    Ok(Ok(None)) => Err("the other side stopped".to_owned()),
+                    Ok(Ok(Some(chunk))) => Ok(chunk),
+                };
+                let chunk = match chunk {
+                    Ok(chunk) => chunk,
+                    Err(why) => {
+                        // What is here is kept for the next attempt.
+                        out.flush().await.map_err(on_disk)?;
+                        return Err(Failed::Passing(why));
+                    }
+                };
+                let bytes: &[u8] = chunk.as_ref();
+                out.write_all(bytes).await.map_err(on_disk)?;
+                have += bytes.len() as u64;
+                task.progress(before + have, Some(total));
+            }
+            out.flush().await.map_err(on_disk)?;
+        }
+        connection.close(0u32.into(), b"done");
+        Ok(())
+    }
+}
+
+enum Failed {
+    /// Another machine, or another attempt, may do better.
+    Passing(String),
+    /// Nothing will.
+    Final(Box<ApiProblem>),
+}
+
+fn refusal_of(invite: InviteProblem) -> JoinRefusal {
+    match invite {
+        InviteProblem::Unknown => JoinRefusal::UnknownInvite,
+        InviteProblem::Used => JoinRefusal::Used,
+        InviteProblem::Expired => JoinRefusal::Expired,
+        InviteProblem::Revoked => JoinRefusal::Revoked,
+    }
+}
+
+/// Runs something that blocks on the disk.
+pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiProblem> {
+    tokio::task::spawn_blocking(work).await.map_err(|_| ApiProblem::new(ErrorCode::Internal, "a disk operation broke off"))
+}

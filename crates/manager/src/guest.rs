@@ -1,0 +1,128 @@
+//! Questions to the agent and the controller in a guest. Nothing they answer is trusted further than its type.
+
+use std::time::Duration;
+
+use clan_os::channel::{Channel, ChannelError, MessageError, Stream, recv_message, send_message};
+use clan_types::{ClanId, MachineId, WgPublicKey};
+use clan_wire::{
+    agent::{self, AgentRequest, AgentResponse},
+    control::{self, ControlRequest, ControlResponse},
+    peer::{EncodedEntry, JoinRefusal},
+};
+use tokio::time::timeout;
+
+/// How long most questions may take; guests are slow under emulation.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Why a guest did not answer as hoped.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum GuestError {
+    /// No channel.
+    #[error("the {who} in the virtual machine does not answer yet")]
+    NotConnected { who: &'static str },
+    /// No answer in time.
+    #[error("the virtual machine did not answer within {} s: {what}", limit.as_secs())]
+    TimedOut { what: &'static str, limit: Duration },
+    /// The channel went away.
+    #[error("the channel to the virtual machine is gone")]
+    Channel(#[from] ChannelError),
+    /// The stream went away, or what came makes no sense.
+    #[error("the virtual machine broke off: {what}")]
+    Message {
+        what: &'static str,
+        source: MessageError,
+    },
+    /// It says why not.
+    #[error("the virtual machine could not {what}: {why}")]
+    Failed { what: &'static str, why: String },
+    /// The clan does not admit this machine.
+    #[error("the clan refused: {0}")]
+    Refused(JoinRefusal),
+    /// An answer to another question.
+    #[error("the virtual machine gave a wrong answer: {what}")]
+    Unexpected { what: &'static str },
+}
+
+/// Who a guest's machine is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) machine: MachineId,
+    pub(crate) wireguard: WgPublicKey,
+    pub(crate) clan: Option<ClanId>,
+}
+
+/// Asks the agent.
+pub(crate) async fn ask_agent(channel: &Channel, request: &AgentRequest, limit: Duration) -> Result<AgentResponse, GuestError> {
+    let what = "agent";
+    let answer = timeout(limit, async {
+        let mut stream = channel.open().await?;
+        let broken = |source| GuestError::Message { what, source };
+        send_message(&mut stream, request, agent::MAX_MESSAGE).await.map_err(broken)?;
+        recv_message(&mut stream, agent::MAX_MESSAGE).await.map_err(broken)
+    });
+    match answer.await.map_err(|_| GuestError::TimedOut { what, limit })?? {
+        AgentResponse::Failed(why) => Err(GuestError::Failed { what: "do as its agent was told", why: short(&why) }),
+        answer => Ok(answer),
+    }
+}
+
+/// Asks the controller; the stream that the answer came on, for more.
+pub(crate) async fn open(channel: &Channel, request: &ControlRequest, limit: Duration) -> Result<(Stream, ControlResponse), GuestError> {
+    let what = name(request);
+    let answer = timeout(limit, async {
+        let mut stream = channel.open().await?;
+        let broken = |source| GuestError::Message { what, source };
+        send_message(&mut stream, request, control::MAX_MESSAGE).await.map_err(broken)?;
+        let answer = recv_message(&mut stream, control::MAX_MESSAGE).await.map_err(broken)?;
+        Ok::<_, GuestError>((stream, answer))
+    });
+    match answer.await.map_err(|_| GuestError::TimedOut { what, limit })?? {
+        (_, ControlResponse::Failed(why)) => Err(GuestError::Failed { what, why: short(&why) }),
+        (_, ControlResponse::Refused(refusal)) => Err(GuestError::Refused(refusal)),
+        answered => Ok(answered),
+    }
+}
+
+/// Asks the controller for something that is answered by `Done`.
+pub(crate) async fn tell(channel: &Channel, request: &ControlRequest) -> Result<(), GuestError> {
+    match open(channel, request, PATIENCE).await?.1 {
+        ControlResponse::Done => Ok(()),
+        _ => Err(GuestError::Unexpected { what: name(request) }),
+    }
+}
+
+/// Who the guest's machine is.
+pub(crate) async fn identify(channel: &Channel) -> Result<Identity, GuestError> {
+    match open(channel, &ControlRequest::Identify, PATIENCE).await?.1 {
+        ControlResponse::Identity { machine, wireguard, clan, .. } => Ok(Identity { machine, wireguard, clan }),
+        _ => Err(GuestError::Unexpected { what: "say who it is" }),
+    }
+}
+
+/// All entries that the guest has.
+pub(crate) async fn entries(channel: &Channel) -> Result<Vec<EncodedEntry>, GuestError> {
+    match open(channel, &ControlRequest::Entries, PATIENCE).await?.1 {
+        ControlResponse::Entries(entries) => Ok(entries),
+        _ => Err(GuestError::Unexpected { what: "give the ledger" }),
+    }
+}
+
+fn name(request: &ControlRequest) -> &'static str {
+    match request {
+        ControlRequest::Identify => "say who it is",
+        ControlRequest::Provision(_) => "take its place in the clan",
+        ControlRequest::SetEnvironment(_) => "take note of its addresses",
+        ControlRequest::Append(_) => "store an entry of the ledger",
+        ControlRequest::Entries => "give the ledger",
+        ControlRequest::Status => "give its state",
+        ControlRequest::Watch => "report its state",
+        ControlRequest::Connect { .. } => "connect to the service",
+        ControlRequest::Journal { .. } => "give its journal",
+        ControlRequest::Farewell { .. } => "say farewell",
+    }
+}
+
+/// Text from a guest, for one line.
+pub(crate) fn short(text: &str) -> String {
+    text.chars().filter(|c| !c.is_control()).take(400).collect()
+}

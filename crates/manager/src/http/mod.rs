@@ -1,0 +1,297 @@
+//! HTTP: one router behind two doors. The Unix socket asks for nothing but the right user; the TCP port on loopback is
+//! within reach of every user and every web page, and checks host, origin and token.
+
+pub(crate) mod auth;
+mod clans;
+mod problems;
+mod proxy;
+mod tasks;
+mod vms;
+mod web;
+
+use std::{convert::Infallible, net::SocketAddr, os::fd::FromRawFd, sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::{DefaultBodyLimit, State},
+    http::{Method, Request, Response, StatusCode, header},
+    response::IntoResponse,
+    routing::{delete, get, post},
+};
+use clan_api::{ApiProblem, ErrorCode, Login};
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener, UnixStream},
+    sync::Semaphore,
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tower::ServiceExt;
+
+use crate::{
+    disk::{self, DiskError},
+    manager::{ManagerError, Shared},
+    paths::Paths,
+    tasks::now,
+};
+use auth::{Caller, Door};
+use problems::{Answer, Json, Refusal};
+
+const MAX_BODY: usize = 256 << 10;
+const MAX_CONNECTIONS: usize = 512;
+/// How long a browser may take to send the head of a request.
+const HEAD: Duration = Duration::from_secs(30);
+/// How long connections get to end when the manager stops.
+const GRACE: Duration = Duration::from_secs(2);
+/// The first descriptor of socket activation.
+const FIRST_FD: i32 = 3;
+
+/// The two doors.
+pub(crate) struct Listeners {
+    tcp: TcpListener,
+    unix: UnixListener,
+    address: SocketAddr,
+}
+
+impl Listeners {
+    pub(crate) fn bind(paths: &Paths, listen: SocketAddr) -> Result<Self, ManagerError> {
+        let tcp = match activated()? {
+            Some(listener) => listener,
+            None => bind_tcp(listen)?,
+        };
+        let failed = |on: String| move |source| ManagerError::Listen { on, source };
+        let address = tcp.local_addr().map_err(failed("the TCP socket".into()))?;
+        if !address.ip().is_loopback() {
+            return Err(ManagerError::NotLoopback { addr: address });
+        }
+        tcp.set_nonblocking(true).map_err(failed(address.to_string()))?;
+        let tcp = TcpListener::from_std(tcp).map_err(failed(address.to_string()))?;
+        let path = paths.socket();
+        // INVARIANT: this manager holds the directory's lock, so a socket that is there belongs to nobody.
+        disk::remove_file(&path)?;
+        let unix = UnixListener::bind(&path).map_err(failed(path.display().to_string()))?;
+        clan_store::SecretFile::restrict(&path)?;
+        Ok(Self { tcp, unix, address })
+    }
+
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves both doors until cancelled.
+    pub(crate) async fn serve(self, shared: Arc<Shared>, cancel: CancellationToken) {
+        let connections = TaskTracker::new();
+        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let (local, remote) = (router(shared.clone(), Door::Unix), router(shared.clone(), Door::Tcp));
+        let closing = CancellationToken::new();
+        loop {
+            let permit = tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                permit = room.clone().acquire_owned() => permit,
+            };
+            let Ok(permit) = permit else { break };
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => break,
+                accepted = self.unix.accept() => match accepted {
+                    Ok((stream, _)) if is_same_user(&stream) => {
+                        let connection = serve_connection(stream, local.clone(), closing.clone());
+                        connections.spawn(async move { connection.await; drop(permit); });
+                    }
+                    Ok(_) => tracing::warn!("another user tried to use the manager's socket"),
+                    Err(error) => pause(&error).await,
+                },
+                accepted = self.tcp.accept() => match accepted {
+                    Ok((stream, _)) => {
+                        let _ = stream.set_nodelay(true);
+                        let gate = Router::new().fallback(enter).with_state(Gate { shared: shared.clone(), router: remote.clone() });
+                        let connection = serve_connection(stream, gate, closing.clone());
+                        connections.spawn(async move { connection.await; drop(permit); });
+                    }
+                    Err(error) => pause(&error).await,
+                },
+            }
+        }
+        closing.cancel();
+        connections.close();
+        if tokio::time::timeout(GRACE, connections.wait()).await.is_err() {
+            tracing::debug!("connections were cut");
+        }
+    }
+}
+
+/// Out of descriptors, mostly: trying again at once would only burn time.
+async fn pause(error: &std::io::Error) {
+    tracing::debug!(%error, "a connection was not accepted");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+fn bind_tcp(listen: SocketAddr) -> Result<std::net::TcpListener, ManagerError> {
+    if !listen.ip().is_loopback() {
+        return Err(ManagerError::NotLoopback { addr: listen });
+    }
+    std::net::TcpListener::bind(listen).map_err(|source| match source.kind() {
+        std::io::ErrorKind::AddrInUse => ManagerError::PortBusy { addr: listen },
+        _ => ManagerError::Listen { on: listen.to_string(), source },
+    })
+}
+
+/// The listener that socket activation hands in, if it does (sd_listen_fds(3)).
+fn activated() -> Result<Option<std::net::TcpListener>, ManagerError> {
+    let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u32>().ok());
+    if number("LISTEN_PID") != Some(std::process::id()) {
+        return Ok(None);
+    }
+    let bad = |why: &str| ManagerError::BadActivation { why: why.to_owned() };
+    match number("LISTEN_FDS") {
+        None | Some(0) => Ok(None),
+        Some(1) => {
+            // SAFETY: whoever started us says so in LISTEN_FDS, for this very process: descriptor 3 is open and ours.
+            let listener = unsafe { std::net::TcpListener::from_raw_fd(FIRST_FD) };
+            // What this process starts must not inherit it.
+            rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC).map_err(|_| bad("descriptor 3 is not open"))?;
+            if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
+                return Err(bad("descriptor 3 is not a listening socket"));
+            }
+            Ok(Some(listener))
+        }
+        Some(_) => Err(bad("there is more than one")),
+    }
+}
+
+/// The socket's directory keeps others out; this is the second bolt.
+fn is_same_user(stream: &UnixStream) -> bool {
+    stream.peer_cred().is_ok_and(|peer| peer.uid() == rustix::process::getuid().as_raw())
+}
+
+async fn serve_connection<I: AsyncRead + AsyncWrite + Unpin + Send + 'static>(io: I, router: Router, closing: CancellationToken) {
+    let connection = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD)
+        .serve_connection(TokioIo::new(io), TowerToHyperService::new(router))
+        .with_upgrades();
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = closing.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            tokio::time::timeout(GRACE, connection).await.unwrap_or(Ok(()))
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection broke");
+    }
+}
+
+/// What the TCP door needs.
+#[derive(Clone)]
+struct Gate {
+    shared: Arc<Shared>,
+    router: Router,
+}
+
+/// The TCP door: which site is asked for, and whether the caller may.
+async fn enter(State(gate): State<Gate>, request: Request<Body>) -> Response<Body> {
+    let site = auth::site(request.headers(), request.uri());
+    match site {
+        Ok(auth::Site::Manager) => {
+            if request.method() == Method::GET && request.uri().path() == "/login" {
+                return login(&gate.shared, &request);
+            }
+            match auth::admit(&gate.shared.auth, &request) {
+                Ok(caller) => run(gate.router, request, caller).await,
+                Err(problem) => Refusal(problem).into_response(),
+            }
+        }
+        Ok(auth::Site::Service { service, clan }) => proxy::serve(&gate.shared, &service, &clan, request).await,
+        Err(problem) => Refusal(problem).into_response(),
+    }
+}
+
+async fn run(router: Router, mut request: Request<Body>, caller: Caller) -> Response<Body> {
+    request.extensions_mut().insert(caller);
+    let Ok(response) = router.oneshot(request).await.map_err(|never: Infallible| match never {});
+    response
+}
+
+/// Trades a one-time token for a session.
+fn login(shared: &Shared, request: &Request<Body>) -> Response<Body> {
+    let token = auth::query_value(request.uri(), "token").unwrap_or_default();
+    match shared.auth.take_login(&token) {
+        Some(cookie) => {
+            let headers = [(header::SET_COOKIE, cookie), (header::LOCATION, "/".into()), (header::CACHE_CONTROL, "no-store".into())];
+            (StatusCode::SEE_OTHER, headers).into_response()
+        }
+        None => web::message(
+            StatusCode::UNAUTHORIZED,
+            "This link does not work any more",
+            "It works once, and for two minutes. Type `clan web` in a terminal for a new one.",
+        ),
+    }
+}
+
+/// A URL that opens the web page, signed in.
+pub(crate) fn login_url(shared: &Shared) -> String {
+    format!("http://localhost:{}/login?token={}", shared.address.port(), shared.auth.new_login())
+}
+
+fn router(shared: Arc<Shared>, door: Door) -> Router {
+    let mut api = Router::new()
+        .route("/status", get(clans::status))
+        .route("/clans", get(clans::list).post(clans::create))
+        .route("/joins/preview", post(clans::preview))
+        .route("/joins", post(clans::join))
+        .route("/tasks", get(tasks::list))
+        .route("/tasks/{id}", get(tasks::one))
+        .route("/tasks/{id}/events", get(tasks::events))
+        .route("/tasks/{id}/cancel", post(tasks::cancel))
+        .route("/clans/{clan}/invites", post(clans::invite))
+        .route("/clans/{clan}/members", get(clans::members))
+        .route("/clans/{clan}/machines", get(clans::machines))
+        .route("/clans/{clan}/services", get(clans::services))
+        .route("/clans/{clan}/leave", post(clans::leave))
+        .route("/clans/{clan}/services/{name}/open", post(clans::open))
+        .route("/vms", get(vms::list))
+        .route("/vms/{vm}/start", post(vms::start))
+        .route("/vms/{vm}/stop", post(vms::stop))
+        .route("/vms/{vm}", delete(vms::delete))
+        .route("/vms/{vm}/logs", get(vms::logs))
+        .route("/vms/{vm}/console", get(vms::console))
+        .route("/vms/{vm}/stats", get(vms::stats));
+    if door == Door::Unix {
+        api = api.route("/logins", post(make_login));
+    }
+    let api = api
+        .fallback(|| async { Refusal(ApiProblem::new(ErrorCode::NotFound, "there is no such path in this API").hint("see /openapi.json")) })
+        .method_not_allowed_fallback(|| async { Refusal(ApiProblem::new(ErrorCode::BadRequest, "this path does not take this method").hint("see /openapi.json")) })
+        .layer(DefaultBodyLimit::max(MAX_BODY));
+    Router::new()
+        .nest(clan_api::BASE, api)
+        .route("/openapi.json", get(|| async { Json(StatusCode::OK, clan_api::openapi()) }))
+        .fallback(web::asset)
+        .with_state(shared)
+}
+
+async fn make_login(State(shared): State<Arc<Shared>>) -> Answer<Json<Login>> {
+    Ok(Json(StatusCode::CREATED, Login { url: login_url(&shared), expires: now().plus(auth::ONE_TIME) }))
+}
+
+/// A body that this process may stream from elsewhere.
+fn streamed<S, E>(stream: S) -> Body
+where
+    S: futures_util::Stream<Item = Result<bytes::Bytes, E>> + Send + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>> + 'static,
+{
+    Body::from_stream(stream)
+}
+
+impl From<DiskError> for Refusal {
+    fn from(error: DiskError) -> Self {
+        Self(crate::problem::disk(&error))
+    }
+}

@@ -1,0 +1,120 @@
+//! VMs: start, stop, delete, logs, console, statistics.
+
+use std::sync::Arc;
+
+use axum::{
+    body::Body,
+    extract::{Path, Query, State, rejection::QueryRejection},
+    http::{HeaderValue, Request, Response, StatusCode, header},
+    response::IntoResponse,
+};
+use clan_api::{ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, TaskInfo, VmInfo, VmStats};
+use clan_wire::control::{ControlRequest, ControlResponse};
+use hyper_util::rt::TokioIo;
+use tokio::io::copy_bidirectional;
+use tokio_util::io::ReaderStream;
+
+use super::{
+    problems::{Answer, Json},
+    streamed,
+};
+use crate::{
+    guest::{self, GuestError},
+    leave, logs,
+    manager::Shared,
+    problem, status,
+};
+
+const MAX_LINES: u32 = 100_000;
+
+pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Vec<VmInfo>> {
+    Json(StatusCode::OK, shared.clans().iter().map(|c| status::vm_info(&shared, c)).collect())
+}
+
+pub(super) async fn start(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, leave::start_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn stop(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, leave::stop_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn delete(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    query: Result<Query<DeleteQuery>, QueryRejection>,
+) -> Answer<Json<TaskInfo>> {
+    let query = understood(query)?;
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, leave::delete_task(&shared, clan, query.force)?.info()))
+}
+
+pub(super) async fn stats(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<VmStats>> {
+    Ok(Json(StatusCode::OK, status::vm_stats(&*shared.find(&vm)?)))
+}
+
+fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiProblem> {
+    query.map(|Query(q)| q).map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.body_text()))
+}
+
+pub(super) async fn logs(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    query: Result<Query<LogQuery>, QueryRejection>,
+) -> Answer<Response<Body>> {
+    let query = understood(query)?;
+    let lines = query.lines.min(MAX_LINES);
+    let clan = shared.find(&vm)?;
+    let body = match query.source {
+        LogSource::Console => {
+            let (path, lines) = (clan.record.paths().console_log(), usize::try_from(lines).unwrap_or(usize::MAX));
+            if query.follow {
+                streamed(logs::follow(path, lines))
+            } else {
+                let text = crate::fetch::blocking(move || logs::tail(&path, lines)).await?;
+                Body::from(text.map_err(|e| ApiProblem::new(ErrorCode::Internal, "the console's log cannot be read").why(e.to_string()))?)
+            }
+        }
+        LogSource::Journal => {
+            let hint = |e: GuestError| problem::guest(&e).hint("the console is there even when the guest is not: `--console`");
+            let control = clan.control().map_err(hint)?;
+            let request = ControlRequest::Journal { lines, follow: query.follow };
+            match guest::open(&control, &request, guest::PATIENCE).await.map_err(hint)? {
+                (stream, ControlResponse::Raw) => streamed(ReaderStream::new(stream)),
+                _ => return Err(hint(GuestError::Unexpected { what: "give its journal" }).into()),
+            }
+        }
+    };
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    // A guest writes these: no browser shall find markup in them.
+    headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    Ok(response)
+}
+
+pub(super) async fn console(State(shared): State<Arc<Shared>>, Path(vm): Path<String>, mut request: Request<Body>) -> Answer<Response<Body>> {
+    let wants = request.headers().get(header::UPGRADE).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(CONSOLE_UPGRADE.as_bytes()));
+    if !wants {
+        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("the console needs an upgrade to `{CONSOLE_UPGRADE}`")).into());
+    }
+    let clan = shared.find(&vm)?;
+    let running = clan.keeper.vm().ok_or_else(|| ApiProblem::new(ErrorCode::VmNotReady, "the VM does not run").hint("start it: `clan vm start`"))?;
+    let mut port = running.connect_console().await.map_err(|e| problem::vm(&e).hint("only one console can be open at a time"))?;
+    let upgrade = hyper::upgrade::on(&mut request);
+    let cancel = shared.stop_token();
+    tokio::spawn(async move {
+        let Ok(upgraded) = upgrade.await else { return };
+        let mut terminal = TokioIo::new(upgraded);
+        tokio::select! {
+            () = cancel.cancelled() => {}
+            // Either side may just hang up.
+            _ = copy_bidirectional(&mut terminal, &mut port) => {}
+        }
+    });
+    let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, CONSOLE_UPGRADE)];
+    Ok((StatusCode::SWITCHING_PROTOCOLS, headers).into_response())
+}

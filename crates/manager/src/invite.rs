@@ -1,0 +1,57 @@
+//! Inviting.
+
+use std::time::Duration;
+
+use clan_api::{ApiProblem, CreateInvite, ErrorCode, Invite};
+use clan_ledger::Body;
+use clan_types::{InviteId, InviteLink, InviteSecret, PeerAddr, Role};
+use ed25519_dalek::SigningKey;
+use zeroize::Zeroizing;
+
+use crate::{
+    clan::{Clan, fingerprint},
+    guest, problem, sign,
+    manager::Shared,
+    tasks::now,
+};
+
+const DEFAULT_EXPIRY: Duration = Duration::from_secs(24 * 3600);
+const MAX_EXPIRY: Duration = Duration::from_secs(366 * 24 * 3600);
+const MAX_USES: u32 = 10_000;
+/// A link takes so many addresses of a machine.
+const MAX_ADDRS: usize = 16;
+
+/// Makes an invite and its link.
+pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -> Result<Invite, ApiProblem> {
+    let bad = |message: &str| Err(ApiProblem::new(ErrorCode::BadRequest, message));
+    let role = request.role.unwrap_or(Role::Member);
+    let uses = request.uses.unwrap_or(1);
+    let expires_in = request.expires_in.map_or(DEFAULT_EXPIRY, Duration::from_secs);
+    if uses == 0 || uses > MAX_USES {
+        return bad("an invite has between 1 and 10000 uses");
+    }
+    if expires_in.is_zero() || expires_in > MAX_EXPIRY {
+        return bad("an invite lasts between a second and a year");
+    }
+    let control = clan.control().map_err(|e| problem::guest(&e))?;
+    let machine = guest::identify(&control).await.map_err(|e| problem::guest(&e))?.machine;
+    let mut secret = Zeroizing::new([0; 32]);
+    getrandom::fill(secret.as_mut_slice())
+        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the operating system gives no randomness").why(e.to_string()))?;
+    let key = SigningKey::from_bytes(&secret);
+    let invite = InviteId::from_bytes(key.verifying_key().to_bytes());
+    let expires = now().plus(expires_in);
+    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires })).await?;
+    let record = clan.record.get();
+    // What leads here from other computers first; what the machine itself knows after it.
+    let mut addrs = crate::link::environment(&record, &shared.images).await.quic;
+    if let Some(told) = clan.told() {
+        addrs.extend(told.status.quic.iter().copied());
+    }
+    let mut seen = std::collections::HashSet::new();
+    addrs.retain(|a| seen.insert(*a));
+    addrs.truncate(MAX_ADDRS);
+    let link = InviteLink { clan: record.id, secret: InviteSecret::from_bytes(*secret), peers: vec![PeerAddr { machine, addrs }] };
+    tracing::info!(clan = %record.name, invite = %invite.short(), %role, uses, "made an invite");
+    Ok(Invite { link: link.to_string(), invite, clan_name: record.name, fingerprint: fingerprint(&record.id), role, uses, expires })
+}

@@ -1,0 +1,271 @@
+//! Joining a clan: what a link leads to, and going there. Each step finds out what an earlier attempt has done.
+
+use std::sync::Arc;
+
+use clan_api::{ApiProblem, ControlMode, ErrorCode, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer};
+use clan_ledger::{Body, VmDescription};
+use clan_types::{ByteSize, InviteLink, MachineName, PersonName};
+use clan_wire::{control::Redeem, image::Manifest};
+use ed25519_dalek::SigningKey;
+
+use crate::{
+    boot,
+    clan::{Clan, fingerprint},
+    create::{self, Size},
+    disk::{self, DiskError},
+    fetch::{Fetcher, Found, blocking},
+    manager::Shared,
+    problem,
+    record::{ClanRecord, PersonLog, Phase, Staging},
+    sign,
+    tasks::{Task, TaskHandle, now},
+};
+
+const STEPS: [&str; 6] = [
+    "Ask the clan",
+    "Get the image",
+    "Make the data disk",
+    "Start the virtual machine",
+    "Wait for its controller",
+    "Be admitted to the clan",
+];
+
+fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
+    let link: InviteLink = link.parse().map_err(|e| problem::link(&e))?;
+    if let Some(clan) = shared.get(&link.clan) {
+        return Err(ApiProblem::new(ErrorCode::AlreadyJoined, format!("this computer is in the clan `{}` already", clan.name()))
+            .hint("see it with `clan status`"));
+    }
+    Ok(link)
+}
+
+/// Fetches and checks what a link leads to.
+pub(crate) async fn preview(shared: &Shared, link: &str) -> Result<JoinPreview, ApiProblem> {
+    let fetcher = Fetcher::open(parse(shared, link)?).await?;
+    let outcome = look(shared, &fetcher).await;
+    fetcher.close().await;
+    outcome
+}
+
+async fn look(shared: &Shared, fetcher: &Fetcher) -> Result<JoinPreview, ApiProblem> {
+    let found = fetcher.preview().await?;
+    let manifest = manifest(shared, fetcher, &found.description).await?;
+    let state = found.ledger.state();
+    let invite = state.invites.get(&fetcher.invite());
+    let inviter = invite.and_then(|i| state.people.get(&i.by));
+    let (Some(invite), Some(inviter), Some(clan_name)) = (invite, inviter, &state.clan_name) else {
+        return Err(problem::refusal(&clan_wire::peer::JoinRefusal::UnknownInvite));
+    };
+    let size = size(shared, &found.description, None, None, None)?;
+    let accelerator = crate::status::accelerator(shared).await;
+    let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
+    let host = crate::status::host(&shared.paths);
+    let mut warnings = Vec::new();
+    if shared.find_named(clan_name).is_some() {
+        warnings.push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
+    }
+    if host.memory_available < size.memory {
+        warnings.push(format!("The VM may take {} of memory; {} are free now.", size.memory, host.memory_available));
+    }
+    let disk_needed = ByteSize::from_bytes(download.missing.as_bytes().saturating_add(size.disk.as_bytes()));
+    if host.disk_available < disk_needed {
+        warnings.push(format!("The VM may take up to {disk_needed} of disk; {} are free now.", host.disk_available));
+    }
+    if accelerator.kind == clan_api::AcceleratorKind::Tcg {
+        warnings.push(format!("The VM will be slow. {}", accelerator.reason));
+    }
+    Ok(JoinPreview {
+        clan: found.ledger.clan(),
+        clan_name: clan_name.clone(),
+        fingerprint: fingerprint(&found.ledger.clan()),
+        inviter: inviter.name.clone(),
+        role: invite.role,
+        expires: invite.expires,
+        people: state.people.keys().filter_map(|id| state.person(id)).map(|p| p.name.clone()).collect(),
+        machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
+        image: found.description.image,
+        image_title: found.description.title.to_string(),
+        download,
+        memory: size.memory,
+        disk: size.disk,
+        cpus: u32::from(size.cpus),
+        control_mode: ControlMode::Local,
+        accelerator,
+        warnings,
+    })
+}
+
+async fn manifest(shared: &Shared, fetcher: &Fetcher, description: &VmDescription) -> Result<Manifest, ApiProblem> {
+    match shared.images.get(&description.image) {
+        Some(stored) => Ok(stored.manifest),
+        None => fetcher.manifest(&description.image).await,
+    }
+}
+
+/// Bytes of an image that no image here has.
+fn missing(shared: &Shared, manifest: &Manifest) -> ByteSize {
+    let here = shared.images.list();
+    let has = |hash| here.iter().any(|image| image.manifest.files.iter().any(|f| f.hash == hash));
+    ByteSize::from_bytes(manifest.files.iter().filter(|f| !has(f.hash)).map(|f| f.size.as_bytes()).fold(0, u64::saturating_add))
+}
+
+/// The size that the clan recommends, unless the person says otherwise, fitted to this computer.
+fn size(shared: &Shared, description: &VmDescription, memory: Option<ByteSize>, disk: Option<ByteSize>, cpus: Option<u32>) -> Result<Size, ApiProblem> {
+    let cpus = match cpus {
+        None => description.cpus.clamp(1, create::default_cpus(shared)),
+        Some(n) => u8::try_from(n).map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+    };
+    let size = Size { memory: memory.unwrap_or(description.memory), disk: disk.unwrap_or(description.disk), cpus };
+    create::check_size(shared, size)?;
+    Ok(size)
+}
+
+/// Starts joining. The link is checked again; only then anything is put on disk.
+pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc<Task>, ApiProblem> {
+    let link = parse(shared, &request.link)?;
+    let fetcher = Fetcher::open(link.clone()).await?;
+    let found = fetcher.preview().await;
+    fetcher.close().await;
+    let found = found?;
+    let size = size(shared, &found.description, request.memory, request.disk, request.cpus)?;
+    check_names(&found, &request.person, &request.machine)?;
+    let _one = shared.admission.lock().await;
+    // Another request may have been faster.
+    parse(shared, &request.link)?;
+    if let Some(name) = &found.ledger.state().clan_name {
+        shared.check_name_free(name)?;
+    }
+    let ports = create::free_ports()?;
+    let paths = shared.paths.clone();
+    let record = blocking(move || put(&paths, &request, &link, &found, size, ports)).await??;
+    let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
+    Ok(spawn(shared, clan))
+}
+
+fn check_names(found: &Found, person: &PersonName, machine: &MachineName) -> Result<(), ApiProblem> {
+    let taken = |what: &str, name: &str, flag: &str| {
+        Err(ApiProblem::new(ErrorCode::NameTaken, format!("the clan has a {what} called `{name}` already")).hint(format!("choose another with `{flag}`")))
+    };
+    let state = found.ledger.state();
+    if state.person_named(person).is_some() {
+        return taken("person", person.as_str(), "--name");
+    }
+    if state.machine_named(machine).is_some() {
+        return taken("machine", machine.as_str(), "--machine");
+    }
+    Ok(())
+}
+
+fn put(paths: &crate::Paths, request: &JoinClan, link: &InviteLink, found: &Found, size: Size, ports: crate::record::Ports) -> Result<ClanRecord, ApiProblem> {
+    let on_disk = |e: DiskError| problem::disk(&e);
+    let name = found.ledger.state().clan_name.clone().ok_or_else(|| ApiProblem::new(ErrorCode::Untrusted, "the clan has no name"))?;
+    let staging = Staging::begin(paths).map_err(on_disk)?;
+    let invite_key = SigningKey::from_bytes(link.secret.expose());
+    let person = clan_types::PersonId::from_bytes(staging.key.verifying_key().to_bytes());
+    let body = Body::admission(&invite_key, &link.clan, &person, request.person.clone());
+    let entry = found.ledger.author(&staging.key, body, now());
+    let entry = entry.map_err(|e| ApiProblem::new(ErrorCode::Internal, "the admission cannot be signed").why(e.to_string()))?;
+    let mut log = PersonLog::default();
+    log.push(entry.encode());
+    let record = ClanRecord {
+        id: link.clan,
+        name,
+        person: request.person.clone(),
+        machine: request.machine.clone(),
+        phase: Phase::Joining,
+        wanted: false,
+        image: None,
+        memory: size.memory,
+        disk: size.disk,
+        cpus: size.cpus,
+        ports,
+        made: now(),
+    };
+    staging.commit(paths, &record, &log, Some(&link.to_string())).map_err(on_disk)?;
+    Ok(record)
+}
+
+/// Starts, or goes on with, joining.
+pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
+    let name = clan.name();
+    let shared_ = shared.clone();
+    shared.tasks.spawn(TaskKind::JoinClan, format!("Join the clan {name}"), Some(name), &STEPS, move |task| async move {
+        let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
+        shared_.settle(&clan, outcome).await
+    })
+}
+
+async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
+    let text = disk::read(&clan.record.paths().link()).map_err(|e| problem::disk(&e))?;
+    let text = text.and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
+    let link: InviteLink = text.parse().map_err(|e| problem::link(&e))?;
+    task.begin(0);
+    let fetcher = Fetcher::open(link.clone()).await?;
+    let outcome = prepare(shared, clan, task, &fetcher).await;
+    fetcher.close().await;
+    let theirs = outcome?;
+    task.begin(2);
+    boot::data_disk(clan, task).await?;
+    task.begin(3);
+    let (_, identity) = boot::bring_up(clan, task, 4).await?;
+    task.begin(5);
+    if identity.clan == Some(clan.id()) {
+        // An earlier attempt was admitted, and could not write it down.
+        return create::finish(clan);
+    }
+    let mine: Vec<Vec<u8>> = {
+        let mut log = clan.log.lock().await;
+        let mut ledger = sign::fold(clan.id(), theirs.iter().map(Vec::as_slice).chain(log.entries()));
+        create::enrol(clan, &mut log, &mut ledger, &identity)?;
+        log.entries().map(<[u8]>::to_vec).collect()
+    };
+    let redeem = Redeem { entries: mine, peers: link.peers };
+    create::provision(shared, clan, theirs, Some(redeem), Vec::new(), task).await?;
+    create::finish(clan)
+}
+
+/// Asks the clan, and fetches the image. Gives the clan's entries.
+async fn prepare(shared: &Shared, clan: &Clan, task: &TaskHandle, fetcher: &Fetcher) -> Result<Vec<Vec<u8>>, ApiProblem> {
+    let found = match fetcher.preview().await {
+        Ok(found) => found,
+        // After a restart: the invite may be used, by us.
+        Err(problem) if problem.code == ErrorCode::InviteUsed && clan.record.paths().data_disk().exists() && clan.record.get().image.is_some() => {
+            task.log("the invite has been used, perhaps by this computer: asking the machine here");
+            return Ok(Vec::new());
+        }
+        Err(problem) => return Err(problem),
+    };
+    task.begin(1);
+    if shared.images.get(&found.description.image).is_some() {
+        task.skip();
+    } else {
+        let manifest = fetcher.manifest(&found.description.image).await?;
+        check_image(&manifest, clan)?;
+        let _one = shared.building.lock().await;
+        if shared.images.get(&found.description.image).is_none() {
+            fetcher.image(&shared.images, &manifest, task).await?;
+        }
+    }
+    clan.record.update(|r| r.image = Some(found.description.image)).map_err(|e| problem::disk(&e))?;
+    Ok(found.ledger.entries().map(clan_ledger::Entry::encode).collect())
+}
+
+fn check_image(manifest: &Manifest, clan: &Clan) -> Result<(), ApiProblem> {
+    let record = clan.record.get();
+    if manifest.architecture != std::env::consts::ARCH {
+        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image is for {} computers, this one is {}", manifest.architecture, std::env::consts::ARCH)));
+    }
+    if record.memory < manifest.memory_min {
+        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", manifest.memory_min)).hint("give the VM more with `--memory`"));
+    }
+    match problem::available(&record_dir(clan)) {
+        Some(free) if free < manifest.total_size() => Err(ApiProblem::new(ErrorCode::DiskFull, "there is no room for the image")
+            .why(format!("it takes {}, {free} are free", manifest.total_size()))
+            .hint("free some space, or use another data folder with `--data`")),
+        _ => Ok(()),
+    }
+}
+
+fn record_dir(clan: &Clan) -> std::path::PathBuf {
+    clan.record.paths().dir.clone()
+}

@@ -1,0 +1,148 @@
+//! Leaving a clan, and removing what is left of it here.
+
+use std::{sync::Arc, time::Duration};
+
+use clan_api::{ApiProblem, ErrorCode, TaskKind, TaskResult, VmState};
+use clan_ledger::Body;
+use clan_wire::control::ControlRequest;
+
+use crate::{
+    boot,
+    clan::Clan,
+    guest,
+    manager::Shared,
+    problem,
+    record::Phase,
+    sign,
+    tasks::{Task, TaskHandle},
+};
+
+const FAREWELL_STEPS: [&str; 3] = ["Tell the clan", "Stop the virtual machine", "Remove its files"];
+const STARTED: Duration = Duration::from_secs(180);
+const STOPPED: Duration = Duration::from_secs(180);
+
+/// Starts leaving. The VM must run: the clan's machines learn of it through it.
+pub(crate) fn begin(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    shared.check_idle(&clan)?;
+    if clan.record.get().phase == Phase::Ready {
+        clan.control().map_err(|e| problem::guest(&e).hint("start it: `clan vm start`; or give it up: `clan vm delete --force`"))?;
+        clan.record.update(|r| r.phase = Phase::Leaving).map_err(|e| problem::disk(&e))?;
+    }
+    Ok(spawn(shared, clan))
+}
+
+/// Starts, or goes on with, leaving.
+pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
+    let name = clan.name();
+    let shared_ = shared.clone();
+    shared.tasks.spawn(TaskKind::LeaveClan, format!("Leave the clan {name}"), Some(name), &FAREWELL_STEPS, move |task| async move {
+        task.begin(0);
+        if let Err(problem) = task.unless_cancelled(farewell(&clan)).await {
+            if shared_.is_stopping() {
+                // Gone on with by the next manager.
+                return Err(problem);
+            }
+            clan.record.update(|r| r.phase = Phase::Ready).map_err(|e| problem::disk(&e))?;
+            return Err(problem);
+        }
+        // The clan knows: from here on there is no way back, and a restart only removes.
+        clan.record.update(|r| r.phase = Phase::Removing).map_err(|e| problem::disk(&e))?;
+        task.begin(1);
+        stop(&clan).await?;
+        task.begin(2);
+        shared_.discard(&clan).await?;
+        Ok(TaskResult::Nothing)
+    })
+}
+
+async fn farewell(clan: &Clan) -> Result<(), ApiProblem> {
+    clan.keeper.want(true).await?;
+    let control = boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await?;
+    let identity = guest::identify(&control).await.map_err(|e| problem::guest(&e))?;
+    let person = clan.person();
+    // The owner's last machine takes the person with it.
+    let mut others = false;
+    let mut gone = false;
+    let entry = sign::decide(clan, |ledger| {
+        let state = ledger.state();
+        others = state.good_machines().any(|(id, m)| m.owner == person && *id != identity.machine);
+        gone = state.machine_in_good_standing(&identity.machine).is_none();
+        if gone {
+            return Err(ApiProblem::new(ErrorCode::NotFound, "this machine is not in the clan any more"));
+        }
+        Ok(if others { Body::Remove { machine: identity.machine } } else { Body::Leave })
+    });
+    match entry.await {
+        Ok(entry) => guest::tell(&control, &ControlRequest::Farewell { entry: entry.encode() }).await.map_err(|e| problem::guest(&e)),
+        // Removed by somebody else, or by an earlier attempt.
+        Err(_) if gone => Ok(()),
+        Err(problem) => Err(problem),
+    }
+}
+
+/// Stops a VM and waits until it is.
+pub(crate) async fn stop(clan: &Clan) -> Result<(), ApiProblem> {
+    let mut view = clan.keeper.watch();
+    clan.keeper.want(false).await?;
+    let stopped = view.wait_for(|v| matches!(v.state, VmState::Stopped | VmState::Failed) && v.pid.is_none());
+    match tokio::time::timeout(STOPPED, stopped).await {
+        Ok(_) => Ok(()),
+        Err(_) => Err(ApiProblem::new(ErrorCode::TimedOut, "the VM did not stop").hint("delete it, or restart this computer")),
+    }
+}
+
+/// Starts a VM and waits until its controller answers.
+pub(crate) async fn start(clan: &Clan) -> Result<(), ApiProblem> {
+    clan.keeper.want(true).await?;
+    boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await.map(drop)
+}
+
+/// Starts a VM, as a task.
+pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    vm_task(shared, clan, TaskKind::StartVm, "Start", "Start the virtual machine", |clan, task| async move {
+        task.unless_cancelled(start(&clan)).await
+    })
+}
+
+/// Stops a VM, as a task.
+pub(crate) fn stop_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    vm_task(shared, clan, TaskKind::StopVm, "Stop", "Stop the virtual machine", |clan, task| async move {
+        task.unless_cancelled(stop(&clan)).await
+    })
+}
+
+/// Deletes a VM, its disk, and the person's key in the clan, as a task.
+pub(crate) fn delete_task(shared: &Arc<Shared>, clan: Arc<Clan>, force: bool) -> Result<Arc<Task>, ApiProblem> {
+    if !force && clan.record.get().phase == Phase::Ready {
+        let name = clan.name();
+        return Err(ApiProblem::new(ErrorCode::Conflict, format!("the VM is a machine of the clan `{name}`"))
+            .why("the others would go on waiting for it, and your key in the clan would be lost with it")
+            .hint(format!("leave the clan: `clan leave {name}`"))
+            .hint("or delete it all the same with `--force`"));
+    }
+    let shared_ = shared.clone();
+    vm_task(shared, clan, TaskKind::DeleteVm, "Delete", "Delete the virtual machine and its disk", move |clan, _task| async move {
+        shared_.discard(&clan).await
+    })
+}
+
+fn vm_task<F>(
+    shared: &Arc<Shared>,
+    clan: Arc<Clan>,
+    kind: TaskKind,
+    verb: &str,
+    step: &str,
+    work: impl FnOnce(Arc<Clan>, TaskHandle) -> F,
+) -> Result<Arc<Task>, ApiProblem>
+where
+    F: Future<Output = Result<(), ApiProblem>> + Send + 'static,
+{
+    shared.check_idle(&clan)?;
+    let name = clan.name();
+    let task = shared.tasks.spawn(kind, format!("{verb} the VM of {name}"), Some(name), &[step], move |task| {
+        task.begin(0);
+        let work = work(clan, task);
+        async move { work.await.map(|()| TaskResult::Nothing) }
+    });
+    Ok(task)
+}

@@ -1,0 +1,38 @@
+//! The manager: runs on the base OS as an ordinary user, joins clans, owns the VM of each, and serves the API, the web
+//! page and the clans' services on loopback.
+//!
+//! ```text
+//!  CLI ──Unix socket──┐             ┌─ tasks: create, join, leave, … ── image (clan-build, fetch)
+//!  browser ──TCP──────┴─▶ http ─▶ Shared ─▶ one Clan each: record on disk, person's key and log
+//!                          │                   └─ keeper: the VM's only owner ─▶ QEMU (clan-vm)
+//!                          └─ proxy ────────────────── agent and controller channels (clan-os) ─▶ guest
+//! ```
+//!
+//! What the person wants is on disk before anything is done about it ([`record`]); what runs is found again
+//! ([`keeper`]): a manager that was killed neither loses nor doubles a VM, and goes on with what it was doing.
+//! The person's keys stay here; a guest only ever gets entries that were signed with them.
+
+mod boot;
+mod clan;
+mod create;
+mod disk;
+mod fetch;
+mod guest;
+mod http;
+mod image;
+mod invite;
+mod join;
+mod keeper;
+mod leave;
+mod link;
+mod logs;
+mod manager;
+mod paths;
+mod problem;
+mod record;
+mod sign;
+mod status;
+mod tasks;
+
+pub use manager::{Manager, ManagerError, Options};
+pub use paths::Paths;

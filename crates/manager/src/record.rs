@@ -1,0 +1,290 @@
+//! What is kept on disk of a clan that this computer is in.
+
+use std::path::{Path, PathBuf};
+
+use clan_store::SecretFile;
+use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineName, PersonName, Timestamp};
+use data_encoding::{BASE64, HEXLOWER};
+use ed25519_dalek::SigningKey;
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+use crate::{
+    disk::{self, DiskError},
+    paths::{ClanPaths, Paths},
+};
+
+const STAGING: &str = ".new-";
+const GONE: &str = ".gone-";
+
+/// How far a clan has come here. Each phase is on disk before its work begins.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Phase {
+    /// Being founded. Resumed after a restart.
+    Creating,
+    /// Being joined. Resumed after a restart.
+    Joining,
+    /// In it.
+    Ready,
+    /// Being left: the ledger may say so already. Finished after a restart.
+    Leaving,
+    /// Being removed from this computer. Finished after a restart.
+    Removing,
+}
+
+/// UDP ports of the base OS that lead to the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ports {
+    pub(crate) quic: u16,
+    pub(crate) wireguard: u16,
+}
+
+/// A clan on this computer: `clan.json`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct ClanRecord {
+    pub(crate) id: ClanId,
+    pub(crate) name: ClanName,
+    pub(crate) person: PersonName,
+    pub(crate) machine: MachineName,
+    pub(crate) phase: Phase,
+    /// Whether the VM shall run.
+    pub(crate) wanted: bool,
+    pub(crate) image: Option<ImageId>,
+    pub(crate) memory: ByteSize,
+    pub(crate) disk: ByteSize,
+    pub(crate) cpus: u8,
+    pub(crate) ports: Ports,
+    pub(crate) made: Timestamp,
+}
+
+impl ClanRecord {
+    pub(crate) fn load(paths: &ClanPaths) -> Result<Self, DiskError> {
+        let path = paths.record();
+        disk::read_json(&path)?.ok_or_else(|| disk::missing(&path))
+    }
+
+    pub(crate) fn save(&self, paths: &ClanPaths) -> Result<(), DiskError> {
+        disk::write_json(&paths.record(), self)
+    }
+}
+
+/// A clan's directory while it is put together, under a name that no clan has: a killed manager leaves nothing that
+/// counts.
+pub(crate) struct Staging {
+    paths: ClanPaths,
+    /// The person's key, new and on disk.
+    pub(crate) key: SigningKey,
+}
+
+impl Staging {
+    /// Begins with the person's key.
+    pub(crate) fn begin(paths: &Paths) -> Result<Self, DiskError> {
+        let dir = paths.clans().join(format!("{STAGING}{}", HEXLOWER.encode(&random::<8>(&paths.clans())?)));
+        disk::create_dir(&dir)?;
+        let staging = ClanPaths::at(dir);
+        let secret = SecretFile::load_or_create(&staging.key())?;
+        Ok(Self { key: SigningKey::from_bytes(secret.expose()), paths: staging })
+    }
+
+    /// Puts the clan in its place with everything that its phase needs to be resumed: whole, or not at all.
+    pub(crate) fn commit(self, paths: &Paths, record: &ClanRecord, log: &PersonLog, link: Option<&str>) -> Result<(), DiskError> {
+        log.save(&self.paths.log())?;
+        if let Some(link) = link {
+            disk::write_secret(&self.paths.link(), link.as_bytes())?;
+        }
+        record.save(&self.paths)?;
+        disk::rename_dir(&self.paths.dir, &paths.clan(&record.id).dir)
+    }
+}
+
+/// Random bytes; `path` is what they are for.
+pub(crate) fn random<const N: usize>(path: &Path) -> Result<[u8; N], DiskError> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|_| DiskError::NoRandomness { path: path.to_owned() })?;
+    Ok(bytes)
+}
+
+/// The directories of all clans, and what went wrong with those that cannot be read. Leftovers of killed managers go.
+pub(crate) fn load_all(paths: &Paths) -> (Vec<(ClanPaths, ClanRecord)>, Vec<(PathBuf, DiskError)>) {
+    let (mut records, mut bad) = (Vec::new(), Vec::new());
+    for dir in disk::list(&paths.clans()) {
+        let name = dir.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
+        if name.starts_with(STAGING) || name.starts_with(GONE) {
+            if let Err(error) = disk::remove_dir(&dir) {
+                bad.push((dir, error));
+            }
+            continue;
+        }
+        let clan = ClanPaths::at(dir.clone());
+        match ClanRecord::load(&clan) {
+            Ok(record) if record.id.to_string() == name => records.push((clan, record)),
+            Ok(record) => bad.push((dir, DiskError::ForeignClan { path: clan.record(), found: record.id })),
+            Err(error) => bad.push((dir, error)),
+        }
+    }
+    (records, bad)
+}
+
+/// Removes a clan's directory: from here on it is gone, even if removing its files is interrupted.
+pub(crate) fn remove(paths: &Paths, id: &ClanId) -> Result<(), DiskError> {
+    let (dir, gone) = (paths.clan(id).dir, paths.clans().join(format!("{GONE}{id}")));
+    disk::remove_dir(&gone)?;
+    if dir.exists() {
+        disk::rename_dir(&dir, &gone)?;
+    }
+    disk::remove_dir(&gone)
+}
+
+/// The person's key in a clan.
+pub(crate) fn load_key(paths: &ClanPaths) -> Result<SigningKey, DiskError> {
+    let path = paths.key();
+    let secret = SecretFile::load(&path)?.ok_or_else(|| disk::missing(&path))?;
+    Ok(SigningKey::from_bytes(secret.expose()))
+}
+
+/// What the person signed in a clan, in order: `person.log`. A person who signs two entries for one place is an
+/// equivocator to everybody; this file is why a guest that lies about the ledger cannot make them one.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub(crate) struct PersonLog {
+    entries: Vec<Encoded>,
+}
+
+/// An encoded entry, base64 in JSON.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Encoded(Vec<u8>);
+
+impl Serialize for Encoded {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&BASE64.encode(&self.0))
+    }
+}
+
+impl<'de> Deserialize<'de> for Encoded {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        BASE64.decode(String::deserialize(deserializer)?.as_bytes()).map(Self).map_err(D::Error::custom)
+    }
+}
+
+impl PersonLog {
+    pub(crate) fn load(paths: &ClanPaths) -> Result<Self, DiskError> {
+        let path = paths.log();
+        // Fails closed: an empty log in place of a lost one would be signed over.
+        disk::read_json(&path)?.ok_or_else(|| disk::missing(&path))
+    }
+
+    /// Writes it, durably, before anyone else sees the newest entry.
+    pub(crate) fn save(&self, path: &Path) -> Result<(), DiskError> {
+        disk::write_json(path, self)
+    }
+
+    pub(crate) fn push(&mut self, entry: Vec<u8>) {
+        self.entries.push(Encoded(entry));
+    }
+
+    pub(crate) fn entries(&self) -> impl Iterator<Item = &[u8]> {
+        self.entries.iter().map(|e| e.0.as_slice())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.entries.len()
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    pub(crate) fn record(id: u8, phase: Phase) -> ClanRecord {
+        ClanRecord {
+            id: ClanId::from_bytes([id; 32]),
+            name: "family".parse().unwrap(),
+            person: "anna".parse().unwrap(),
+            machine: "laptop".parse().unwrap(),
+            phase,
+            wanted: false,
+            image: None,
+            memory: ByteSize::from_mib(512),
+            disk: ByteSize::from_mib(2048),
+            cpus: 2,
+            ports: Ports { quic: 1, wireguard: 2 },
+            made: Timestamp::from_millis(7),
+        }
+    }
+
+    /// A clan on disk.
+    pub(crate) fn put(paths: &Paths, record: &ClanRecord, link: Option<&str>) -> (SigningKey, PersonLog) {
+        let staging = Staging::begin(paths).unwrap();
+        let key = staging.key.clone();
+        let mut log = PersonLog::default();
+        log.push(vec![1, 2, 3]);
+        staging.commit(paths, record, &log, link).unwrap();
+        (key, log)
+    }
+
+    #[test]
+    fn a_clan_is_there_after_a_restart_with_key_and_log() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        let made = record(1, Phase::Joining);
+        let (key, log) = put(&paths, &made, Some("clan://join/x"));
+        let (found, bad) = load_all(&paths);
+        assert!(bad.is_empty(), "{bad:?}");
+        let (clan, loaded) = &found[0];
+        assert_eq!(*loaded, made);
+        assert_eq!(load_key(clan).unwrap().to_bytes(), key.to_bytes());
+        assert_eq!(PersonLog::load(clan).unwrap(), log);
+        for secret in [clan.key(), clan.link(), clan.log()] {
+            assert_eq!(std::fs::metadata(&secret).unwrap().permissions().mode() & 0o777, 0o600, "{}", secret.display());
+        }
+        assert_eq!(std::fs::metadata(&clan.dir).unwrap().permissions().mode() & 0o777, 0o700);
+    }
+
+    #[test]
+    fn what_a_killed_manager_left_half_made_is_gone_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        drop(Staging::begin(&paths).unwrap());
+        std::fs::create_dir_all(paths.clans().join(".gone-abc").join("vm")).unwrap();
+        let (found, bad) = load_all(&paths);
+        assert!(found.is_empty() && bad.is_empty());
+        assert_eq!(std::fs::read_dir(paths.clans()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_damaged_record_is_reported_and_its_key_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        put(&paths, &record(1, Phase::Ready), None);
+        let clan = paths.clan(&ClanId::from_bytes([1; 32]));
+        std::fs::write(clan.record(), b"{\"version\":1,").unwrap();
+        for _ in 0..2 {
+            let (found, bad) = load_all(&paths);
+            assert!(found.is_empty());
+            assert_eq!(bad.len(), 1, "reported at every start");
+        }
+        assert!(load_key(&clan).is_ok());
+    }
+
+    #[test]
+    fn a_lost_log_is_not_taken_for_an_empty_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        put(&paths, &record(1, Phase::Ready), None);
+        let clan = paths.clan(&ClanId::from_bytes([1; 32]));
+        std::fs::remove_file(clan.log()).unwrap();
+        assert!(PersonLog::load(&clan).is_err());
+    }
+
+    #[test]
+    fn a_removed_clan_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        put(&paths, &record(1, Phase::Ready), None);
+        let id = ClanId::from_bytes([1; 32]);
+        remove(&paths, &id).unwrap();
+        remove(&paths, &id).unwrap();
+        assert_eq!(load_all(&paths).0.len(), 0);
+    }
+}

@@ -1,0 +1,242 @@
+//! Everything that the web page shows, from what is known now.
+
+use clan_api::{
+    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo, PathKind, PersonInfo,
+    ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
+};
+use clan_types::{ByteSize, PersonId, Timestamp};
+use clan_vm::{AccelKind, probe};
+use clan_wire::{beacon, control};
+
+use crate::{
+    clan::{Clan, fingerprint},
+    guest::short,
+    manager::Shared,
+    paths::Paths,
+    problem,
+    record::Phase,
+    tasks::now,
+};
+
+/// Tasks that the page lists.
+const MAX_TASKS: usize = 30;
+const LOW_DISK: ByteSize = ByteSize::from_mib(512);
+
+/// Everything in one.
+pub(crate) async fn status(shared: &Shared) -> Status {
+    let clans = shared.clans();
+    let host = host(&shared.paths);
+    let accelerator = accelerator(shared).await;
+    let mut tasks = shared.tasks.list();
+    tasks.truncate(MAX_TASKS);
+    let mut problems = shared.problems();
+    if host.disk_available < LOW_DISK {
+        problems.push(HealthProblem {
+            severity: Severity::Warning,
+            clan: None,
+            message: format!("Only {} of disk are free where {} is.", host.disk_available, shared.paths.root().display()),
+            hints: vec!["free some space".into()],
+        });
+    }
+    for clan in &clans {
+        problems.extend(clan_problems(clan));
+    }
+    Status {
+        version: env!("CARGO_PKG_VERSION").into(),
+        data_dir: shared.paths.root().display().to_string(),
+        now: now(),
+        host,
+        accelerator,
+        clans: clans.iter().map(|c| clan_info(c)).collect(),
+        vms: clans.iter().map(|c| vm_info(shared, c)).collect(),
+        tasks,
+        problems,
+    }
+}
+
+fn clan_problems(clan: &Clan) -> Vec<HealthProblem> {
+    let view = clan.keeper.view();
+    let mut problems = Vec::new();
+    let name = clan.name();
+    if let Some(problem) = view.problem {
+        let severity = if view.state == VmState::Failed { Severity::Error } else { Severity::Warning };
+        problems.push(HealthProblem { severity, clan: Some(name.clone()), message: format!("{name}: {}.", problem.message), hints: problem.hints });
+    }
+    for message in clan.told().map(|t| t.status.problems.clone()).unwrap_or_default().iter().take(20) {
+        problems.push(HealthProblem { severity: Severity::Warning, clan: Some(name.clone()), message: short(message), hints: Vec::new() });
+    }
+    problems
+}
+
+/// This computer.
+pub(crate) fn host(paths: &Paths) -> HostInfo {
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let field = |label: &str| {
+        let line = meminfo.lines().find_map(|l| l.strip_prefix(label));
+        let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
+        ByteSize::from_bytes(kib.saturating_mul(1024))
+    };
+    HostInfo {
+        name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
+        memory_total: field("MemTotal:"),
+        memory_available: field("MemAvailable:"),
+        disk_available: problem::available(paths.root()).unwrap_or_default(),
+    }
+}
+
+/// How VMs run here.
+pub(crate) async fn accelerator(shared: &Shared) -> AcceleratorInfo {
+    let verdict = probe::accelerator(&shared.paths.cache()).await;
+    let reason = match verdict.remedy {
+        Some(remedy) => format!("{} {remedy}", verdict.reason),
+        None => verdict.reason,
+    };
+    AcceleratorInfo { kind: kind(verdict.kind), reason }
+}
+
+fn kind(kind: AccelKind) -> AcceleratorKind {
+    match kind {
+        AccelKind::Kvm => AcceleratorKind::Kvm,
+        AccelKind::Tcg => AcceleratorKind::Tcg,
+    }
+}
+
+/// A clan.
+pub(crate) fn clan_info(clan: &Clan) -> ClanInfo {
+    let record = clan.record.get();
+    let (person, told) = (clan.person(), clan.told());
+    let status = told.as_ref().map(|t| t.status.as_ref());
+    let mut machines: Vec<MachineInfo> = status.map(|s| s.machines.iter().map(|m| machine(m, s)).collect()).unwrap_or_default();
+    machines.sort_by(|a, b| (!a.this, &a.name).cmp(&(!b.this, &b.name)));
+    ClanInfo {
+        id: record.id,
+        fingerprint: fingerprint(&record.id),
+        phase: match record.phase {
+            Phase::Creating => ClanPhase::Creating,
+            Phase::Joining => ClanPhase::Joining,
+            Phase::Ready => ClanPhase::Ready,
+            Phase::Leaving | Phase::Removing => ClanPhase::Leaving,
+        },
+        person,
+        role: status.and_then(|s| s.people.iter().find(|p| p.id == person)).map(|p| p.role),
+        machine_name: record.machine,
+        online: clan.keeper.control().is_some(),
+        as_of: told.as_ref().map(|t| t.at),
+        people: status.map(|s| s.people.iter().map(|p| person_info(p, &person)).collect()).unwrap_or_default(),
+        machines,
+        services: status.map(|s| s.services.iter().map(|v| service(v, s)).collect()).unwrap_or_default(),
+        problems: status.map(|s| s.problems.iter().take(50).map(|p| short(p)).collect()).unwrap_or_default(),
+        name: record.name,
+    }
+}
+
+fn person_info(person: &control::PersonStatus, this: &PersonId) -> PersonInfo {
+    PersonInfo { id: person.id, name: person.name.clone(), role: person.role, this: person.id == *this }
+}
+
+fn machine(machine: &control::MachineStatus, status: &control::NodeStatus) -> MachineInfo {
+    MachineInfo {
+        id: machine.id,
+        name: machine.name.clone(),
+        owner: machine.owner,
+        owner_name: status.people.iter().find(|p| p.id == machine.owner).map(|p| p.name.clone()),
+        address: machine.address,
+        host_name: format!("{}.{}.clan", machine.name, status.clan_name),
+        this: machine.this,
+        path: machine.path.as_ref().map(path),
+        last_seen: machine.last_seen,
+        version: machine.version.as_deref().map(short),
+    }
+}
+
+fn path(path: &control::PathStatus) -> PathInfo {
+    PathInfo {
+        kind: match path.kind {
+            control::PathKind::Local => PathKind::Local,
+            control::PathKind::Direct => PathKind::Direct,
+            control::PathKind::QuicDirect => PathKind::QuicDirect,
+            control::PathKind::Relayed => PathKind::Relayed,
+        },
+        remote: path.remote,
+        rtt_us: path.rtt_us,
+        why: short(&path.why),
+    }
+}
+
+fn service(service: &control::ServiceStatus, status: &control::NodeStatus) -> ServiceInfo {
+    ServiceInfo {
+        name: service.name.clone(),
+        title: short(&service.title),
+        kind: match service.kind {
+            beacon::ServiceKind::Http => ServiceKind::Http,
+            beacon::ServiceKind::Tcp => ServiceKind::Tcp,
+        },
+        machine: service.machine.clone(),
+        port: service.port,
+        host_name: format!("{}.{}.clan", service.name, status.clan_name),
+        healthy: service.healthy,
+    }
+}
+
+/// A VM.
+pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
+    let (record, view) = (clan.record.get(), clan.keeper.view());
+    let disk_used = std::fs::metadata(clan.record.paths().data_disk()).map(|m| {
+        use std::os::unix::fs::MetadataExt;
+        m.blocks().saturating_mul(512)
+    });
+    let running = matches!(view.state, VmState::Starting | VmState::Running | VmState::Stopping);
+    VmInfo {
+        id: record.id,
+        task: shared.tasks.running_on(&record.name).map(|t| t.id),
+        clan: record.name,
+        machine: record.machine,
+        state: view.state,
+        reason: view.problem.map(|p| match p.why {
+            Some(why) => format!("{}: {why}", p.message),
+            None => p.message,
+        }),
+        since: view.since,
+        wanted: record.wanted,
+        restarts: view.restarts,
+        pid: view.pid,
+        accelerator: view.accelerator.map(kind),
+        memory: record.memory,
+        cpus: u32::from(record.cpus),
+        disk: record.disk,
+        disk_used: ByteSize::from_bytes(disk_used.unwrap_or(0)),
+        image: record.image,
+        quic_port: record.ports.quic,
+        wireguard_port: record.ports.wireguard,
+        control_mode: ControlMode::Local,
+        stats: if running { clan.keeper.with_stats(|s| s.points.back().map(point)) } else { None },
+    }
+}
+
+/// A VM's statistics.
+pub(crate) fn vm_stats(clan: &Clan) -> VmStats {
+    clan.keeper.with_stats(|stats| VmStats {
+        latest: stats.points.back().map(point),
+        history: stats.points.iter().map(point).collect(),
+        units: stats
+            .points
+            .back()
+            .map(|(_, s)| s.units.iter().map(|u| UnitInfo { name: short(&u.name), state: short(&u.state) }).collect())
+            .unwrap_or_default(),
+    })
+}
+
+fn point((at, stats): &(Timestamp, control::GuestStats)) -> StatsPoint {
+    StatsPoint {
+        at: *at,
+        cpu_permille: stats.cpu_permille.min(1000),
+        memory_total: stats.memory_total,
+        memory_used: stats.memory_used,
+        disk_total: stats.disk_total,
+        disk_used: stats.disk_used,
+        net_received: stats.net_received,
+        net_sent: stats.net_sent,
+        uptime_s: stats.uptime_s,
+    }
+}

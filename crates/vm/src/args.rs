@@ -1,0 +1,195 @@
+//! QEMU's command line.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
+
+use serde_json::{Value, json};
+
+use crate::{AccelKind, VmError, VmSpec};
+
+/// Names inside the virtual machine's directory, which is QEMU's working directory: relative, because the path of a
+/// Unix socket is limited to 107 bytes.
+pub(crate) const QMP: &str = "qmp.sock";
+pub(crate) const AGENT: &str = "agent.sock";
+pub(crate) const CONTROL: &str = "control.sock";
+pub(crate) const CONSOLE: &str = "console.sock";
+pub(crate) const CONSOLE_LOG: &str = "console.log";
+
+/// The machine type that guests are tested with; a newer QEMU still emulates it. Others use their newest.
+pub(crate) const PINNED_MACHINE: &str = "pc-q35-7.2";
+pub(crate) const ANY_MACHINE: &str = "q35";
+
+/// Bounds the code cache of the emulation, which else takes several hundred MiB; in MiB.
+const TCG_CACHE: u32 = 32;
+
+/// What the guest's kernel and agent are told. Without a getty, systemd does not wait for the console's device node;
+/// `panic=-1` resets at once, which ends QEMU.
+const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 systemd.getty_auto=0 \
+     clan.root=vda clan.layers=vdb clan.data=vdc clan.boot=vdd";
+
+/// The arguments for a virtual machine. `direct` says whether its data disk can bypass the base OS's page cache.
+pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool) -> Result<Vec<OsString>, VmError> {
+    let mut args = Args(Vec::new());
+    args.pair("-name", format!("clan-{}", spec.name));
+    args.pair("-machine", format!("{machine},dump-guest-core=off,vmport=off"));
+    match spec.accelerator {
+        AccelKind::Kvm => args.pair("-accel", "kvm").pair("-cpu", "host"),
+        AccelKind::Tcg => args.pair("-accel", format!("tcg,tb-size={TCG_CACHE}")).pair("-cpu", "max"),
+    };
+    args.pair("-m", format!("{}M", spec.memory.as_mib())).pair("-smp", spec.cpus.to_string());
+    args.flag("-nodefaults").flag("-no-user-config").flag("-no-reboot").pair("-display", "none");
+    args.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
+
+    args.pair("-kernel", absolute(&spec.image.kernel)?).pair("-initrd", absolute(&spec.image.initramfs)?);
+    args.pair("-append", KERNEL_COMMAND_LINE);
+
+    args.pair("-qmp", format!("unix:{QMP},server=on,wait=off"));
+    args.pair("-chardev", format!("{},logfile={CONSOLE_LOG},logappend=on", socket("console", CONSOLE)));
+    args.pair("-serial", "chardev:console");
+    args.pair("-device", "virtio-serial-pci,id=ports");
+    for (id, path, name) in [("agent", AGENT, clan_wire::agent::PORT), ("control", CONTROL, clan_wire::control::PORT)] {
+        args.pair("-chardev", socket(id, path));
+        args.pair("-device", format!("virtserialport,id={id},bus=ports.0,chardev={id},name={name}"));
+    }
+    args.pair("-device", "virtio-rng-pci");
+    args.pair("-device", "virtio-balloon-pci,free-page-reporting=on,deflate-on-oom=on");
+
+    // The guest names its disks in this order.
+    args.disk("root", shared(&spec.image.root)?);
+    args.disk("layer", shared(&spec.image.layer)?);
+    args.disk("data", writable(&spec.data_disk, direct)?);
+    args.disk("boot", shared(&spec.image.boot)?);
+
+    // Beware: through this network's gateway (10.0.2.2) the guest reaches what listens on the base OS's loopback, and
+    // QEMU has no switch against it.
+    let forwards = spec.forwards.iter().map(|f| format!(",hostfwd={}", forward_rule(f)));
+    args.pair("-netdev", format!("user,id=net{}", forwards.collect::<String>()));
+    // No boot ROM: the kernel is loaded directly.
+    args.pair("-device", "virtio-net-pci,netdev=net,romfile=");
+    Ok(args.0)
+}
+
+/// As QEMU writes it in its error message, too.
+pub(crate) fn forward_rule(forward: &crate::UdpForward) -> String {
+    format!("udp:{}-:{}", forward.host, forward.guest_port)
+}
+
+struct Args(Vec<OsString>);
+
+impl Args {
+    fn flag(&mut self, name: &str) -> &mut Self {
+        self.0.push(name.into());
+        self
+    }
+
+    fn pair(&mut self, name: &str, value: impl Into<OsString>) -> &mut Self {
+        self.0.push(name.into());
+        self.0.push(value.into());
+        self
+    }
+
+    fn disk(&mut self, id: &str, mut node: Value) {
+        node["node-name"] = id.into();
+        self.pair("-blockdev", node.to_string());
+        self.pair("-device", format!("virtio-blk-pci,drive={id},serial={id}"));
+    }
+}
+
+fn socket(id: &str, path: &str) -> String {
+    format!("socket,id={id},path={path},server=on,wait=off")
+}
+
+/// A disk that several virtual machines may have open.
+fn shared(path: &Path) -> Result<Value, VmError> {
+    Ok(json!({
+        "driver": "raw",
+        "read-only": true,
+        "file": { "driver": "file", "filename": text(path)?, "read-only": true },
+    }))
+}
+
+/// INVARIANT: QEMU locks the file, so no two virtual machines ever write to one disk.
+fn writable(path: &Path, direct: bool) -> Result<Value, VmError> {
+    let cache = json!({ "direct": direct, "no-flush": false });
+    Ok(json!({
+        "driver": "raw",
+        "discard": "unmap",
+        "detect-zeroes": "unmap",
+        "cache": cache,
+        "file": { "driver": "file", "filename": text(path)?, "locking": "on", "discard": "unmap", "cache": cache },
+    }))
+}
+
+fn absolute(path: &Path) -> Result<PathBuf, VmError> {
+    std::path::absolute(path).map_err(VmError::io("resolve", path))
+}
+
+fn text(path: &Path) -> Result<String, VmError> {
+    let path = absolute(path)?;
+    path.into_os_string().into_string().map_err(|_| VmError::BadSpec("the path of a disk is not UTF-8"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ImageFiles, Qemu, UdpForward};
+    use clan_types::ByteSize;
+
+    fn spec() -> VmSpec {
+        let file = |name: &str| PathBuf::from(format!("/images/a,b \"c\"/{name}"));
+        VmSpec {
+            dir: "/vm".into(),
+            name: "home".into(),
+            image: ImageFiles {
+                kernel: file("kernel"),
+                initramfs: file("initramfs"),
+                root: file("root"),
+                layer: file("layer"),
+                boot: file("boot"),
+            },
+            data_disk: "/data.ext4".into(),
+            memory: ByteSize::from_mib(256),
+            cpus: 2,
+            accelerator: AccelKind::Tcg,
+            forwards: vec![UdpForward { host: "0.0.0.0:41640".parse().unwrap(), guest_port: 41640 }],
+            qemu: Qemu::default(),
+        }
+    }
+
+    fn line(spec: &VmSpec) -> Vec<String> {
+        arguments(spec, PINNED_MACHINE, true).unwrap().into_iter().map(|a| a.into_string().unwrap()).collect()
+    }
+
+    fn disks() -> Vec<Value> {
+        let line = line(&spec());
+        line.iter().filter_map(|a| serde_json::from_str(a).ok()).filter(Value::is_object).collect()
+    }
+
+    #[test]
+    fn special_characters_in_a_path_stay_in_the_path() {
+        let disks = disks();
+        let names: Vec<_> = disks.iter().filter_map(|d| d["node-name"].as_str()).collect();
+        assert_eq!(names, ["root", "layer", "data", "boot"]);
+        assert_eq!(disks[0]["file"]["filename"], "/images/a,b \"c\"/root");
+    }
+
+    #[test]
+    fn only_the_data_disk_is_writable_and_it_is_locked() {
+        let disks = disks();
+        assert_eq!(disks.len(), 4);
+        for disk in disks {
+            let data = disk["node-name"] == "data";
+            assert_eq!(disk["read-only"] == true, !data);
+            assert_eq!(disk["file"]["locking"] == "on", data);
+        }
+    }
+
+    #[test]
+    fn sockets_are_named_relatively() {
+        for arg in line(&spec()).iter().filter(|a| a.contains(".sock")) {
+            assert!(!arg.contains('/'), "{arg}");
+        }
+    }
+}

@@ -1,0 +1,100 @@
+//! Data disks.
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use clan_types::ByteSize;
+use rustix::fs::{CWD, RenameFlags};
+use tokio::process::Command;
+
+use crate::{VmError, file, tool};
+
+/// By which the guest knows the file system.
+const LABEL: &str = "clan-data";
+const MKFS: &str = "mkfs.ext4";
+
+/// Makes a sparse data disk with an empty ext4 file system labelled `clan-data`. It appears whole or not at all, and
+/// never in place of another file.
+///
+/// # Errors
+/// [`VmError::NoSpace`] if the disk could not be filled with what is free now; [`VmError::MissingTool`] without
+/// `mkfs.ext4`; [`VmError::Io`], with `AlreadyExists` if there is a file of this name.
+pub async fn create_data_disk(path: &Path, size: ByteSize) -> Result<(), VmError> {
+    if path.symlink_metadata().is_ok() {
+        return Err(VmError::io("create", path)(io::ErrorKind::AlreadyExists.into()));
+    }
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    file::create_private_dir(parent).map_err(VmError::io("create", parent))?;
+    let available = free_space(parent).map_err(VmError::io("measure", parent))?;
+    if size > available {
+        return Err(VmError::NoSpace { path: path.into(), asked: size, available });
+    }
+    let mkfs = tool::find(&[MKFS]).ok_or(VmError::MissingTool { tool: MKFS, package: "e2fsprogs" })?;
+
+    let temporary = Temporary::new(path)?;
+    temporary.1.set_len(size.as_bytes()).map_err(VmError::io("write", &temporary.0))?;
+    format(&mkfs, &temporary.0).await.map_err(|error| match error {
+        VmError::ToolFailed { log, .. } if log.contains("No space left") => {
+            VmError::NoSpace { path: path.into(), asked: size, available: free_space(parent).unwrap_or_default() }
+        }
+        other => other,
+    })?;
+    temporary.1.sync_all().map_err(VmError::io("write", &temporary.0))?;
+    rustix::fs::renameat_with(CWD, &temporary.0, CWD, path, RenameFlags::NOREPLACE)
+        .map_err(|error| VmError::io("create", path)(error.into()))?;
+    file::sync_parent(path).map_err(VmError::io("create", path))
+}
+
+/// Whether a file can be opened past the page cache; some file systems cannot.
+pub(crate) fn supports_direct(path: &Path) -> bool {
+    let flags = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).unwrap_or(0);
+    File::options().read(true).custom_flags(flags).open(path).is_ok()
+}
+
+fn free_space(dir: &Path) -> io::Result<ByteSize> {
+    let stat = rustix::fs::statvfs(dir)?;
+    Ok(ByteSize::from_bytes(stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
+
+async fn format(mkfs: &Path, image: &Path) -> Result<(), VmError> {
+    let output = Command::new(mkfs)
+        // Tables are written when the guest needs them; the root belongs to the guest's root, whoever runs this.
+        .args(["-q", "-F", "-m", "0", "-L", LABEL, "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"])
+        .arg(image)
+        .env("LC_ALL", "C")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output()
+        .await
+        .map_err(VmError::io("run", mkfs))?;
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    Err(VmError::ToolFailed { tool: MKFS, log: said.trim().chars().take(2000).collect() })
+}
+
+/// A new file beside the one to come; gone when dropped, unless renamed.
+struct Temporary(PathBuf, File);
+
+impl Temporary {
+    fn new(beside: &Path) -> Result<Self, VmError> {
+        let mut name = beside.as_os_str().to_owned();
+        name.push(format!(".new{}", std::process::id()));
+        let path = PathBuf::from(name);
+        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
+        Ok(Self(path.clone(), file.map_err(VmError::io("create", path))?))
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // After the rename there is nothing of this name.
+        let _ = fs::remove_file(&self.0);
+    }
+}

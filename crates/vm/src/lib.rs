@@ -1,0 +1,27 @@
+//! One QEMU virtual machine: is there an accelerator, the process, its disks, its sockets, its monitor (QMP).
+//!
+//! A virtual machine outlives the program that started it: [`Vm::start`] detaches QEMU, [`Vm::adopt`] finds it again.
+//! At most one QEMU runs for a directory; a lock that QEMU itself holds sees to that. Everything runs as an ordinary
+//! user. What is said to the guest over its ports is not this crate's business.
+
+mod args;
+mod console;
+mod disk;
+mod error;
+mod file;
+mod host;
+mod preflight;
+pub mod probe;
+mod process;
+mod qmp;
+mod spec;
+mod tool;
+mod vm;
+
+pub use disk::create_data_disk;
+pub use error::VmError;
+pub use host::HostStats;
+pub use probe::{AccelKind, Accelerator};
+pub use qmp::{Qmp, QmpError, QmpEvent};
+pub use spec::{ImageFiles, Qemu, UdpForward, VmSpec};
+pub use vm::{Exit, ExitReason, Vm};

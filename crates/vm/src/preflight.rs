@@ -1,0 +1,103 @@
+//! What can be known to fail before QEMU is started, and what its last words mean.
+
+use std::{
+    fs::File,
+    io::{self, ErrorKind},
+    net::UdpSocket,
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::Duration,
+};
+
+use tokio::{process::Command, time::timeout};
+
+use crate::{Qemu, VmError, VmSpec, args, host, tool};
+
+const HELP_LIMIT: Duration = Duration::from_secs(10);
+/// What distributions call the emulator of x86-64.
+const NAMES: [&str; 2] = ["qemu-system-x86_64", "qemu-kvm"];
+
+/// Refuses what cannot work.
+pub(crate) fn check(spec: &VmSpec) -> Result<(), VmError> {
+    if spec.name.is_empty() || !spec.name.chars().all(|c| c.is_ascii_alphanumeric() || c == '-') {
+        return Err(VmError::BadSpec("its name has other characters than letters, digits and hyphens"));
+    }
+    if spec.cpus == 0 {
+        return Err(VmError::BadSpec("it needs at least one processor"));
+    }
+    if spec.memory.as_mib() == 0 {
+        return Err(VmError::BadSpec("it needs at least 1 MiB of memory"));
+    }
+    if spec.forwards.iter().any(|f| !f.host.is_ipv4()) {
+        return Err(VmError::BadSpec("ports can be forwarded from IPv4 addresses only"));
+    }
+    let image = &spec.image;
+    for path in [&image.kernel, &image.initramfs, &image.root, &image.layer, &image.boot] {
+        File::open(path).map_err(|source| VmError::MissingFile { path: path.clone(), source })?;
+    }
+    let data = File::options().read(true).write(true).open(&spec.data_disk);
+    data.map_err(|source| VmError::MissingFile { path: spec.data_disk.clone(), source })?;
+    if let Some(available) = host::memory_available()
+        && spec.memory > available
+    {
+        return Err(VmError::TooLarge { asked: spec.memory, available });
+    }
+    for forward in &spec.forwards {
+        match UdpSocket::bind(forward.host) {
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::AddrInUse => {
+                return Err(VmError::PortBusy { addr: forward.host });
+            }
+            Err(error) => return Err(VmError::io("bind", forward.host.to_string())(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Where QEMU is.
+pub(crate) fn executable(qemu: &Qemu) -> Result<PathBuf, VmError> {
+    let found = match qemu {
+        Qemu::Search => tool::find(&NAMES),
+        Qemu::At(path) => tool::is_executable(path).then(|| path.clone()),
+    };
+    found.ok_or_else(|| VmError::MissingQemu { package: tool::qemu_package() })
+}
+
+/// The machine type to use with this QEMU.
+pub(crate) async fn machine(qemu: &Path) -> Result<&'static str, VmError> {
+    let mut command = Command::new(qemu);
+    command.args(["-machine", "help"]).env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
+    let output = match timeout(HELP_LIMIT, command.output()).await {
+        Ok(output) => output.map_err(VmError::io("run", qemu))?,
+        Err(_) => return Err(VmError::io("run", qemu)(io::ErrorKind::TimedOut.into())),
+    };
+    let known = String::from_utf8_lossy(&output.stdout);
+    let knows = |name: &str| known.lines().any(|line| line.split_whitespace().next() == Some(name));
+    if knows(args::PINNED_MACHINE) {
+        Ok(args::PINNED_MACHINE)
+    } else if knows(args::ANY_MACHINE) {
+        Ok(args::ANY_MACHINE)
+    } else {
+        Err(VmError::DiedAtStart { log: format!("it does not emulate the machine {}", args::ANY_MACHINE) })
+    }
+}
+
+/// What the end of QEMU's log means.
+pub(crate) fn diagnose(spec: &VmSpec, log: String) -> VmError {
+    if log.contains("Could not set up host forwarding rule") {
+        // With quotes, so that one port is not taken for the beginning of another.
+        let named = |f: &&crate::UdpForward| log.contains(&format!("'{}'", args::forward_rule(f)));
+        if let Some(forward) = spec.forwards.iter().find(named) {
+            return VmError::PortBusy { addr: forward.host };
+        }
+    }
+    if log.contains("Failed to get") && log.contains("lock") {
+        return VmError::Locked { path: spec.data_disk.clone() };
+    }
+    if log.contains("cannot set up guest memory") {
+        let available = host::memory_available().unwrap_or_default();
+        return VmError::TooLarge { asked: spec.memory, available };
+    }
+    let log = if log.is_empty() { "it said nothing".into() } else { log };
+    VmError::DiedAtStart { log }
+}

@@ -1,0 +1,64 @@
+//! What a virtual machine is made of.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clan_types::ByteSize;
+
+use crate::AccelKind;
+
+/// The files of a bootable image. All are opened read-only and may be shared by virtual machines.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageFiles {
+    /// Uncompressed kernel with a PVH entry point.
+    pub kernel: PathBuf,
+    /// Initial RAM file system.
+    pub initramfs: PathBuf,
+    /// Root file system; the guest's `vda`.
+    pub root: PathBuf,
+    /// What is laid over the root file system; the guest's `vdb`.
+    pub layer: PathBuf,
+    /// Kernel, then initramfs, so that the guest can hand them on; the guest's `vdd`.
+    pub boot: PathBuf,
+}
+
+/// A UDP port of the base OS that leads to one of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UdpForward {
+    /// Address of the base OS, IPv4; usually `0.0.0.0:port`.
+    pub host: SocketAddr,
+    /// Port of the guest.
+    pub guest_port: u16,
+}
+
+/// Which QEMU to run.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Qemu {
+    /// The first `qemu-system-x86_64` on `PATH`, or where distributions hide it.
+    #[default]
+    Search,
+    /// This executable.
+    At(PathBuf),
+}
+
+/// A virtual machine to start.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VmSpec {
+    /// Its own directory: sockets, logs, process id. Made if missing, mode 0700.
+    pub dir: PathBuf,
+    /// What it is called in process listings; letters, digits and hyphens.
+    pub name: String,
+    /// What it boots.
+    pub image: ImageFiles,
+    /// Its writable disk, from [`crate::create_data_disk`]; the guest's `vdc`.
+    pub data_disk: PathBuf,
+    /// Guest memory.
+    pub memory: ByteSize,
+    /// Virtual processors, at least one.
+    pub cpus: u8,
+    /// From [`crate::probe::accelerator`].
+    pub accelerator: AccelKind,
+    /// UDP ports to forward into the guest.
+    pub forwards: Vec<UdpForward>,
+    /// Which QEMU to run; [`Qemu::default`] searches.
+    pub qemu: Qemu,
+}

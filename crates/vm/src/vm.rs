@@ -1,0 +1,344 @@
+//! A virtual machine: start, adopt, watch, end.
+
+use std::{
+    os::{fd::OwnedFd, unix::process::ExitStatusExt},
+    path::Path,
+    process::{Child, ExitStatus},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use rustix::process::Signal;
+use tokio::{io::unix::AsyncFd, net::UnixStream, sync::watch, task::JoinHandle, time};
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tracing::Instrument;
+
+use crate::{
+    HostStats, Qmp, VmError, VmSpec, args, console, disk, host, preflight,
+    process::{self, Dir, Identity, QEMU_LOG},
+    qmp,
+};
+
+/// From the start of QEMU to its monitor's greeting: takes 0.1 s on an idle computer.
+const START_LIMIT: Duration = Duration::from_secs(20);
+/// For the monitor of a machine that already runs.
+const ADOPT_LIMIT: Duration = Duration::from_secs(1);
+const TRIM_EVERY: Duration = Duration::from_secs(10);
+/// After the process has ended, for reading what it said last.
+const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+const LOG_LINES: usize = 6;
+
+/// Why a virtual machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest powered itself off.
+    PoweredOff,
+    /// The guest reset itself, which a kernel panic does, too.
+    Reset,
+    /// The guest reported a panic.
+    Panicked,
+    /// QEMU was told to quit: through its monitor, or by a signal that asks.
+    Quit,
+    /// A signal killed QEMU.
+    Signalled(i32),
+    /// QEMU failed, with this exit status.
+    Failed(i32),
+    /// It ended while nobody watched.
+    Unknown,
+}
+
+/// How a virtual machine ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// Why.
+    pub reason: ExitReason,
+}
+
+/// A running virtual machine, or one that has ended. Clones are the same one. Dropping them all closes the monitor, but
+/// does not end the machine: [`Vm::adopt`] finds it again.
+#[derive(Debug, Clone)]
+pub struct Vm(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    dir: Dir,
+    identity: Identity,
+    handle: OwnedFd,
+    qmp: Qmp,
+    exit: watch::Receiver<Option<Exit>>,
+    killed: Arc<AtomicBool>,
+    _released: DropGuard,
+}
+
+impl Vm {
+    /// Starts a virtual machine, detached: it survives this program. Returns once QEMU's monitor answers; the guest has
+    /// then just begun to boot.
+    ///
+    /// # Errors
+    /// [`VmError::AlreadyRunning`] if one runs in this directory; [`VmError::PortBusy`], [`VmError::TooLarge`],
+    /// [`VmError::Locked`], [`VmError::MissingQemu`] and [`VmError::MissingFile`] for what the user can remedy.
+    /// Nothing runs after an error.
+    pub async fn start(spec: VmSpec) -> Result<Self, VmError> {
+        let dir = Dir::make(&spec.dir)?;
+        let Some(lock) = dir.lock().await? else {
+            return Err(VmError::AlreadyRunning { pid: dir.holder().await.map(|identity| identity.pid) });
+        };
+        preflight::check(&spec)?;
+        let qemu = preflight::executable(&spec.qemu)?;
+        let machine = preflight::machine(&qemu).await?;
+        let direct = disk::supports_direct(&spec.data_disk);
+        let arguments = args::arguments(&spec, machine, direct)?;
+        let mut child = process::spawn(&qemu, arguments, &dir, &lock)?;
+        drop(lock);
+
+        let pid = child.id();
+        let watched = process::open_pidfd(pid)
+            .and_then(|handle| Ok((handle, Identity::of(pid)?)))
+            .map_err(|source| VmError::Process { doing: "watch", source });
+        let recorded = watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity)));
+        let (handle, identity) = match recorded {
+            Ok(recorded) => recorded,
+            Err(error) => {
+                // It may have ended by itself.
+                let _ = child.kill();
+                let _ = child.wait();
+                return Err(error);
+            }
+        };
+        let vm = Self::watch(dir, identity, handle, Some(child))?;
+        tracing::debug!(name = spec.name, pid, machine, accelerator = ?spec.accelerator, direct, "started QEMU");
+
+        tokio::select! {
+            biased;
+            _ = vm.wait_exit() => Err(preflight::diagnose(&spec, vm.qemu_log())),
+            () = vm.0.qmp.ready() => Ok(vm),
+            () = time::sleep(START_LIMIT) => {
+                vm.kill()?;
+                vm.wait_exit().await;
+                Err(VmError::SilentAtStart { limit: START_LIMIT, log: vm.qemu_log() })
+            }
+        }
+    }
+
+    /// Finds the virtual machine that already runs in a directory, if one does; also one that another program started.
+    /// Waits a second for its monitor; one that hangs is adopted, too.
+    pub async fn adopt(dir: &Path) -> Result<Option<Self>, VmError> {
+        if !dir.is_dir() {
+            return Ok(None);
+        }
+        let dir = Dir::open(dir)?;
+        if dir.lock().await?.is_some() {
+            return Ok(None);
+        }
+        let Some(identity) = dir.holder().await else {
+            return Ok(None);
+        };
+        let Some(handle) = identity.handle()? else {
+            return Ok(None);
+        };
+        dir.record(&identity)?;
+        tracing::debug!(pid = identity.pid, "adopted QEMU");
+        let vm = Self::watch(dir, identity, handle, None)?;
+        // From then on it will tell why it ends.
+        tokio::select! {
+            biased;
+            _ = vm.wait_exit() => {}
+            () = vm.0.qmp.ready() => {}
+            () = time::sleep(ADOPT_LIMIT) => tracing::debug!("QEMU's monitor does not answer yet"),
+        }
+        Ok(Some(vm))
+    }
+
+    fn watch(dir: Dir, identity: Identity, handle: OwnedFd, child: Option<Child>) -> Result<Self, VmError> {
+        let failed = |source| VmError::Process { doing: "watch", source };
+        let owned = handle.try_clone().map_err(failed)?;
+        // SAFETY: an `OwnedFd` keeps its descriptor, and keeps it open, for as long as the registration owns it.
+        let watched = unsafe { AsyncFd::register(owned) }.map_err(|error| failed(error.into()))?;
+        let released = CancellationToken::new();
+        let ended = CancellationToken::new();
+        let killed = Arc::new(AtomicBool::new(false));
+        let span = tracing::debug_span!("vm", pid = identity.pid);
+
+        let sockets = Dir::open(&dir.join("."))?;
+        let (qmp, client) = qmp::client(move || sockets.connect(args::QMP), ended.clone());
+        let until_released = released.clone();
+        let monitor = tokio::spawn(
+            async move {
+                tokio::select! {
+                    biased;
+                    () = until_released.cancelled() => {}
+                    () = client => {}
+                }
+            }
+            .instrument(span.clone()),
+        );
+        let (exit_sender, exit) = watch::channel(None);
+        let supervisor = Supervisor {
+            process: watched,
+            child,
+            ended,
+            monitor,
+            qmp: qmp.clone(),
+            console: dir.join(args::CONSOLE_LOG),
+            killed: Arc::clone(&killed),
+            exit: exit_sender,
+        };
+        tokio::spawn(supervisor.run().instrument(span));
+        Ok(Self(Arc::new(Inner { dir, identity, handle, qmp, exit, killed, _released: released.drop_guard() })))
+    }
+
+    /// QEMU's process.
+    pub fn pid(&self) -> u32 {
+        self.0.identity.pid
+    }
+
+    /// QEMU's monitor; clone it freely. If the base OS's disk is full, QEMU halts the guest and says so in the event
+    /// `BLOCK_IO_ERROR`; the command `cont` lets it try again.
+    pub fn qmp(&self) -> &Qmp {
+        &self.0.qmp
+    }
+
+    /// Waits until the process has ended. Any number of tasks may wait.
+    pub async fn wait_exit(&self) -> Exit {
+        match self.0.exit.clone().wait_for(Option::is_some).await.map(|exit| *exit) {
+            Ok(Some(exit)) => exit,
+            // The runtime is shutting down and has taken the supervisor away.
+            Ok(None) | Err(_) => Exit { reason: ExitReason::Unknown },
+        }
+    }
+
+    /// How it ended, if it has.
+    pub fn exited(&self) -> Option<Exit> {
+        *self.0.exit.borrow()
+    }
+
+    /// Connects to the port of the agent. QEMU serves one connection at a time: a second one stands, silent, until the
+    /// first is closed. Bytes of the last connection may come first.
+    pub async fn connect_agent(&self) -> Result<UnixStream, VmError> {
+        self.connect(args::AGENT).await
+    }
+
+    /// Connects to the port of the controller; as [`Vm::connect_agent`].
+    pub async fn connect_control(&self) -> Result<UnixStream, VmError> {
+        self.connect(args::CONTROL).await
+    }
+
+    /// Connects to the serial console; as [`Vm::connect_agent`].
+    pub async fn connect_console(&self) -> Result<UnixStream, VmError> {
+        self.connect(args::CONSOLE).await
+    }
+
+    async fn connect(&self, socket: &str) -> Result<UnixStream, VmError> {
+        self.0.dir.connect(socket).await.map_err(VmError::io("connect to", self.0.dir.join(socket)))
+    }
+
+    /// Ends QEMU without asking the guest: through the monitor, and by SIGKILL after `grace`. To the guest it is a power
+    /// cut; have it power itself off where possible.
+    pub async fn quit(&self, grace: Duration) -> Exit {
+        let asked = async {
+            // Whether or not QEMU answers, what counts is whether it ends.
+            let _ = self.0.qmp.execute_within("quit", serde_json::Value::Null, grace).await;
+            self.wait_exit().await
+        };
+        if let Ok(exit) = time::timeout(grace, asked).await {
+            return exit;
+        }
+        if let Err(error) = self.kill() {
+            tracing::warn!(pid = self.pid(), %error, "cannot kill QEMU");
+        }
+        self.wait_exit().await
+    }
+
+    /// Kills QEMU (SIGKILL); no error if it has ended already. Follow with [`Vm::wait_exit`].
+    pub fn kill(&self) -> Result<(), VmError> {
+        self.0.killed.store(true, Ordering::Relaxed);
+        match rustix::process::pidfd_send_signal(&self.0.handle, Signal::KILL) {
+            Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+            Err(error) => Err(VmError::Process { doing: "kill", source: error.into() }),
+        }
+    }
+
+    /// What it costs the base OS. An error once it has ended.
+    pub fn host_stats(&self) -> Result<HostStats, VmError> {
+        let failed = |source| VmError::Process { doing: "measure", source };
+        if self.exited().is_some() {
+            return Err(failed(std::io::ErrorKind::NotFound.into()));
+        }
+        host::stats(self.pid()).map_err(failed)
+    }
+
+    /// The last lines of the serial console since the start, without control characters.
+    pub fn console_tail(&self, lines: usize) -> Result<String, VmError> {
+        let log = self.0.dir.join(args::CONSOLE_LOG);
+        console::tail(&log, lines).map_err(VmError::io("read", log))
+    }
+
+    fn qemu_log(&self) -> String {
+        console::tail(&self.0.dir.join(QEMU_LOG), LOG_LINES).unwrap_or_default()
+    }
+}
+
+/// Waits for the end of the process, reaps it, and tells.
+struct Supervisor {
+    process: AsyncFd<OwnedFd>,
+    /// Unless adopted.
+    child: Option<Child>,
+    ended: CancellationToken,
+    monitor: JoinHandle<()>,
+    qmp: Qmp,
+    console: std::path::PathBuf,
+    killed: Arc<AtomicBool>,
+    exit: watch::Sender<Option<Exit>>,
+}
+
+impl Supervisor {
+    async fn run(mut self) {
+        let mut trim = time::interval(TRIM_EVERY);
+        loop {
+            tokio::select! {
+                biased;
+                ended = self.process.readable() => match ended {
+                    Ok(_) => break,
+                    Err(error) => {
+                        tracing::error!(%error, "QEMU's process cannot be watched");
+                        return;
+                    }
+                },
+                _ = trim.tick() => {
+                    // Not there before the guest speaks.
+                    if let Err(error) = console::trim(&self.console) {
+                        tracing::trace!(%error, "the console's log is not trimmed");
+                    }
+                }
+            }
+        }
+        self.ended.cancel();
+        if time::timeout(DRAIN_LIMIT, &mut self.monitor).await.is_err() {
+            self.monitor.abort();
+        }
+        let status = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
+        let exit = Exit { reason: reason(self.qmp.shutdown_reason(), status, self.killed.load(Ordering::Relaxed)) };
+        tracing::debug!(reason = ?exit.reason, "QEMU ended");
+        self.exit.send_replace(Some(exit));
+    }
+}
+
+/// QEMU's own word comes first: its exit status is 0 for most reasons, and unknown of an adopted process.
+fn reason(said: Option<String>, status: Option<ExitStatus>, killed: bool) -> ExitReason {
+    match said.as_deref() {
+        Some("guest-shutdown") => return ExitReason::PoweredOff,
+        Some("guest-reset" | "subsystem-reset") => return ExitReason::Reset,
+        Some("guest-panic") => return ExitReason::Panicked,
+        Some("host-qmp-quit" | "host-signal" | "host-ui") => return ExitReason::Quit,
+        _ => {}
+    }
+    match status.map(|status| (status.signal(), status.code())) {
+        Some((Some(signal), _)) => ExitReason::Signalled(signal),
+        Some((None, Some(code))) if code != 0 => ExitReason::Failed(code),
+        _ if killed => ExitReason::Signalled(Signal::KILL.as_raw()),
+        _ => ExitReason::Unknown,
+    }
+}

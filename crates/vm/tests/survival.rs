@@ -1,0 +1,76 @@
+//! A virtual machine and the program that started it.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod guest;
+
+use std::{
+    env,
+    io::{BufRead, BufReader},
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use clan_vm::{ExitReason, Vm};
+use guest::{LIMIT, Then, adopted, says_r, spec, started, write_console};
+use tokio::time::timeout;
+
+const FOLDER: &str = "CLAN_VM_TEST_FOLDER";
+
+#[tokio::test]
+#[ignore = "not a test by itself: another test runs it as a program of its own, and kills it"]
+async fn starter() {
+    let folder = env::var_os(FOLDER).expect("run by the other test");
+    let vm = started(&spec(Path::new(&folder), &Then::PowerOffWhenTold)).await;
+    println!("\nstarted {}", vm.pid());
+    std::future::pending::<()>().await;
+}
+
+/// Runs `starter`, and kills it once it has started the machine. Returns the machine's process.
+fn start_and_die(folder: &Path) -> u32 {
+    let mut program = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "starter", "--ignored", "--nocapture"])
+        .env(FOLDER, folder)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(program.stdout.take().unwrap()).lines().map_while(Result::ok);
+    let pid = lines.find_map(|line| line.strip_prefix("started ")?.parse().ok());
+    program.kill().unwrap();
+    program.wait().unwrap();
+    pid.expect("it starts")
+}
+
+#[tokio::test]
+async fn a_machine_survives_the_program_that_started_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let pid = start_and_die(folder.path());
+    let vm = adopted(&folder.path().join("vm")).await;
+    assert_eq!(vm.pid(), pid);
+    says_r(&vm).await;
+    write_console(&vm).await;
+    assert_eq!(timeout(LIMIT, vm.wait_exit()).await.expect("it ends").reason, ExitReason::PoweredOff);
+}
+
+#[tokio::test]
+async fn an_adopted_machine_can_be_killed() {
+    let folder = tempfile::tempdir().unwrap();
+    start_and_die(folder.path());
+    let vm = adopted(&folder.path().join("vm")).await;
+    vm.kill().unwrap();
+    assert_eq!(timeout(LIMIT, vm.wait_exit()).await.expect("it ends").reason, ExitReason::Signalled(9));
+    assert!(Vm::adopt(&folder.path().join("vm")).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_machine_has_a_session_of_its_own_and_no_way_to_more_privileges() {
+    let folder = tempfile::tempdir().unwrap();
+    let vm = started(&spec(folder.path(), &Then::Halt)).await;
+    let pid = rustix::process::Pid::from_raw(vm.pid().try_into().unwrap());
+    assert_eq!(rustix::process::getsid(pid).unwrap(), pid.unwrap());
+    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
+    assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+    let environment = std::fs::read(format!("/proc/{}/environ", vm.pid())).unwrap();
+    let names = environment.split(|b| *b == 0).filter_map(|v| v.split(|b| *b == b'=').next());
+    assert!(names.filter(|n| !n.is_empty()).all(|n| n == b"PATH" || n == b"LC_ALL"));
+    vm.quit(LIMIT).await;
+}
