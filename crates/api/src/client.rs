@@ -16,8 +16,9 @@ use tokio::{
 };
 
 use crate::{
-    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login,
-    MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats,
+    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview,
+    LogQuery, LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskEvent,
+    TaskId, TaskInfo, VmInfo, VmStats,
 };
 
 /// Largest answer that is read into memory.
@@ -213,7 +214,12 @@ impl ManagerClient {
         self.call(Method::POST, path, Some(body)).await
     }
 
-    async fn call<T: DeserializeOwned>(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<T, ClientError> {
+    async fn call<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<Vec<u8>>,
+    ) -> Result<T, ClientError> {
         let response = self.send(method, path, body).await?;
         let bytes = Limited::new(response.into_body(), MAX_ANSWER).collect().await.map_err(protocol)?.to_bytes();
         serde_json::from_slice(&bytes).map_err(protocol)
@@ -221,7 +227,8 @@ impl ManagerClient {
 
     /// Sends a request; an answer other than 2xx is an error.
     async fn send(&self, method: Method, path: &str, body: Option<Vec<u8>>) -> Result<Response<Incoming>, ClientError> {
-        let mut request = Request::builder().method(method).uri(format!("{BASE}{path}")).header(header::HOST, "localhost");
+        let mut request =
+            Request::builder().method(method).uri(format!("{BASE}{path}")).header(header::HOST, "localhost");
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
@@ -404,7 +411,9 @@ mod tests {
             r#"{"type":"urn:clan:problem:invite_used","code":"invite_used","message":"this invite has been used already","hints":["ask for a new one"],"status":410}"#
         ))
         .await;
-        let Err(ClientError::Problem(problem)) = client.preview_join("clan://join/x").await else { panic!("a problem was expected") };
+        let Err(ClientError::Problem(problem)) = client.preview_join("clan://join/x").await else {
+            panic!("a problem was expected")
+        };
         assert_eq!(problem.code, ErrorCode::InviteUsed);
         assert_eq!(problem.hints, ["ask for a new one"]);
         assert!(server.await.unwrap().starts_with("POST /api/v1/joins/preview HTTP/1.1\r\n"));

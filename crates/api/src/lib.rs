@@ -15,13 +15,16 @@ pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use requests::{
-    CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, OpenedService, PreviewJoin, Transfer,
+    CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, OpenedService,
+    PreviewJoin, Transfer,
 };
 pub use status::{
-    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo, PathKind, PersonInfo,
-    ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
+    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo,
+    PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
 };
-pub use tasks::{StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep};
+pub use tasks::{
+    StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep,
+};
 
 /// What all paths of the API start with.
 pub const BASE: &str = "/api/v1";

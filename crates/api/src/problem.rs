@@ -30,7 +30,14 @@ pub struct ApiProblem {
 impl ApiProblem {
     /// A problem with what happened; the status follows from the code.
     pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
-        Self { kind: format!("urn:clan:problem:{code}"), code, message: message.into(), why: None, hints: Vec::new(), status: code.status() }
+        Self {
+            kind: format!("urn:clan:problem:{code}"),
+            code,
+            message: message.into(),
+            why: None,
+            hints: Vec::new(),
+            status: code.status(),
+        }
     }
 
     /// Adds why it happened.

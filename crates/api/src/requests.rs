@@ -1,4 +1,6 @@
-use clan_types::{ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, PersonName, Role, ServiceName, Timestamp};
+use clan_types::{
+    ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, PersonName, Role, ServiceName, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 

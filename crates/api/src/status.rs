@@ -1,6 +1,8 @@
 use std::net::{Ipv6Addr, SocketAddr};
 
-use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineId, MachineName, PersonId, PersonName, Role, ServiceName, Timestamp};
+use clan_types::{
+    ByteSize, ClanId, ClanName, ImageId, MachineId, MachineName, PersonId, PersonName, Role, ServiceName, Timestamp,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 

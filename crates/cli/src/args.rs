@@ -13,6 +13,11 @@ Getting started:
   clan join 'clan://join/…'     accept such a link
   clan web                      everything else, in the browser
 
+Environment:
+  CLAN_DATA                     the data folder, as `--data`
+  CLAN_LOG                      what to log, such as `clan_manager=debug`
+  NO_COLOR                      no colours if set
+
 Exit codes:
   0    done
   1    refused, or a mistake that you can correct

@@ -25,14 +25,14 @@ const RETRY: Duration = Duration::from_millis(500);
 pub(crate) async fn follow(context: &Context, task: TaskInfo) -> Result<TaskInfo, CliError> {
     let mut watch =
         Watch { screen: Screen::new(&context.printer), log: VecDeque::new(), verbose: context.verbose, last: task };
-    let outcome = watch.to_the_end(context).await;
+    let outcome = watch.until_it_ends(context).await;
     watch.screen.clear();
     outcome?;
     watch.end(&context.printer)
 }
 
 impl Watch {
-    async fn to_the_end(&mut self, context: &Context) -> Result<(), CliError> {
+    async fn until_it_ends(&mut self, context: &Context) -> Result<(), CliError> {
         let (id, title) = (self.last.id, self.last.title.clone());
         self.screen.update(&self.last);
         let mut events: Option<EventStream> = None;

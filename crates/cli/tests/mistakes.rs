@@ -205,16 +205,16 @@ fn with_json_a_bad_link_is_one_object_too() {
 #[test]
 fn a_reader_that_goes_away_ends_the_program_quietly() {
     let computer = Computer::new();
-    let mut child = std::process::Command::new(snapbox::cmd::cargo_bin!("clan"))
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = std::process::Command::new(snapbox::cmd::cargo_bin!("clan"))
         .args(["completions", "bash"])
         .env_clear()
         .env("HOME", computer.data())
-        .stdout(Stdio::piped())
+        .stdout(writer)
         .stderr(Stdio::piped())
-        .spawn()
+        .output()
         .unwrap();
-    drop(child.stdout.take());
-    let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(3));
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
@@ -258,6 +258,11 @@ Getting started:
   clan invite                   print a link that lets one person in
   clan join 'clan://join/…'     accept such a link
   clan web                      everything else, in the browser
+
+Environment:
+  CLAN_DATA                     the data folder, as `--data`
+  CLAN_LOG                      what to log, such as `clan_manager=debug`
+  NO_COLOR                      no colours if set
 
 Exit codes:
   0    done

@@ -313,7 +313,7 @@ impl Person {
         let program = self.program.clone();
         let mut child = self.start_listening(&[program.as_os_str(), "manager".as_ref()])?;
         let began = Instant::now();
-        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+        while !(socket.exists() && process::listens_below(child.id(), &self.data())) {
             if let Ok(Some(status)) = child.try_wait() {
                 return Err(LabError::Command {
                     command: "clan manager".into(),

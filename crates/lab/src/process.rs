@@ -202,6 +202,16 @@ pub fn matching(test: impl Fn(&PathBuf) -> bool) -> Vec<u32> {
     pids.filter(|pid| *pid != own && test(&PathBuf::from(format!("/proc/{pid}")))).collect()
 }
 
+/// Whether a process's network has a listening Unix socket below a folder. Asking the kernel, rather than the socket,
+/// leaves no trace in the log of whoever listens.
+pub(crate) fn listens_below(pid: u32, folder: &std::path::Path) -> bool {
+    let table = fs::read_to_string(format!("/proc/{pid}/net/unix")).unwrap_or_default();
+    // Num RefCount Protocol Flags Type St Inode Path; the flag is __SO_ACCEPTCON.
+    table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(|fields| {
+        matches!(fields.as_slice(), [_, _, _, "00010000", _, _, _, path] if std::path::Path::new(path).starts_with(folder))
+    })
+}
+
 /// An append-only log that only its owner reads.
 pub(crate) fn open_log(path: &PathBuf, account: &Account) -> Result<File, LabError> {
     use std::os::unix::fs::OpenOptionsExt;

@@ -10,8 +10,7 @@ use tokio::{sync::watch, time::timeout};
 use crate::{
     clan::Clan,
     guest::{self, GuestError, Identity},
-    logs,
-    problem,
+    logs, problem,
     tasks::TaskHandle,
 };
 
@@ -30,7 +29,11 @@ pub(crate) async fn data_disk(clan: &Clan, task: &TaskHandle) -> Result<(), ApiP
 }
 
 /// Starts the VM and waits for its agent, then, in the next step, for its controller.
-pub(crate) async fn bring_up(clan: &Clan, task: &TaskHandle, controller_step: usize) -> Result<(Channel, Identity), ApiProblem> {
+pub(crate) async fn bring_up(
+    clan: &Clan,
+    task: &TaskHandle,
+    controller_step: usize,
+) -> Result<(Channel, Identity), ApiProblem> {
     clan.keeper.want(true).await?;
     wait(clan, clan.keeper.watch_agent(), "agent", AGENT).await?;
     task.begin(controller_step);
@@ -55,7 +58,12 @@ async fn identify(clan: &Clan, first: Channel) -> Result<(Channel, Identity), Ap
 }
 
 /// Waits for a channel, or for the VM to be given up.
-pub(crate) async fn wait(clan: &Clan, mut channel: watch::Receiver<Option<Channel>>, who: &'static str, limit: Duration) -> Result<Channel, ApiProblem> {
+pub(crate) async fn wait(
+    clan: &Clan,
+    mut channel: watch::Receiver<Option<Channel>>,
+    who: &'static str,
+    limit: Duration,
+) -> Result<Channel, ApiProblem> {
     let mut view = clan.keeper.watch();
     let failed = async {
         match view.wait_for(|v| v.state == VmState::Failed).await {
@@ -77,7 +85,10 @@ pub(crate) async fn wait(clan: &Clan, mut channel: watch::Receiver<Option<Channe
 }
 
 fn silent(clan: &Clan, who: &str, limit: Duration) -> ApiProblem {
-    let mut problem = ApiProblem::new(ErrorCode::TimedOut, format!("the {who} in the VM did not answer within {} s", limit.as_secs()));
+    let mut problem = ApiProblem::new(
+        ErrorCode::TimedOut,
+        format!("the {who} in the VM did not answer within {} s", limit.as_secs()),
+    );
     if let Ok(console) = logs::tail(&clan.record.paths().console_log(), CONSOLE_LINES)
         && !console.trim().is_empty()
     {

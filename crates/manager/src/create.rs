@@ -35,8 +35,13 @@ const PROVISION_ATTEMPTS: u32 = 3;
 /// The service of the image that a founder's machine offers.
 const FIRST_SERVICE: &str = "web";
 
-const STEPS: [&str; 5] =
-    ["Prepare the image", "Make the data disk", "Start the virtual machine", "Wait for its controller", "Found the clan"];
+const STEPS: [&str; 5] = [
+    "Prepare the image",
+    "Make the data disk",
+    "Start the virtual machine",
+    "Wait for its controller",
+    "Found the clan",
+];
 
 /// Memory, disk and processors of a new VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,14 +56,21 @@ pub(crate) fn check_size(shared: &Shared, size: Size) -> Result<(), ApiProblem> 
     let too_small = |message: String| Err(ApiProblem::new(ErrorCode::TooSmall, message));
     let host = crate::status::host(&shared.paths);
     if size.memory.as_mib() + HOST_RESERVE.as_mib() > host.memory_total.as_mib() {
-        return too_small(format!("the VM shall have {} of memory, this computer has {}", size.memory, host.memory_total))
-            .map_err(|p| p.hint("give it less: `--memory 256M`"));
+        return too_small(format!(
+            "the VM shall have {} of memory, this computer has {}",
+            size.memory, host.memory_total
+        ))
+        .map_err(|p| p.hint("give it less: `--memory 256M`"));
     }
     if size.disk < LEAST_DISK {
-        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("a data disk of {} is too small", size.disk)).hint("give it more: `--disk 1G`"));
+        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("a data disk of {} is too small", size.disk))
+            .hint("give it more: `--disk 1G`"));
     }
     if size.cpus == 0 || u32::from(size.cpus) > host.cpus {
-        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("the VM shall have {} processors, this computer has {}", size.cpus, host.cpus)));
+        return Err(ApiProblem::new(
+            ErrorCode::BadRequest,
+            format!("the VM shall have {} processors, this computer has {}", size.cpus, host.cpus),
+        ));
     }
     Ok(())
 }
@@ -72,9 +84,11 @@ pub(crate) fn default_cpus(shared: &Shared) -> u8 {
 pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<Arc<Task>, ApiProblem> {
     let cpus = match request.cpus {
         None => default_cpus(shared),
-        Some(n) => u8::try_from(n).map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+        Some(n) => u8::try_from(n)
+            .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
     };
-    let size = Size { memory: request.memory.unwrap_or(DEFAULT_MEMORY), disk: request.disk.unwrap_or(DEFAULT_DISK), cpus };
+    let size =
+        Size { memory: request.memory.unwrap_or(DEFAULT_MEMORY), disk: request.disk.unwrap_or(DEFAULT_DISK), cpus };
     check_size(shared, size)?;
     let _one = shared.admission.lock().await;
     shared.check_name_free(&request.name)?;
@@ -86,10 +100,16 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<A
 }
 
 pub(crate) fn free_ports() -> Result<crate::record::Ports, ApiProblem> {
-    keeper::free_ports().map_err(|e| ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(e.to_string()))
+    keeper::free_ports()
+        .map_err(|e| ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(e.to_string()))
 }
 
-fn found(paths: &crate::Paths, request: &CreateClan, size: Size, ports: crate::record::Ports) -> Result<ClanRecord, ApiProblem> {
+fn found(
+    paths: &crate::Paths,
+    request: &CreateClan,
+    size: Size,
+    ports: crate::record::Ports,
+) -> Result<ClanRecord, ApiProblem> {
     let on_disk = |e: DiskError| problem::disk(&e);
     let staging = Staging::begin(paths).map_err(on_disk)?;
     let nonce = random(&paths.clans()).map_err(on_disk)?;
@@ -119,10 +139,16 @@ fn found(paths: &crate::Paths, request: &CreateClan, size: Size, ports: crate::r
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    shared.tasks.spawn(TaskKind::CreateClan, format!("Create the clan {name}"), Some(name), &STEPS, move |task| async move {
-        let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
-        shared_.settle(&clan, outcome).await
-    })
+    shared.tasks.spawn(
+        TaskKind::CreateClan,
+        format!("Create the clan {name}"),
+        Some(name),
+        &STEPS,
+        move |task| async move {
+            let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
+            shared_.settle(&clan, outcome).await
+        },
+    )
 }
 
 async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
@@ -137,8 +163,11 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         None => image::default_image(shared, task).await?,
     };
     if clan.record.get().memory < image.manifest.memory_min {
-        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", image.manifest.memory_min))
-            .hint("give the VM more with `--memory`"));
+        return Err(ApiProblem::new(
+            ErrorCode::TooSmall,
+            format!("the image needs {} of memory", image.manifest.memory_min),
+        )
+        .hint("give the VM more with `--memory`"));
     }
     clan.record.update(|r| r.image = Some(image.id)).map_err(on_disk)?;
     task.begin(1);
@@ -162,7 +191,12 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
 }
 
 /// Signs the enrolment of the machine here, unless an earlier attempt has.
-pub(crate) fn enrol(clan: &Clan, log: &mut PersonLog, ledger: &mut Ledger, identity: &Identity) -> Result<(), ApiProblem> {
+pub(crate) fn enrol(
+    clan: &Clan,
+    log: &mut PersonLog,
+    ledger: &mut Ledger,
+    identity: &Identity,
+) -> Result<(), ApiProblem> {
     let is = |body: &Body| matches!(body, Body::Enrol { machine, .. } if *machine == identity.machine);
     if ledger.entries().any(|e| e.author().person() == clan.person() && is(e.body())) {
         return Ok(());
@@ -173,7 +207,9 @@ pub(crate) fn enrol(clan: &Clan, log: &mut PersonLog, ledger: &mut Ledger, ident
 
 fn describe(record: &ClanRecord, image: clan_types::ImageId, manifest: &Manifest) -> Result<VmDescription, ApiProblem> {
     let line: String = manifest.title.chars().filter(|c| !c.is_control()).take(100).collect();
-    let title = line.parse::<Title>().map_err(|e| ApiProblem::new(ErrorCode::Internal, "the image has no usable title").why(e.to_string()))?;
+    let title = line
+        .parse::<Title>()
+        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the image has no usable title").why(e.to_string()))?;
     Ok(VmDescription { image, title, memory: record.memory, cpus: record.cpus, disk: record.disk })
 }
 
@@ -196,7 +232,9 @@ pub(crate) async fn provision(
         match guest::open(&control, &request, PROVISION).await {
             Ok((_, ControlResponse::Provisioned { .. })) => return Ok(()),
             Ok(_) => return Err(problem::guest(&GuestError::Unexpected { what: "take its place in the clan" })),
-            Err(error @ (GuestError::TimedOut { .. } | GuestError::Channel(_) | GuestError::Message { .. })) if attempt < PROVISION_ATTEMPTS => {
+            Err(error @ (GuestError::TimedOut { .. } | GuestError::Channel(_) | GuestError::Message { .. }))
+                if attempt < PROVISION_ATTEMPTS =>
+            {
                 task.log(format!("{error}: trying again"));
                 attempt += 1;
                 tokio::time::sleep(std::time::Duration::from_secs(2)).await;

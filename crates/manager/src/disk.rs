@@ -7,7 +7,8 @@ use std::{
 };
 
 pub(crate) use clan_store::{
-    StoreError as DiskError, create_private_dir as create_dir, read_versioned_json as read_json, write_versioned_json as write_json,
+    StoreError as DiskError, create_private_dir as create_dir, read_versioned_json as read_json,
+    write_versioned_json as write_json,
 };
 
 /// Largest small file that is read whole.

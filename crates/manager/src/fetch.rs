@@ -13,7 +13,10 @@ use clan_os::channel::{recv_message, send_message};
 use clan_types::{ImageId, InviteId, InviteLink, MachineId, PeerAddr};
 use clan_wire::{
     image::{MAX_MANIFEST, Manifest},
-    peer::{ALPN_IMAGE, ALPN_JOIN, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE},
+    peer::{
+        ALPN_IMAGE, ALPN_JOIN, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, JoinRequest,
+        JoinResponse, MAX_MESSAGE,
+    },
 };
 use ed25519_dalek::SigningKey;
 use iroh::{
@@ -103,31 +106,38 @@ impl Fetcher {
     fn check(&self, ledger: Ledger) -> Result<Found, ApiProblem> {
         let state = ledger.state();
         if state.clan_name.is_none() {
-            return Err(ApiProblem::new(ErrorCode::Untrusted, "the machine that answered does not hold the clan of this link")
-                .hint("ask for a new link: `clan invite` makes one"));
+            return Err(ApiProblem::new(
+                ErrorCode::Untrusted,
+                "the machine that answered does not hold the clan of this link",
+            )
+            .hint("ask for a new link: `clan invite` makes one"));
         }
         state.check_invite(&self.invite(), now()).map_err(|p| problem::refusal(&refusal_of(p)))?;
         let published = state.published.as_ref();
         let description = published.map(|p| p.description.clone()).ok_or_else(|| {
-            ApiProblem::new(ErrorCode::Untrusted, "the clan does not say what its machines are to run").hint("ask the person who invited you")
+            ApiProblem::new(ErrorCode::Untrusted, "the clan does not say what its machines are to run")
+                .hint("ask the person who invited you")
         })?;
         Ok(Found { ledger, description })
     }
 
     fn unreachable(&self, waited: Duration, last: Option<String>) -> ApiProblem {
-        let addrs: Vec<String> = self.link.peers.iter().flat_map(|p| p.addrs.iter().map(SocketAddr::to_string)).collect();
+        let addrs: Vec<String> =
+            self.link.peers.iter().flat_map(|p| p.addrs.iter().map(SocketAddr::to_string)).collect();
         let mut problem = ApiProblem::new(ErrorCode::Unreachable, "no machine of the clan answers").why(format!(
             "tried {} for {} s{}",
             if addrs.is_empty() { "no address, as the link names none".to_owned() } else { addrs.join(", ") },
             waited.as_secs(),
             last.map(|l| format!("; the last attempt: {l}")).unwrap_or_default()
         ));
-        problem = problem.hint("the computer of whoever invited you must be on, and its clan running: `clan status` there");
+        problem =
+            problem.hint("the computer of whoever invited you must be on, and its clan running: `clan status` there");
         problem.hint("if it is on another network, its UDP port must be reachable from yours")
     }
 
     async fn connect(&self, peer: &PeerAddr, alpn: &[u8]) -> Result<Connection, String> {
-        let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes()).map_err(|_| "the link names a machine that cannot exist".to_owned())?;
+        let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes())
+            .map_err(|_| "the link names a machine that cannot exist".to_owned())?;
         let addr = EndpointAddr::from_parts(id, peer.addrs.iter().copied().map(TransportAddr::Ip));
         match timeout(CONNECT, self.endpoint.connect(addr, alpn)).await {
             Ok(connected) => connected.map_err(|e| e.to_string()),
@@ -169,10 +179,14 @@ impl Fetcher {
             return Err(Failed::Passing("the manifest is too large".into()));
         }
         let bytes = timeout(ANSWER, recv.read_to_end(MAX_MANIFEST)).await;
-        let bytes = bytes.map_err(|_| Failed::Passing("the transfer stands still".into()))?.map_err(|e| Failed::Passing(e.to_string()))?;
+        let bytes = bytes
+            .map_err(|_| Failed::Passing("the transfer stands still".into()))?
+            .map_err(|e| Failed::Passing(e.to_string()))?;
         connection.close(0u32.into(), b"done");
         Manifest::decode(&bytes, Some(image)).map_err(|error| {
-            Failed::Final(Box::new(ApiProblem::new(ErrorCode::Untrusted, error.to_string()).hint("update Clan, or ask for a new link")))
+            Failed::Final(Box::new(
+                ApiProblem::new(ErrorCode::Untrusted, error.to_string()).hint("update Clan, or ask for a new link"),
+            ))
         })
     }
 
@@ -187,7 +201,10 @@ impl Fetcher {
             let answer: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| passing(&e))?;
             Ok((answer, recv))
         });
-        match asked.await.unwrap_or_else(|_| Err(Failed::Passing(format!("no answer within {} s", ANSWER.as_secs()))))? {
+        match asked
+            .await
+            .unwrap_or_else(|_| Err(Failed::Passing(format!("no answer within {} s", ANSWER.as_secs()))))?
+        {
             (ImageResponse::Bytes(length), recv) => Ok((length, recv)),
             (ImageResponse::NotFound, _) => Err(Failed::Passing("it does not have the image".into())),
             (ImageResponse::Denied, _) => Err(Failed::Passing("it does not give the image out for this invite".into())),
@@ -195,7 +212,12 @@ impl Fetcher {
     }
 
     /// Fetches an image into the store, going on where an earlier attempt stopped.
-    pub(crate) async fn image(&self, store: &ImageStore, manifest: &Manifest, task: &TaskHandle) -> Result<StoredImage, ApiProblem> {
+    pub(crate) async fn image(
+        &self,
+        store: &ImageStore,
+        manifest: &Manifest,
+        task: &TaskHandle,
+    ) -> Result<StoredImage, ApiProblem> {
         let id = manifest.id().map_err(|e| ApiProblem::new(ErrorCode::Untrusted, e.to_string()))?;
         // A damaged file is dropped and fetched once more; a second damage is somebody's intent.
         for attempt in 0..2 {
@@ -231,19 +253,28 @@ impl Fetcher {
             task.detail("checking the image");
             match blocking(move || incoming.finish()).await? {
                 Ok(image) => return Ok(image),
-                Err(error @ StoreError::Damaged { .. }) if attempt == 0 => task.log(format!("{error}: fetching it once more")),
+                Err(error @ StoreError::Damaged { .. }) if attempt == 0 => {
+                    task.log(format!("{error}: fetching it once more"))
+                }
                 Err(error) => return Err(problem::store(&error)),
             }
         }
         Err(ApiProblem::new(ErrorCode::Untrusted, format!("image {} arrived damaged twice", id.short())))
     }
 
-    async fn transfer(&self, peer: &PeerAddr, incoming: &clan_build::Incoming, manifest: &Manifest, task: &TaskHandle) -> Result<(), Failed> {
+    async fn transfer(
+        &self,
+        peer: &PeerAddr,
+        incoming: &clan_build::Incoming,
+        manifest: &Manifest,
+        task: &TaskHandle,
+    ) -> Result<(), Failed> {
         let total = manifest.total_size().as_bytes();
         let connection = self.connect(peer, ALPN_IMAGE).await.map_err(Failed::Passing)?;
         for file in incoming.files().into_iter().filter(|f| !f.is_complete()) {
             let before: u64 = incoming.files().iter().filter(|f| f.hash != file.hash).map(|f| f.have).sum();
-            let (length, mut recv) = self.request(&connection, ImagePart::File { hash: file.hash, offset: file.have }).await?;
+            let (length, mut recv) =
+                self.request(&connection, ImagePart::File { hash: file.hash, offset: file.have }).await?;
             if length != file.size - file.have {
                 return Err(Failed::Passing("it has another file under this name".into()));
             }
@@ -302,5 +333,7 @@ fn refusal_of(invite: InviteProblem) -> JoinRefusal {
 
 /// Runs something that blocks on the disk.
 pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, ApiProblem> {
-    tokio::task::spawn_blocking(work).await.map_err(|_| ApiProblem::new(ErrorCode::Internal, "a disk operation broke off"))
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|_| ApiProblem::new(ErrorCode::Internal, "a disk operation broke off"))
 }

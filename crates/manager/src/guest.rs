@@ -28,10 +28,7 @@ pub(crate) enum GuestError {
     Channel(#[from] ChannelError),
     /// The stream went away, or what came makes no sense.
     #[error("the virtual machine broke off: {what}")]
-    Message {
-        what: &'static str,
-        source: MessageError,
-    },
+    Message { what: &'static str, source: MessageError },
     /// It says why not.
     #[error("the virtual machine could not {what}: {why}")]
     Failed { what: &'static str, why: String },
@@ -52,7 +49,11 @@ pub(crate) struct Identity {
 }
 
 /// Asks the agent.
-pub(crate) async fn ask_agent(channel: &Channel, request: &AgentRequest, limit: Duration) -> Result<AgentResponse, GuestError> {
+pub(crate) async fn ask_agent(
+    channel: &Channel,
+    request: &AgentRequest,
+    limit: Duration,
+) -> Result<AgentResponse, GuestError> {
     let what = "agent";
     let answer = timeout(limit, async {
         let mut stream = channel.open().await?;
@@ -67,7 +68,11 @@ pub(crate) async fn ask_agent(channel: &Channel, request: &AgentRequest, limit: 
 }
 
 /// Asks the controller; the stream that the answer came on, for more.
-pub(crate) async fn open(channel: &Channel, request: &ControlRequest, limit: Duration) -> Result<(Stream, ControlResponse), GuestError> {
+pub(crate) async fn open(
+    channel: &Channel,
+    request: &ControlRequest,
+    limit: Duration,
+) -> Result<(Stream, ControlResponse), GuestError> {
     let what = name(request);
     let answer = timeout(limit, async {
         let mut stream = channel.open().await?;

@@ -20,7 +20,9 @@ pub(crate) async fn default_image(shared: &Shared, task: &TaskHandle) -> Result<
     let reporter = task.clone();
     let progress = move |progress: Progress| {
         match progress.fraction {
-            Some(fraction) => reporter.detail(format!("{} ({} %)", progress.step, (fraction.clamp(0.0, 1.0) * 100.0) as u32)),
+            Some(fraction) => {
+                reporter.detail(format!("{} ({} %)", progress.step, (fraction.clamp(0.0, 1.0) * 100.0) as u32))
+            }
             None if progress.line.is_none() => reporter.detail(progress.step.to_string()),
             None => {}
         }

@@ -5,13 +5,15 @@ use std::time::Duration;
 use clan_api::{ApiProblem, CreateInvite, ErrorCode, Invite};
 use clan_ledger::Body;
 use clan_types::{InviteId, InviteLink, InviteSecret, PeerAddr, Role};
+use clan_wire::control::ControlRequest;
 use ed25519_dalek::SigningKey;
 use zeroize::Zeroizing;
 
 use crate::{
     clan::{Clan, fingerprint},
-    guest, problem, sign,
+    guest,
     manager::Shared,
+    problem, sign,
     tasks::now,
 };
 
@@ -36,12 +38,13 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let control = clan.control().map_err(|e| problem::guest(&e))?;
     let machine = guest::identify(&control).await.map_err(|e| problem::guest(&e))?.machine;
     let mut secret = Zeroizing::new([0; 32]);
-    getrandom::fill(secret.as_mut_slice())
-        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the operating system gives no randomness").why(e.to_string()))?;
+    getrandom::fill(secret.as_mut_slice()).map_err(|e| {
+        ApiProblem::new(ErrorCode::Internal, "the operating system gives no randomness").why(e.to_string())
+    })?;
     let key = SigningKey::from_bytes(&secret);
     let invite = InviteId::from_bytes(key.verifying_key().to_bytes());
     let expires = now().plus(expires_in);
-    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires })).await?;
+    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires }), ControlRequest::Append).await?;
     let record = clan.record.get();
     // What leads here from other computers first; what the machine itself knows after it.
     let mut addrs = crate::link::environment(&record, &shared.images).await.quic;
@@ -51,7 +54,19 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let mut seen = std::collections::HashSet::new();
     addrs.retain(|a| seen.insert(*a));
     addrs.truncate(MAX_ADDRS);
-    let link = InviteLink { clan: record.id, secret: InviteSecret::from_bytes(*secret), peers: vec![PeerAddr { machine, addrs }] };
+    let link = InviteLink {
+        clan: record.id,
+        secret: InviteSecret::from_bytes(*secret),
+        peers: vec![PeerAddr { machine, addrs }],
+    };
     tracing::info!(clan = %record.name, invite = %invite.short(), %role, uses, "made an invite");
-    Ok(Invite { link: link.to_string(), invite, clan_name: record.name, fingerprint: fingerprint(&record.id), role, uses, expires })
+    Ok(Invite {
+        link: link.to_string(),
+        invite,
+        clan_name: record.name,
+        fingerprint: fingerprint(&record.id),
+        role,
+        uses,
+        expires,
+    })
 }

@@ -33,8 +33,11 @@ const STEPS: [&str; 6] = [
 fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
     let link: InviteLink = link.parse().map_err(|e| problem::link(&e))?;
     if let Some(clan) = shared.get(&link.clan) {
-        return Err(ApiProblem::new(ErrorCode::AlreadyJoined, format!("this computer is in the clan `{}` already", clan.name()))
-            .hint("see it with `clan status`"));
+        return Err(ApiProblem::new(
+            ErrorCode::AlreadyJoined,
+            format!("this computer is in the clan `{}` already", clan.name()),
+        )
+        .hint("see it with `clan status`"));
     }
     Ok(link)
 }
@@ -62,7 +65,8 @@ async fn look(shared: &Shared, fetcher: &Fetcher) -> Result<JoinPreview, ApiProb
     let host = crate::status::host(&shared.paths);
     let mut warnings = Vec::new();
     if shared.find_named(clan_name).is_some() {
-        warnings.push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
+        warnings
+            .push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
     }
     if host.memory_available < size.memory {
         warnings.push(format!("The VM may take {} of memory; {} are free now.", size.memory, host.memory_available));
@@ -106,14 +110,23 @@ async fn manifest(shared: &Shared, fetcher: &Fetcher, description: &VmDescriptio
 fn missing(shared: &Shared, manifest: &Manifest) -> ByteSize {
     let here = shared.images.list();
     let has = |hash| here.iter().any(|image| image.manifest.files.iter().any(|f| f.hash == hash));
-    ByteSize::from_bytes(manifest.files.iter().filter(|f| !has(f.hash)).map(|f| f.size.as_bytes()).fold(0, u64::saturating_add))
+    ByteSize::from_bytes(
+        manifest.files.iter().filter(|f| !has(f.hash)).map(|f| f.size.as_bytes()).fold(0, u64::saturating_add),
+    )
 }
 
 /// The size that the clan recommends, unless the person says otherwise, fitted to this computer.
-fn size(shared: &Shared, description: &VmDescription, memory: Option<ByteSize>, disk: Option<ByteSize>, cpus: Option<u32>) -> Result<Size, ApiProblem> {
+fn size(
+    shared: &Shared,
+    description: &VmDescription,
+    memory: Option<ByteSize>,
+    disk: Option<ByteSize>,
+    cpus: Option<u32>,
+) -> Result<Size, ApiProblem> {
     let cpus = match cpus {
         None => description.cpus.clamp(1, create::default_cpus(shared)),
-        Some(n) => u8::try_from(n).map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+        Some(n) => u8::try_from(n)
+            .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
     };
     let size = Size { memory: memory.unwrap_or(description.memory), disk: disk.unwrap_or(description.disk), cpus };
     create::check_size(shared, size)?;
@@ -144,7 +157,8 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc
 
 fn check_names(found: &Found, person: &PersonName, machine: &MachineName) -> Result<(), ApiProblem> {
     let taken = |what: &str, name: &str, flag: &str| {
-        Err(ApiProblem::new(ErrorCode::NameTaken, format!("the clan has a {what} called `{name}` already")).hint(format!("choose another with `{flag}`")))
+        Err(ApiProblem::new(ErrorCode::NameTaken, format!("the clan has a {what} called `{name}` already"))
+            .hint(format!("choose another with `{flag}`")))
     };
     let state = found.ledger.state();
     if state.person_named(person).is_some() {
@@ -156,15 +170,28 @@ fn check_names(found: &Found, person: &PersonName, machine: &MachineName) -> Res
     Ok(())
 }
 
-fn put(paths: &crate::Paths, request: &JoinClan, link: &InviteLink, found: &Found, size: Size, ports: crate::record::Ports) -> Result<ClanRecord, ApiProblem> {
+fn put(
+    paths: &crate::Paths,
+    request: &JoinClan,
+    link: &InviteLink,
+    found: &Found,
+    size: Size,
+    ports: crate::record::Ports,
+) -> Result<ClanRecord, ApiProblem> {
     let on_disk = |e: DiskError| problem::disk(&e);
-    let name = found.ledger.state().clan_name.clone().ok_or_else(|| ApiProblem::new(ErrorCode::Untrusted, "the clan has no name"))?;
+    let name = found
+        .ledger
+        .state()
+        .clan_name
+        .clone()
+        .ok_or_else(|| ApiProblem::new(ErrorCode::Untrusted, "the clan has no name"))?;
     let staging = Staging::begin(paths).map_err(on_disk)?;
     let invite_key = SigningKey::from_bytes(link.secret.expose());
     let person = clan_types::PersonId::from_bytes(staging.key.verifying_key().to_bytes());
     let body = Body::admission(&invite_key, &link.clan, &person, request.person.clone());
     let entry = found.ledger.author(&staging.key, body, now());
-    let entry = entry.map_err(|e| ApiProblem::new(ErrorCode::Internal, "the admission cannot be signed").why(e.to_string()))?;
+    let entry =
+        entry.map_err(|e| ApiProblem::new(ErrorCode::Internal, "the admission cannot be signed").why(e.to_string()))?;
     let mut log = PersonLog::default();
     log.push(entry.encode());
     let record = ClanRecord {
@@ -189,15 +216,23 @@ fn put(paths: &crate::Paths, request: &JoinClan, link: &InviteLink, found: &Foun
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    shared.tasks.spawn(TaskKind::JoinClan, format!("Join the clan {name}"), Some(name), &STEPS, move |task| async move {
-        let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
-        shared_.settle(&clan, outcome).await
-    })
+    shared.tasks.spawn(
+        TaskKind::JoinClan,
+        format!("Join the clan {name}"),
+        Some(name),
+        &STEPS,
+        move |task| async move {
+            let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
+            shared_.settle(&clan, outcome).await
+        },
+    )
 }
 
 async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
     let text = disk::read(&clan.record.paths().link()).map_err(|e| problem::disk(&e))?;
-    let text = text.and_then(|bytes| String::from_utf8(bytes).ok()).ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
+    let text = text
+        .and_then(|bytes| String::from_utf8(bytes).ok())
+        .ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
     let link: InviteLink = text.parse().map_err(|e| problem::link(&e))?;
     task.begin(0);
     let fetcher = Fetcher::open(link.clone()).await?;
@@ -225,11 +260,20 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
 }
 
 /// Asks the clan, and fetches the image. Gives the clan's entries.
-async fn prepare(shared: &Shared, clan: &Clan, task: &TaskHandle, fetcher: &Fetcher) -> Result<Vec<Vec<u8>>, ApiProblem> {
+async fn prepare(
+    shared: &Shared,
+    clan: &Clan,
+    task: &TaskHandle,
+    fetcher: &Fetcher,
+) -> Result<Vec<Vec<u8>>, ApiProblem> {
     let found = match fetcher.preview().await {
         Ok(found) => found,
         // After a restart: the invite may be used, by us.
-        Err(problem) if problem.code == ErrorCode::InviteUsed && clan.record.paths().data_disk().exists() && clan.record.get().image.is_some() => {
+        Err(problem)
+            if problem.code == ErrorCode::InviteUsed
+                && clan.record.paths().data_disk().exists()
+                && clan.record.get().image.is_some() =>
+        {
             task.log("the invite has been used, perhaps by this computer: asking the machine here");
             return Ok(Vec::new());
         }
@@ -253,15 +297,21 @@ async fn prepare(shared: &Shared, clan: &Clan, task: &TaskHandle, fetcher: &Fetc
 fn check_image(manifest: &Manifest, clan: &Clan) -> Result<(), ApiProblem> {
     let record = clan.record.get();
     if manifest.architecture != std::env::consts::ARCH {
-        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image is for {} computers, this one is {}", manifest.architecture, std::env::consts::ARCH)));
+        return Err(ApiProblem::new(
+            ErrorCode::TooSmall,
+            format!("the image is for {} computers, this one is {}", manifest.architecture, std::env::consts::ARCH),
+        ));
     }
     if record.memory < manifest.memory_min {
-        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", manifest.memory_min)).hint("give the VM more with `--memory`"));
+        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", manifest.memory_min))
+            .hint("give the VM more with `--memory`"));
     }
     match problem::available(&record_dir(clan)) {
-        Some(free) if free < manifest.total_size() => Err(ApiProblem::new(ErrorCode::DiskFull, "there is no room for the image")
-            .why(format!("it takes {}, {free} are free", manifest.total_size()))
-            .hint("free some space, or use another data folder with `--data`")),
+        Some(free) if free < manifest.total_size() => {
+            Err(ApiProblem::new(ErrorCode::DiskFull, "there is no room for the image")
+                .why(format!("it takes {}, {free} are free", manifest.total_size()))
+                .hint("free some space, or use another data folder with `--data`"))
+        }
         _ => Ok(()),
     }
 }

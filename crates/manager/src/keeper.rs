@@ -99,7 +99,8 @@ impl Keeper {
     /// Starts the keeper of a clan. It finds a running VM, or starts one if one is wanted.
     pub(crate) fn spawn(record: Arc<RecordCell>, config: KeeperConfig, cancel: CancellationToken) -> Self {
         let (sender, commands) = mpsc::channel(16);
-        let view = VmView { state: VmState::Stopped, problem: None, since: now(), restarts: 0, pid: None, accelerator: None };
+        let view =
+            VmView { state: VmState::Stopped, problem: None, since: now(), restarts: 0, pid: None, accelerator: None };
         let (publish, view) = watch::channel(view);
         let (vm_publish, vm) = watch::channel(None);
         let out = Outlets::new();
@@ -113,7 +114,6 @@ impl Keeper {
             running: None,
             restarts: Restarts::default(),
             retry_at: None,
-            waiting: Vec::new(),
             cancel,
         };
         let task = tokio::spawn(owner.run());
@@ -224,8 +224,6 @@ struct Loop {
     running: Option<Running>,
     restarts: Restarts,
     retry_at: Option<Instant>,
-    /// Who waits for the VM to be over.
-    waiting: Vec<oneshot::Sender<()>>,
     cancel: CancellationToken,
 }
 
@@ -302,13 +300,20 @@ impl Loop {
     }
 
     fn doubtful(&self, running: &Running) -> bool {
-        running.accelerator == Some(AccelKind::Kvm) && !running.stopping && self.out.agent.borrow().is_none() && self.publish.borrow().state == VmState::Starting
+        running.accelerator == Some(AccelKind::Kvm)
+            && !running.stopping
+            && self.out.agent.borrow().is_none()
+            && self.publish.borrow().state == VmState::Starting
     }
 
     async fn tick(&mut self) {
         if let Some(running) = self.running.as_ref().filter(|r| self.doubtful(r) && r.since.elapsed() >= KVM_PATIENCE) {
             let vm = running.vm.clone();
-            probe::distrust(&self.config.cache, "A guest did not come up with hardware acceleration, so it is emulated.").await;
+            probe::distrust(
+                &self.config.cache,
+                "A guest did not come up with hardware acceleration, so it is emulated.",
+            )
+            .await;
             tracing::warn!("the VM did not come up under KVM: it will be emulated until the next boot");
             vm.quit(QUIT).await;
         }
@@ -323,13 +328,10 @@ impl Loop {
     fn wish(&mut self, run: bool) {
         if run {
             self.restarts = Restarts::default();
-            match &self.running {
-                None => {
-                    self.show(VmState::Starting, None);
-                    self.retry_at = Some(Instant::now());
-                }
-                // It is on its way down: started anew when it is.
-                Some(_) => {}
+            // One that is on its way down is started anew when it is.
+            if self.running.is_none() {
+                self.show(VmState::Starting, None);
+                self.retry_at = Some(Instant::now());
             }
         } else {
             self.retry_at = None;
@@ -354,13 +356,21 @@ impl Loop {
                                 return self.fail(problem::disk(&error));
                             }
                         }
-                        Err(error) => return self.fail(ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(error.to_string())),
+                        Err(error) => {
+                            return self.fail(
+                                ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found")
+                                    .why(error.to_string()),
+                            );
+                        }
                     }
                 }
                 Err(StartError::Vm(VmError::AlreadyRunning { .. })) => {
                     return match Vm::adopt(&self.record.paths().vm()).await {
                         Ok(Some(vm)) => self.attach(vm, None),
-                        Ok(None) => self.died(ApiProblem::new(ErrorCode::VmFailed, "the VM's directory is in use, but no VM answers"), Duration::ZERO),
+                        Ok(None) => self.died(
+                            ApiProblem::new(ErrorCode::VmFailed, "the VM's directory is in use, but no VM answers"),
+                            Duration::ZERO,
+                        ),
                         Err(error) => self.died(problem::vm(&error), Duration::ZERO),
                     };
                 }
@@ -382,7 +392,7 @@ impl Loop {
         let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
         let spec = VmSpec {
             dir: self.record.paths().vm(),
-            name: format!("clan-{}", record.name),
+            name: record.name.to_string(),
             image: ImageFiles {
                 kernel: stored.path(FileRole::Kernel),
                 initramfs: stored.path(FileRole::Initramfs),
@@ -409,7 +419,13 @@ impl Loop {
     fn attach(&mut self, vm: Vm, accelerator: Option<AccelKind>) {
         let (links, tracker) = (CancellationToken::new(), TaskTracker::new());
         tracker.spawn(link::keep_agent(vm.clone(), self.out.clone(), links.clone()));
-        tracker.spawn(link::keep_control(vm.clone(), self.record.clone(), self.config.images.clone(), self.out.clone(), links.clone()));
+        tracker.spawn(link::keep_control(
+            vm.clone(),
+            self.record.clone(),
+            self.config.images.clone(),
+            self.out.clone(),
+            links.clone(),
+        ));
         self.vm_publish.send_replace(Some(vm.clone()));
         self.running = Some(Running { vm, since: Instant::now(), accelerator, links, tracker, stopping: false });
         self.show(VmState::Starting, None);
@@ -429,7 +445,10 @@ impl Loop {
         if up {
             self.show(VmState::Running, None);
         } else if self.publish.borrow().state == VmState::Running {
-            self.show(VmState::Running, Some(ApiProblem::new(ErrorCode::VmNotReady, "its controller does not answer just now")));
+            self.show(
+                VmState::Running,
+                Some(ApiProblem::new(ErrorCode::VmNotReady, "its controller does not answer just now")),
+            );
         }
     }
 
@@ -449,9 +468,6 @@ impl Loop {
         let (stopping, uptime) = (running.stopping, running.since.elapsed());
         let console = if stopping { None } else { running.vm.console_tail(CONSOLE_LINES).ok() };
         self.unlink(running).await;
-        for waiting in self.waiting.drain(..) {
-            let _ = waiting.send(());
-        }
         let wanted = self.record.get().wanted;
         if stopping || !wanted {
             self.show(VmState::Stopped, None);
@@ -462,7 +478,8 @@ impl Loop {
         }
         let mut problem = ApiProblem::new(ErrorCode::VmFailed, format!("the VM ended: {}", describe(exit)));
         if let Some(console) = console.filter(|c| !c.trim().is_empty()) {
-            problem = problem.why(format!("the last lines of its console: {}", guest::short(&console.replace('\n', " / "))));
+            problem =
+                problem.why(format!("the last lines of its console: {}", guest::short(&console.replace('\n', " / "))));
         }
         self.died(problem.hint("look at its console: `clan vm logs --console`"), uptime);
     }
@@ -471,7 +488,12 @@ impl Loop {
     fn died(&mut self, problem: ApiProblem, uptime: Duration) {
         match self.restarts.after(uptime) {
             Some(delay) => {
-                tracing::warn!(problem = problem.message, why = problem.why, delay_s = delay.as_secs(), "starting the VM again");
+                tracing::warn!(
+                    problem = problem.message,
+                    why = problem.why,
+                    delay_s = delay.as_secs(),
+                    "starting the VM again"
+                );
                 self.retry_at = Some(Instant::now() + delay);
                 self.show(VmState::Starting, Some(problem));
             }
@@ -518,7 +540,9 @@ impl StartError {
         match self {
             Self::Vm(error) => problem::vm(error),
             Self::NoImage => ApiProblem::new(ErrorCode::Conflict, "the VM has no image yet"),
-            Self::ImageGone => ApiProblem::new(ErrorCode::DamagedFile, "the VM's image is not on this computer any more"),
+            Self::ImageGone => {
+                ApiProblem::new(ErrorCode::DamagedFile, "the VM's image is not on this computer any more")
+            }
         }
     }
 }
@@ -526,7 +550,11 @@ impl StartError {
 /// Stops a VM: the guest's services first, then the guest, then QEMU.
 async fn power_off(vm: Vm, mut agent: watch::Receiver<Option<Channel>>, grace: Duration) {
     // One that has just started is given the time to listen.
-    let connected = timeout(Duration::from_secs(10), agent.wait_for(Option::is_some)).await.ok().and_then(Result::ok).and_then(|c| c.clone());
+    let connected = timeout(Duration::from_secs(10), agent.wait_for(Option::is_some))
+        .await
+        .ok()
+        .and_then(Result::ok)
+        .and_then(|c| c.clone());
     if let Some(channel) = connected {
         for (request, patience) in [(AgentRequest::PowerOff, grace), (AgentRequest::PowerOffNow, QUIT)] {
             if let Err(error) = guest::ask_agent(&channel, &request, Duration::from_secs(5)).await {
@@ -555,7 +583,8 @@ fn describe(exit: Exit) -> String {
 
 /// Two UDP ports that nobody uses now.
 pub(crate) fn free_ports() -> std::io::Result<Ports> {
-    let (quic, wireguard) = (UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?, UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?);
+    let (quic, wireguard) =
+        (UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?, UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?);
     Ok(Ports { quic: quic.local_addr()?.port(), wireguard: wireguard.local_addr()?.port() })
 }
 
@@ -566,7 +595,8 @@ mod tests {
     #[test]
     fn a_vm_that_keeps_dying_is_given_up_after_growing_delays() {
         let mut restarts = Restarts::default();
-        let delays: Vec<_> = (0..MAX_RESTARTS).map(|_| restarts.after(Duration::from_secs(3)).unwrap().as_secs()).collect();
+        let delays: Vec<_> =
+            (0..MAX_RESTARTS).map(|_| restarts.after(Duration::from_secs(3)).unwrap().as_secs()).collect();
         assert_eq!(delays, [1, 2, 4, 8, 16]);
         assert_eq!(restarts.after(Duration::from_secs(3)), None);
     }

@@ -25,7 +25,9 @@ const STOPPED: Duration = Duration::from_secs(180);
 pub(crate) fn begin(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     shared.check_idle(&clan)?;
     if clan.record.get().phase == Phase::Ready {
-        clan.control().map_err(|e| problem::guest(&e).hint("start it: `clan vm start`; or give it up: `clan vm delete --force`"))?;
+        clan.control().map_err(|e| {
+            problem::guest(&e).hint("start it: `clan vm start`; or give it up: `clan vm delete --force`")
+        })?;
         clan.record.update(|r| r.phase = Phase::Leaving).map_err(|e| problem::disk(&e))?;
     }
     Ok(spawn(shared, clan))
@@ -35,24 +37,30 @@ pub(crate) fn begin(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, 
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    shared.tasks.spawn(TaskKind::LeaveClan, format!("Leave the clan {name}"), Some(name), &FAREWELL_STEPS, move |task| async move {
-        task.begin(0);
-        if let Err(problem) = task.unless_cancelled(farewell(&clan)).await {
-            if shared_.is_stopping() {
-                // Gone on with by the next manager.
+    shared.tasks.spawn(
+        TaskKind::LeaveClan,
+        format!("Leave the clan {name}"),
+        Some(name),
+        &FAREWELL_STEPS,
+        move |task| async move {
+            task.begin(0);
+            if let Err(problem) = task.unless_cancelled(farewell(&clan)).await {
+                if shared_.is_stopping() {
+                    // Gone on with by the next manager.
+                    return Err(problem);
+                }
+                clan.record.update(|r| r.phase = Phase::Ready).map_err(|e| problem::disk(&e))?;
                 return Err(problem);
             }
-            clan.record.update(|r| r.phase = Phase::Ready).map_err(|e| problem::disk(&e))?;
-            return Err(problem);
-        }
-        // The clan knows: from here on there is no way back, and a restart only removes.
-        clan.record.update(|r| r.phase = Phase::Removing).map_err(|e| problem::disk(&e))?;
-        task.begin(1);
-        stop(&clan).await?;
-        task.begin(2);
-        shared_.discard(&clan).await?;
-        Ok(TaskResult::Nothing)
-    })
+            // The clan knows: from here on there is no way back, and a restart only removes.
+            clan.record.update(|r| r.phase = Phase::Removing).map_err(|e| problem::disk(&e))?;
+            task.begin(1);
+            stop(&clan).await?;
+            task.begin(2);
+            shared_.discard(&clan).await?;
+            Ok(TaskResult::Nothing)
+        },
+    )
 }
 
 async fn farewell(clan: &Clan) -> Result<(), ApiProblem> {
@@ -63,7 +71,7 @@ async fn farewell(clan: &Clan) -> Result<(), ApiProblem> {
     // The owner's last machine takes the person with it.
     let mut others = false;
     let mut gone = false;
-    let entry = sign::decide(clan, |ledger| {
+    let body = |ledger: &clan_ledger::Ledger| {
         let state = ledger.state();
         others = state.good_machines().any(|(id, m)| m.owner == person && *id != identity.machine);
         gone = state.machine_in_good_standing(&identity.machine).is_none();
@@ -71,9 +79,9 @@ async fn farewell(clan: &Clan) -> Result<(), ApiProblem> {
             return Err(ApiProblem::new(ErrorCode::NotFound, "this machine is not in the clan any more"));
         }
         Ok(if others { Body::Remove { machine: identity.machine } } else { Body::Leave })
-    });
-    match entry.await {
-        Ok(entry) => guest::tell(&control, &ControlRequest::Farewell { entry: entry.encode() }).await.map_err(|e| problem::guest(&e)),
+    };
+    match sign::decide(clan, body, |entry| ControlRequest::Farewell { entry }).await {
+        Ok(_) => Ok(()),
         // Removed by somebody else, or by an earlier attempt.
         Err(_) if gone => Ok(()),
         Err(problem) => Err(problem),
@@ -87,7 +95,9 @@ pub(crate) async fn stop(clan: &Clan) -> Result<(), ApiProblem> {
     let stopped = view.wait_for(|v| matches!(v.state, VmState::Stopped | VmState::Failed) && v.pid.is_none());
     match tokio::time::timeout(STOPPED, stopped).await {
         Ok(_) => Ok(()),
-        Err(_) => Err(ApiProblem::new(ErrorCode::TimedOut, "the VM did not stop").hint("delete it, or restart this computer")),
+        Err(_) => {
+            Err(ApiProblem::new(ErrorCode::TimedOut, "the VM did not stop").hint("delete it, or restart this computer"))
+        }
     }
 }
 
@@ -121,9 +131,14 @@ pub(crate) fn delete_task(shared: &Arc<Shared>, clan: Arc<Clan>, force: bool) ->
             .hint("or delete it all the same with `--force`"));
     }
     let shared_ = shared.clone();
-    vm_task(shared, clan, TaskKind::DeleteVm, "Delete", "Delete the virtual machine and its disk", move |clan, _task| async move {
-        shared_.discard(&clan).await
-    })
+    vm_task(
+        shared,
+        clan,
+        TaskKind::DeleteVm,
+        "Delete",
+        "Delete the virtual machine and its disk",
+        move |clan, _task| async move { shared_.discard(&clan).await },
+    )
 }
 
 fn vm_task<F>(

@@ -16,7 +16,11 @@ use clan_wire::{
     control::{self, ControlRequest, ControlResponse, Environment, GuestStats, NodeStatus},
 };
 use futures_util::FutureExt;
-use tokio::{net::UnixStream, sync::watch, time::sleep};
+use tokio::{
+    net::UnixStream,
+    sync::watch,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -29,6 +33,8 @@ use crate::{
 const VERSION: &str = env!("CARGO_PKG_VERSION");
 const RECONNECT: Duration = Duration::from_millis(500);
 const RETRY_WATCH: Duration = Duration::from_secs(1);
+/// Statistics come every second; a controller that is silent for so long hangs.
+const SILENCE: Duration = Duration::from_secs(45);
 /// How often the base OS's addresses are looked at.
 const ADDRESSES: Duration = Duration::from_secs(20);
 /// Points of the statistics that are kept: one a second.
@@ -58,7 +64,12 @@ pub(crate) struct Outlets {
 
 impl Outlets {
     pub(crate) fn new() -> Self {
-        Self { agent: watch::Sender::new(None), control: watch::Sender::new(None), told: watch::Sender::new(None), stats: Arc::default() }
+        Self {
+            agent: watch::Sender::new(None),
+            control: watch::Sender::new(None),
+            told: watch::Sender::new(None),
+            stats: Arc::default(),
+        }
     }
 
     fn add_stats(&self, mut stats: GuestStats) {
@@ -99,7 +110,13 @@ pub(crate) async fn keep_agent(vm: Vm, out: Outlets, cancel: CancellationToken) 
 }
 
 /// Keeps the channel to the controller, and watches it, until cancelled.
-pub(crate) async fn keep_control(vm: Vm, record: Arc<RecordCell>, images: ImageStore, out: Outlets, cancel: CancellationToken) {
+pub(crate) async fn keep_control(
+    vm: Vm,
+    record: Arc<RecordCell>,
+    images: ImageStore,
+    out: Outlets,
+    cancel: CancellationToken,
+) {
     let serve = |channel| serve_control(channel, record.clone(), images.clone(), out.clone());
     keep("controller", || vm.connect_control(), serve, &out.control, &cancel).await;
 }
@@ -147,6 +164,10 @@ async fn serve_control(channel: Channel, record: Arc<RecordCell>, images: ImageS
         };
         if let Err(error) = ended {
             tracing::debug!(%error, "the controller stopped reporting");
+            if matches!(error, GuestError::TimedOut { .. }) {
+                // A new session, from the beginning.
+                return;
+            }
         }
         // Either the controller restarted, or it has nothing to report before it has a place in the clan.
         if !matches!(channel.started().now_or_never(), Some(Ok(_))) {
@@ -167,9 +188,11 @@ async fn watch_control(channel: &Channel, out: &Outlets) -> Result<(), GuestErro
             ControlResponse::Stats(stats) => out.add_stats(*stats),
             _ => return Err(GuestError::Unexpected { what: "report its state" }),
         }
-        next = recv_message(&mut stream, control::MAX_MESSAGE)
-            .await
-            .map_err(|source| GuestError::Message { what: "report its state", source })?;
+        let what = "report its state";
+        let received = timeout(SILENCE, recv_message(&mut stream, control::MAX_MESSAGE)).await;
+        next = received
+            .map_err(|_| GuestError::TimedOut { what, limit: SILENCE })?
+            .map_err(|source| GuestError::Message { what, source })?;
     }
 }
 

@@ -32,7 +32,13 @@ fn read_tail(path: &Path, lines: usize) -> io::Result<(Vec<u8>, u64)> {
     file.take(WINDOW).read_to_end(&mut bytes)?;
     let end = size.saturating_sub(WINDOW) + bytes.len() as u64;
     let body = bytes.strip_suffix(b"\n").unwrap_or(&bytes);
-    let from = body.iter().enumerate().rev().filter(|(_, b)| **b == b'\n').nth(lines.saturating_sub(1)).map_or(0, |(at, _)| at + 1);
+    let from = body
+        .iter()
+        .enumerate()
+        .rev()
+        .filter(|(_, b)| **b == b'\n')
+        .nth(lines.saturating_sub(1))
+        .map_or(0, |(at, _)| at + 1);
     if lines == 0 {
         return Ok((Vec::new(), end));
     }
@@ -45,12 +51,14 @@ pub(crate) fn follow(path: PathBuf, lines: usize) -> impl Stream<Item = io::Resu
         let path = path.clone();
         async move {
             let Some(mut at) = at else {
-                let (text, end) = tokio::task::spawn_blocking(move || read_tail(&path, lines)).await.map_err(io::Error::other)??;
+                let (text, end) =
+                    tokio::task::spawn_blocking(move || read_tail(&path, lines)).await.map_err(io::Error::other)??;
                 return Ok(Some((Bytes::from(text), Some(end))));
             };
             loop {
                 let reading = path.clone();
-                let more = tokio::task::spawn_blocking(move || read_from(&reading, at)).await.map_err(io::Error::other)??;
+                let more =
+                    tokio::task::spawn_blocking(move || read_from(&reading, at)).await.map_err(io::Error::other)??;
                 match more {
                     More::Bytes(bytes) => {
                         at += bytes.len() as u64;
@@ -74,7 +82,9 @@ enum More {
 fn read_from(path: &Path, at: u64) -> io::Result<More> {
     let mut file = match File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(if at > 0 { More::Shorter } else { More::Nothing }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            return Ok(if at > 0 { More::Shorter } else { More::Nothing });
+        }
         Err(error) => return Err(error),
     };
     let size = file.metadata()?.len();

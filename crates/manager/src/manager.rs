@@ -26,7 +26,7 @@ use crate::{
     leave,
     paths::Paths,
     problem,
-    record::{self, ClanRecord, PersonLog, Phase},
+    record::{self, ClanRecord, Loaded, PersonLog, Phase},
     tasks::Tasks,
 };
 
@@ -126,10 +126,15 @@ impl ManagerError {
             Self::AlreadyRunning { .. } => plain(ErrorCode::Conflict)
                 .hint("use that one; it answers `clan status`")
                 .hint("or give this one a data folder of its own with `--data`"),
-            Self::PortBusy { addr } => plain(ErrorCode::PortBusy)
-                .hint(format!("choose another port: `clan manager --listen {}:{}`", addr.ip(), addr.port().wrapping_add(1).max(1024))),
+            Self::PortBusy { addr } => plain(ErrorCode::PortBusy).hint(format!(
+                "choose another port: `clan manager --listen {}:{}`",
+                addr.ip(),
+                addr.port().wrapping_add(1).max(1024)
+            )),
             Self::NotLoopback { .. } => plain(ErrorCode::BadRequest).hint("for example `--listen 127.0.0.1:7420`"),
-            Self::BadActivation { .. } => plain(ErrorCode::BadRequest).hint("hand in one listening TCP socket on loopback"),
+            Self::BadActivation { .. } => {
+                plain(ErrorCode::BadRequest).hint("hand in one listening TCP socket on loopback")
+            }
             Self::Listen { .. } => plain(ErrorCode::PermissionDenied),
             Self::Disk(error) => problem::disk(error),
             Self::Images(error) => problem::store(error),
@@ -174,11 +179,11 @@ impl Manager {
         let lock = lock(&paths)?;
         let listeners = Listeners::bind(&paths, options.listen)?;
         let shared = Arc::new(Shared::open(paths, options, listeners.address())?);
-        let (records, bad) = record::load_all(&shared.paths);
+        let Loaded { records, bad } = record::load_all(&shared.paths);
         for (dir, error) in bad {
             shared.report_unreadable(&dir, &error);
         }
-        for (_, record) in records {
+        for record in records {
             let dir = shared.paths.clan(&record.id).dir;
             if let Err(error) = shared.adopt(record) {
                 shared.report_unreadable(&dir, &error);
@@ -260,7 +265,14 @@ impl Shared {
     pub(crate) fn for_tests(dir: &std::path::Path) -> Arc<Self> {
         let paths = Paths::new(dir);
         disk::create_dir(paths.root()).unwrap();
-        Arc::new(Self::open(paths, Options::new("/nonexistent/clan", "/nonexistent/agent"), SocketAddr::from(([127, 0, 0, 1], 7420))).unwrap())
+        Arc::new(
+            Self::open(
+                paths,
+                Options::new("/nonexistent/clan", "/nonexistent/agent"),
+                SocketAddr::from(([127, 0, 0, 1], 7420)),
+            )
+            .unwrap(),
+        )
     }
 
     pub(crate) fn is_stopping(&self) -> bool {
@@ -294,16 +306,19 @@ impl Shared {
         if let Some(clan) = clans.iter().find(|c| c.name().as_str() == wanted) {
             return Ok(clan.clone());
         }
-        let mut begins = clans.iter().filter(|c| wanted.len() >= LEAST_PREFIX && c.id().to_string().starts_with(&wanted));
+        let mut begins =
+            clans.iter().filter(|c| wanted.len() >= LEAST_PREFIX && c.id().to_string().starts_with(&wanted));
         match (begins.next(), begins.next()) {
             (Some(clan), None) => Ok(clan.clone()),
             (Some(_), Some(_)) => {
-                Err(ApiProblem::new(ErrorCode::Ambiguous, "more than one clan's id begins like this").hint("give more of the id, or the name"))
+                Err(ApiProblem::new(ErrorCode::Ambiguous, "more than one clan's id begins like this")
+                    .hint("give more of the id, or the name"))
             }
             (None, _) => {
                 let shown: String = text.chars().filter(|c| !c.is_control()).take(60).collect();
                 let names: Vec<String> = clans.iter().map(|c| c.name().to_string()).collect();
-                let problem = ApiProblem::new(ErrorCode::NotFound, format!("this computer is in no clan called `{shown}`"));
+                let problem =
+                    ApiProblem::new(ErrorCode::NotFound, format!("this computer is in no clan called `{shown}`"));
                 Err(if names.is_empty() {
                     problem.hint("found one with `clan create`, or join one with `clan join`")
                 } else {
@@ -317,9 +332,12 @@ impl Shared {
     pub(crate) fn check_name_free(&self, name: &ClanName) -> Result<(), ApiProblem> {
         match self.find_named(name) {
             None => Ok(()),
-            Some(other) => Err(ApiProblem::new(ErrorCode::NameTaken, format!("this computer is in a clan called `{name}` already"))
-                .why(format!("its id is {}", other.id().short()))
-                .hint("choose another name, or leave that one first: `clan leave`")),
+            Some(other) => Err(ApiProblem::new(
+                ErrorCode::NameTaken,
+                format!("this computer is in a clan called `{name}` already"),
+            )
+            .why(format!("its id is {}", other.id().short()))
+            .hint("choose another name, or leave that one first: `clan leave`")),
         }
     }
 
@@ -327,8 +345,10 @@ impl Shared {
     pub(crate) fn check_idle(&self, clan: &Clan) -> Result<(), ApiProblem> {
         match self.tasks.running_on(&clan.name()) {
             None => Ok(()),
-            Some(task) => Err(ApiProblem::new(ErrorCode::Conflict, format!("a task works on this clan: {}", task.title))
-                .hint("wait for it, or cancel it")),
+            Some(task) => {
+                Err(ApiProblem::new(ErrorCode::Conflict, format!("a task works on this clan: {}", task.title))
+                    .hint("wait for it, or cancel it"))
+            }
         }
     }
 
@@ -373,7 +393,8 @@ impl Shared {
         match outcome {
             Err(problem) if self.is_stopping() => {
                 tracing::info!(clan = %clan.name(), why = problem.message, "the next manager goes on with this");
-                Err(ApiProblem::new(ErrorCode::Stopping, "the manager stopped").hint("it goes on with this when it is started again"))
+                Err(ApiProblem::new(ErrorCode::Stopping, "the manager stopped")
+                    .hint("it goes on with this when it is started again"))
             }
             Err(problem) => {
                 if let Err(undo) = self.discard(clan).await {

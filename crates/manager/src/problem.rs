@@ -52,7 +52,9 @@ fn file(error: &dyn Error, source: &io::Error, path: &Path) -> ApiProblem {
         }
         io::ErrorKind::PermissionDenied => plain(ErrorCode::PermissionDenied, error)
             .hint(format!("make {} yours, or use another data folder with `--data`", path.display())),
-        io::ErrorKind::ReadOnlyFilesystem => plain(ErrorCode::PermissionDenied, error).hint("use another data folder with `--data`"),
+        io::ErrorKind::ReadOnlyFilesystem => {
+            plain(ErrorCode::PermissionDenied, error).hint("use another data folder with `--data`")
+        }
         _ => plain(ErrorCode::Internal, error),
     }
 }
@@ -70,15 +72,12 @@ pub(crate) fn disk(error: &DiskError) -> ApiProblem {
             plain(ErrorCode::DamagedFile, error).hint(format!("restore {} from a backup", path.display()))
         }
         DiskError::Io { path, source, .. } => file(error, source, path),
-        DiskError::Corrupt { kept, .. } => {
-            plain(ErrorCode::DamagedFile, error).hint(format!("restore it from a backup; what is left of it is {}", kept.display()))
-        }
-        DiskError::DamagedSecret { path } => {
-            plain(ErrorCode::DamagedFile, error).hint(format!("it is kept as it is: restore {} from a backup", path.display()))
-        }
-        DiskError::Exposed { path, .. } => {
-            plain(ErrorCode::PermissionDenied, error).hint(format!("if nobody has used it: `chmod 600 {}`", path.display()))
-        }
+        DiskError::Corrupt { kept, .. } => plain(ErrorCode::DamagedFile, error)
+            .hint(format!("restore it from a backup; what is left of it is {}", kept.display())),
+        DiskError::DamagedSecret { path } => plain(ErrorCode::DamagedFile, error)
+            .hint(format!("it is kept as it is: restore {} from a backup", path.display())),
+        DiskError::Exposed { path, .. } => plain(ErrorCode::PermissionDenied, error)
+            .hint(format!("if nobody has used it: `chmod 600 {}`", path.display())),
         DiskError::NewerVersion { .. } => plain(ErrorCode::DamagedFile, error).hint("update Clan"),
         DiskError::InUse { .. } => plain(ErrorCode::Conflict, error).hint("stop the other manager"),
         DiskError::ForeignClan { .. } | DiskError::NoRandomness { .. } => plain(ErrorCode::Internal, error),
@@ -94,12 +93,18 @@ pub(crate) fn vm(error: &VmError) -> ApiProblem {
             ApiProblem::new(ErrorCode::MissingProgram, format!("`{tool}` is not installed")).hint(install(package))
         }
         VmError::MissingFile { .. } => plain(ErrorCode::DamagedFile, error),
-        VmError::AlreadyRunning { .. } | VmError::Locked { .. } => plain(ErrorCode::Conflict, error).hint("another manager may own it: stop that one"),
+        VmError::AlreadyRunning { .. } | VmError::Locked { .. } => {
+            plain(ErrorCode::Conflict, error).hint("another manager may own it: stop that one")
+        }
         VmError::PortBusy { .. } => plain(ErrorCode::PortBusy, error).hint("try again: another port will be chosen"),
         VmError::NoSpace { path, .. } => plain(ErrorCode::DiskFull, error).hint(free_space(path)),
-        VmError::TooLarge { .. } => plain(ErrorCode::TooSmall, error).hint("close some programs, or give the machine less with `--memory`"),
+        VmError::TooLarge { .. } => {
+            plain(ErrorCode::TooSmall, error).hint("close some programs, or give the machine less with `--memory`")
+        }
         VmError::BadSpec(_) => plain(ErrorCode::BadRequest, error),
-        VmError::DiedAtStart { .. } | VmError::SilentAtStart { .. } | VmError::Process { .. } | VmError::Qmp(_) => plain(ErrorCode::VmFailed, error),
+        VmError::DiedAtStart { .. } | VmError::SilentAtStart { .. } | VmError::Process { .. } | VmError::Qmp(_) => {
+            plain(ErrorCode::VmFailed, error)
+        }
         VmError::ToolFailed { .. } => plain(ErrorCode::VmFailed, error),
         VmError::Io { path, source, .. } => file(error, source, path),
     }
@@ -108,19 +113,25 @@ pub(crate) fn vm(error: &VmError) -> ApiProblem {
 pub(crate) fn build(error: &BuildError) -> ApiProblem {
     match error {
         BuildError::MissingTool { tool, package } => {
-            ApiProblem::new(ErrorCode::MissingProgram, format!("`{tool}` is not installed")).why("it builds the image").hint(install(package))
+            ApiProblem::new(ErrorCode::MissingProgram, format!("`{tool}` is not installed"))
+                .why("it builds the image")
+                .hint(install(package))
         }
-        BuildError::NoSubordinateIds { user, .. } => plain(ErrorCode::MissingProgram, error)
-            .hint(format!("give it some: `sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}`")),
-        BuildError::NoUserNamespaces { .. } => {
-            plain(ErrorCode::PermissionDenied, error).hint("allow them: `sudo sysctl kernel.unprivileged_userns_clone=1`")
-        }
+        BuildError::NoSubordinateIds { user, .. } => plain(ErrorCode::MissingProgram, error).hint(format!(
+            "give it some: `sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}`"
+        )),
+        BuildError::NoUserNamespaces { .. } => plain(ErrorCode::PermissionDenied, error)
+            .hint("allow them: `sudo sysctl kernel.unprivileged_userns_clone=1`"),
         BuildError::NotEnoughSpace { path, .. } => plain(ErrorCode::DiskFull, error).hint(free_space(path)),
-        BuildError::DiskFull { .. } => plain(ErrorCode::DiskFull, error).hint("free some space, or use another data folder with `--data`"),
+        BuildError::DiskFull { .. } => {
+            plain(ErrorCode::DiskFull, error).hint("free some space, or use another data folder with `--data`")
+        }
         BuildError::Download { log, .. } => plain(ErrorCode::BuildFailed, error)
             .hint("check the network; a proxy is taken from the environment variable `http_proxy`")
             .hint(format!("the whole output: {}", log.display())),
-        BuildError::ToolFailed { log, .. } => plain(ErrorCode::BuildFailed, error).hint(format!("the whole output: {}", log.display())),
+        BuildError::ToolFailed { log, .. } => {
+            plain(ErrorCode::BuildFailed, error).hint(format!("the whole output: {}", log.display()))
+        }
         BuildError::BadExecutable { .. } => plain(ErrorCode::BuildFailed, error).hint("reinstall Clan: `make install`"),
         BuildError::Busy { .. } => plain(ErrorCode::Conflict, error).hint("wait for the other build"),
         BuildError::Store(source) => store(source),
@@ -138,7 +149,9 @@ pub(crate) fn store(error: &StoreError) -> ApiProblem {
             problem.why = free;
             problem
         }
-        StoreError::Unknown(_) | StoreError::Damaged { .. } | StoreError::Manifest(_) => plain(ErrorCode::DamagedFile, error),
+        StoreError::Unknown(_) | StoreError::Damaged { .. } | StoreError::Manifest(_) => {
+            plain(ErrorCode::DamagedFile, error)
+        }
         StoreError::Busy(_) => plain(ErrorCode::Conflict, error).hint("wait for the other task"),
         StoreError::Io { path, source, .. } => file(error, source, path),
     }
@@ -147,7 +160,9 @@ pub(crate) fn store(error: &StoreError) -> ApiProblem {
 pub(crate) fn link(error: &LinkError) -> ApiProblem {
     match error {
         LinkError::Foreign => plain(ErrorCode::LinkInvalid, error).hint("an invitation begins with `clan://join/`"),
-        LinkError::NotAnInvitation => plain(ErrorCode::LinkInvalid, error).hint("an invitation begins with `clan://join/`"),
+        LinkError::NotAnInvitation => {
+            plain(ErrorCode::LinkInvalid, error).hint("an invitation begins with `clan://join/`")
+        }
         LinkError::Damaged => plain(ErrorCode::LinkInvalid, error)
             .why("characters are missing or changed")
             .hint("copy the whole link, in quotes: `clan join '…'`"),
@@ -165,18 +180,28 @@ pub(crate) fn refusal(refusal: &JoinRefusal) -> ApiProblem {
         JoinRefusal::Used => plain(ErrorCode::InviteUsed, refusal).hint(ASK_AGAIN),
         JoinRefusal::Expired => plain(ErrorCode::InviteExpired, refusal).hint(ASK_AGAIN),
         JoinRefusal::Revoked => plain(ErrorCode::InviteRevoked, refusal).hint("ask the person who invited you"),
-        JoinRefusal::NameTaken { .. } => plain(ErrorCode::NameTaken, refusal).hint("choose another with `--name` or `--machine`"),
-        JoinRefusal::ClockAhead => plain(ErrorCode::BadRequest, refusal).hint("set this computer's clock: `timedatectl set-ntp true`"),
+        JoinRefusal::NameTaken { .. } => {
+            plain(ErrorCode::NameTaken, refusal).hint("choose another with `--name` or `--machine`")
+        }
+        JoinRefusal::ClockAhead => {
+            plain(ErrorCode::BadRequest, refusal).hint("set this computer's clock: `timedatectl set-ntp true`")
+        }
         JoinRefusal::NotReady => plain(ErrorCode::Unreachable, refusal).hint("try again in a minute"),
-        JoinRefusal::Malformed => plain(ErrorCode::Internal, refusal).hint("the clan's machines may run another version of Clan"),
+        JoinRefusal::Malformed => {
+            plain(ErrorCode::Internal, refusal).hint("the clan's machines may run another version of Clan")
+        }
     }
 }
 
 pub(crate) fn guest(error: &GuestError) -> ApiProblem {
     match error {
         GuestError::NotConnected { .. } => plain(ErrorCode::VmNotReady, error).hint("is it running? `clan vm list`"),
-        GuestError::TimedOut { .. } => plain(ErrorCode::TimedOut, error).hint("try again; a computer without hardware acceleration is slow"),
-        GuestError::Channel(_) | GuestError::Message { .. } => plain(ErrorCode::VmNotReady, error).hint("try again in a moment"),
+        GuestError::TimedOut { .. } => {
+            plain(ErrorCode::TimedOut, error).hint("try again; a computer without hardware acceleration is slow")
+        }
+        GuestError::Channel(_) | GuestError::Message { .. } => {
+            plain(ErrorCode::VmNotReady, error).hint("try again in a moment")
+        }
         GuestError::Failed { .. } | GuestError::Unexpected { .. } => plain(ErrorCode::VmFailed, error),
         GuestError::Refused(reason) => refusal(reason),
     }
@@ -222,7 +247,11 @@ mod tests {
     fn a_full_disk_is_named_with_its_path_however_it_shows() {
         let path = PathBuf::from("/nowhere/clan/clan.json");
         let as_file = disk(&DiskError::Io { action: "write", path: path.clone(), source: full() });
-        let as_vm = vm(&VmError::NoSpace { path: path.clone(), asked: ByteSize::from_mib(2048), available: ByteSize::from_mib(7) });
+        let as_vm = vm(&VmError::NoSpace {
+            path: path.clone(),
+            asked: ByteSize::from_mib(2048),
+            available: ByteSize::from_mib(7),
+        });
         let as_store = store(&StoreError::DiskFull(path.clone()));
         let as_build = build(&BuildError::Io { action: "write", path, source: full() });
         for problem in [&as_file, &as_vm, &as_store, &as_build] {

@@ -87,7 +87,13 @@ impl Staging {
     }
 
     /// Puts the clan in its place with everything that its phase needs to be resumed: whole, or not at all.
-    pub(crate) fn commit(self, paths: &Paths, record: &ClanRecord, log: &PersonLog, link: Option<&str>) -> Result<(), DiskError> {
+    pub(crate) fn commit(
+        self,
+        paths: &Paths,
+        record: &ClanRecord,
+        log: &PersonLog,
+        link: Option<&str>,
+    ) -> Result<(), DiskError> {
         log.save(&self.paths.log())?;
         if let Some(link) = link {
             disk::write_secret(&self.paths.link(), link.as_bytes())?;
@@ -104,9 +110,18 @@ pub(crate) fn random<const N: usize>(path: &Path) -> Result<[u8; N], DiskError> 
     Ok(bytes)
 }
 
-/// The directories of all clans, and what went wrong with those that cannot be read. Leftovers of killed managers go.
-pub(crate) fn load_all(paths: &Paths) -> (Vec<(ClanPaths, ClanRecord)>, Vec<(PathBuf, DiskError)>) {
-    let (mut records, mut bad) = (Vec::new(), Vec::new());
+/// What is in a data directory.
+#[derive(Debug, Default)]
+pub(crate) struct Loaded {
+    /// The clans.
+    pub(crate) records: Vec<ClanRecord>,
+    /// Directories that cannot be read, and why.
+    pub(crate) bad: Vec<(PathBuf, DiskError)>,
+}
+
+/// All clans of a data directory. Leftovers of killed managers go.
+pub(crate) fn load_all(paths: &Paths) -> Loaded {
+    let Loaded { mut records, mut bad } = Loaded::default();
     for dir in disk::list(&paths.clans()) {
         let name = dir.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_owned();
         if name.starts_with(STAGING) || name.starts_with(GONE) {
@@ -117,12 +132,12 @@ pub(crate) fn load_all(paths: &Paths) -> (Vec<(ClanPaths, ClanRecord)>, Vec<(Pat
         }
         let clan = ClanPaths::at(dir.clone());
         match ClanRecord::load(&clan) {
-            Ok(record) if record.id.to_string() == name => records.push((clan, record)),
+            Ok(record) if record.id.to_string() == name => records.push(record),
             Ok(record) => bad.push((dir, DiskError::ForeignClan { path: clan.record(), found: record.id })),
             Err(error) => bad.push((dir, error)),
         }
     }
-    (records, bad)
+    Loaded { records, bad }
 }
 
 /// Removes a clan's directory: from here on it is gone, even if removing its files is interrupted.
@@ -229,12 +244,12 @@ pub(crate) mod tests {
         let paths = Paths::new(dir.path());
         let made = record(1, Phase::Joining);
         let (key, log) = put(&paths, &made, Some("clan://join/x"));
-        let (found, bad) = load_all(&paths);
+        let Loaded { records: found, bad } = load_all(&paths);
         assert!(bad.is_empty(), "{bad:?}");
-        let (clan, loaded) = &found[0];
-        assert_eq!(*loaded, made);
-        assert_eq!(load_key(clan).unwrap().to_bytes(), key.to_bytes());
-        assert_eq!(PersonLog::load(clan).unwrap(), log);
+        assert_eq!(found, [made.clone()]);
+        let clan = paths.clan(&made.id);
+        assert_eq!(load_key(&clan).unwrap().to_bytes(), key.to_bytes());
+        assert_eq!(PersonLog::load(&clan).unwrap(), log);
         for secret in [clan.key(), clan.link(), clan.log()] {
             assert_eq!(std::fs::metadata(&secret).unwrap().permissions().mode() & 0o777, 0o600, "{}", secret.display());
         }
@@ -247,7 +262,7 @@ pub(crate) mod tests {
         let paths = Paths::new(dir.path());
         drop(Staging::begin(&paths).unwrap());
         std::fs::create_dir_all(paths.clans().join(".gone-abc").join("vm")).unwrap();
-        let (found, bad) = load_all(&paths);
+        let Loaded { records: found, bad } = load_all(&paths);
         assert!(found.is_empty() && bad.is_empty());
         assert_eq!(std::fs::read_dir(paths.clans()).unwrap().count(), 0);
     }
@@ -260,7 +275,7 @@ pub(crate) mod tests {
         let clan = paths.clan(&ClanId::from_bytes([1; 32]));
         std::fs::write(clan.record(), b"{\"version\":1,").unwrap();
         for _ in 0..2 {
-            let (found, bad) = load_all(&paths);
+            let Loaded { records: found, bad } = load_all(&paths);
             assert!(found.is_empty());
             assert_eq!(bad.len(), 1, "reported at every start");
         }
@@ -285,6 +300,6 @@ pub(crate) mod tests {
         let id = ClanId::from_bytes([1; 32]);
         remove(&paths, &id).unwrap();
         remove(&paths, &id).unwrap();
-        assert_eq!(load_all(&paths).0.len(), 0);
+        assert_eq!(load_all(&paths).records.len(), 0);
     }
 }

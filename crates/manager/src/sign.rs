@@ -6,15 +6,7 @@ use clan_types::{ClanId, EntryId};
 use clan_wire::control::ControlRequest;
 use ed25519_dalek::SigningKey;
 
-use crate::{
-    clan::Clan,
-    disk::DiskError,
-    guest,
-    paths::ClanPaths,
-    problem,
-    record::PersonLog,
-    tasks::now,
-};
+use crate::{clan::Clan, disk::DiskError, guest, paths::ClanPaths, problem, record::PersonLog, tasks::now};
 
 /// The ledger that these entries amount to. Bytes that are no entry of the clan are left out: they came from a guest
 /// or a peer, and change nothing.
@@ -37,7 +29,13 @@ fn void(ledger: &Ledger, entry: &EntryId) -> Option<String> {
 ///
 /// INVARIANT: every entry follows on all that the log holds, whatever the ledger lacks: the person never signs two
 /// entries for one place.
-pub(crate) fn sign(paths: &ClanPaths, key: &SigningKey, log: &mut PersonLog, ledger: &mut Ledger, body: Body) -> Result<Entry, ApiProblem> {
+pub(crate) fn sign(
+    paths: &ClanPaths,
+    key: &SigningKey,
+    log: &mut PersonLog,
+    ledger: &mut Ledger,
+    body: Body,
+) -> Result<Entry, ApiProblem> {
     ledger.insert_all(log.entries().filter_map(|bytes| Entry::decode(bytes).ok()));
     // Entries that an older copy of this log lacks, as after it was restored from a backup.
     let author = AuthorId::of(key);
@@ -45,9 +43,13 @@ pub(crate) fn sign(paths: &ClanPaths, key: &SigningKey, log: &mut PersonLog, led
     for entry in theirs.into_iter().skip(log.len()) {
         log.push(entry);
     }
-    let internal = |e: clan_ledger::EntryError| ApiProblem::new(ErrorCode::Internal, "the entry cannot be signed").why(e.to_string());
+    let internal = |e: clan_ledger::EntryError| {
+        ApiProblem::new(ErrorCode::Internal, "the entry cannot be signed").why(e.to_string())
+    };
     let entry = ledger.author(key, body, now()).map_err(internal)?;
-    let refused = |e: clan_ledger::InsertError| ApiProblem::new(ErrorCode::Internal, "the entry does not fit the ledger").why(e.to_string());
+    let refused = |e: clan_ledger::InsertError| {
+        ApiProblem::new(ErrorCode::Internal, "the entry does not fit the ledger").why(e.to_string())
+    };
     ledger.insert(entry.clone()).map_err(refused)?;
     if let Some(why) = void(ledger, &entry.id())
         && !matches!(entry.body(), Body::Admission { .. } | Body::Enrol { .. })
@@ -61,8 +63,12 @@ pub(crate) fn sign(paths: &ClanPaths, key: &SigningKey, log: &mut PersonLog, led
     Ok(entry)
 }
 
-/// Signs an entry and hands it to the clan's machine here.
-pub(crate) async fn decide(clan: &Clan, body: impl FnOnce(&Ledger) -> Result<Body, ApiProblem>) -> Result<Entry, ApiProblem> {
+/// Signs an entry and hands it to the clan's machine here, as what `request` says: mostly [`ControlRequest::Append`].
+pub(crate) async fn decide(
+    clan: &Clan,
+    body: impl FnOnce(&Ledger) -> Result<Body, ApiProblem>,
+    request: impl FnOnce(Vec<u8>) -> ControlRequest,
+) -> Result<Entry, ApiProblem> {
     let control = clan.control().map_err(|e| problem::guest(&e))?;
     let mut log = clan.log.lock().await;
     let theirs = guest::entries(&control).await.map_err(|e| problem::guest(&e))?;
@@ -78,7 +84,7 @@ pub(crate) async fn decide(clan: &Clan, body: impl FnOnce(&Ledger) -> Result<Bod
     }
     let body = body(&ledger)?;
     let entry = sign(clan.record.paths(), &clan.key, &mut log, &mut ledger, body)?;
-    guest::tell(&control, &ControlRequest::Append(entry.encode())).await.map_err(|e| problem::guest(&e))?;
+    guest::tell(&control, &request(entry.encode())).await.map_err(|e| problem::guest(&e))?;
     Ok(entry)
 }
 
@@ -94,14 +100,20 @@ mod tests {
         let paths = Paths::new(dir.path()).clan(&ClanId::from_bytes([1; 32]));
         crate::disk::create_dir(&paths.dir).unwrap();
         let key = SigningKey::from_bytes(&[5; 32]);
-        let (ledger, entry) = Ledger::found(&key, "family".parse().unwrap(), "anna".parse().unwrap(), [7; 32], now()).unwrap();
+        let (ledger, entry) =
+            Ledger::found(&key, "family".parse().unwrap(), "anna".parse().unwrap(), [7; 32], now()).unwrap();
         let mut log = PersonLog::default();
         log.push(entry.encode());
         (dir, paths, key, log, ledger.clan())
     }
 
     fn invite(n: u8) -> Body {
-        Body::Invite { invite: InviteId::from_bytes([n; 32]), role: Role::Member, uses: 1, expires: Timestamp::from_millis(1 << 45) }
+        Body::Invite {
+            invite: InviteId::from_bytes([n; 32]),
+            role: Role::Member,
+            uses: 1,
+            expires: Timestamp::from_millis(1 << 45),
+        }
     }
 
     #[test]

@@ -1,8 +1,8 @@
 //! Everything that the web page shows, from what is known now.
 
 use clan_api::{
-    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo, PathKind, PersonInfo,
-    ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
+    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo,
+    PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
 };
 use clan_types::{ByteSize, PersonId, Timestamp};
 use clan_vm::{AccelKind, probe};
@@ -34,7 +34,11 @@ pub(crate) async fn status(shared: &Shared) -> Status {
         problems.push(HealthProblem {
             severity: Severity::Warning,
             clan: None,
-            message: format!("Only {} of disk are free where {} is.", host.disk_available, shared.paths.root().display()),
+            message: format!(
+                "Only {} of disk are free where {} is.",
+                host.disk_available,
+                shared.paths.root().display()
+            ),
             hints: vec!["free some space".into()],
         });
     }
@@ -60,10 +64,20 @@ fn clan_problems(clan: &Clan) -> Vec<HealthProblem> {
     let name = clan.name();
     if let Some(problem) = view.problem {
         let severity = if view.state == VmState::Failed { Severity::Error } else { Severity::Warning };
-        problems.push(HealthProblem { severity, clan: Some(name.clone()), message: format!("{name}: {}.", problem.message), hints: problem.hints });
+        problems.push(HealthProblem {
+            severity,
+            clan: Some(name.clone()),
+            message: format!("{name}: {}.", problem.message),
+            hints: problem.hints,
+        });
     }
     for message in clan.told().map(|t| t.status.problems.clone()).unwrap_or_default().iter().take(20) {
-        problems.push(HealthProblem { severity: Severity::Warning, clan: Some(name.clone()), message: short(message), hints: Vec::new() });
+        problems.push(HealthProblem {
+            severity: Severity::Warning,
+            clan: Some(name.clone()),
+            message: short(message),
+            hints: Vec::new(),
+        });
     }
     problems
 }
@@ -107,7 +121,8 @@ pub(crate) fn clan_info(clan: &Clan) -> ClanInfo {
     let record = clan.record.get();
     let (person, told) = (clan.person(), clan.told());
     let status = told.as_ref().map(|t| t.status.as_ref());
-    let mut machines: Vec<MachineInfo> = status.map(|s| s.machines.iter().map(|m| machine(m, s)).collect()).unwrap_or_default();
+    let mut machines: Vec<MachineInfo> =
+        status.map(|s| s.machines.iter().map(|m| machine(m, s)).collect()).unwrap_or_default();
     machines.sort_by(|a, b| (!a.this, &a.name).cmp(&(!b.this, &b.name)));
     ClanInfo {
         id: record.id,

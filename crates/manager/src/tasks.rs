@@ -8,7 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clan_api::{ApiProblem, ErrorCode, StepState, TaskId, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep};
+use clan_api::{
+    ApiProblem, ErrorCode, StepState, TaskId, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep,
+};
 use clan_types::{ClanName, Timestamp};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -83,11 +85,25 @@ impl Tasks {
             let inner = Inner { log, first_line: 0, step_began: Instant::now(), rate: None, info };
             tasks.insert(inner.info.id, Arc::new(Task::new(inner, CancellationToken::new())));
         }
-        Self { shared: Arc::new(Shared { dir: dir.to_owned(), tasks: Mutex::new(tasks), tracker: TaskTracker::new(), stop }) }
+        Self {
+            shared: Arc::new(Shared {
+                dir: dir.to_owned(),
+                tasks: Mutex::new(tasks),
+                tracker: TaskTracker::new(),
+                stop,
+            }),
+        }
     }
 
     /// Starts a task. `work` gets a handle to report by; its error ends the task as failed.
-    pub(crate) fn spawn<F, W>(&self, kind: TaskKind, title: String, clan: Option<ClanName>, steps: &[&str], work: W) -> Arc<Task>
+    pub(crate) fn spawn<F, W>(
+        &self,
+        kind: TaskKind,
+        title: String,
+        clan: Option<ClanName>,
+        steps: &[&str],
+        work: W,
+    ) -> Arc<Task>
     where
         W: FnOnce(TaskHandle) -> F,
         F: Future<Output = Result<TaskResult, ApiProblem>> + Send + 'static,
@@ -100,7 +116,10 @@ impl Tasks {
             state: TaskState::Running,
             started: now(),
             finished: None,
-            steps: steps.iter().map(|s| TaskStep { title: (*s).to_owned(), state: StepState::Pending, elapsed_ms: 0 }).collect(),
+            steps: steps
+                .iter()
+                .map(|s| TaskStep { title: (*s).to_owned(), state: StepState::Pending, elapsed_ms: 0 })
+                .collect(),
             progress: None,
             detail: None,
             result: None,
@@ -223,6 +242,7 @@ impl Task {
     }
 
     /// Waits for its end.
+    #[cfg(test)]
     pub(crate) async fn finished(&self) -> TaskInfo {
         let mut watch = self.watch();
         while !self.is_final() {
@@ -344,7 +364,10 @@ impl TaskHandle {
     }
 
     /// Runs something until it ends or the task is cancelled.
-    pub(crate) async fn unless_cancelled<T>(&self, work: impl Future<Output = Result<T, ApiProblem>>) -> Result<T, ApiProblem> {
+    pub(crate) async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, ApiProblem>>,
+    ) -> Result<T, ApiProblem> {
         tokio::select! {
             biased;
             () = self.task.cancel.cancelled() => Err(cancelled()),

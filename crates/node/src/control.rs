@@ -12,10 +12,11 @@ use clan_ledger::Ledger;
 use clan_os::{
     addresses,
     channel::{Channel, Stream, open_virtio_port, recv_message, send_message},
+    tun::Tun,
     wireguard::Wireguard,
 };
 use clan_store::LedgerStore;
-use clan_types::{MachineName, ServiceName, mesh_address};
+use clan_types::{ClanId, MachineName, ServiceName, mesh_address};
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use iroh::Endpoint;
 use tokio::{io::copy_bidirectional, net::TcpStream, process::Command, sync::Mutex, task::JoinSet, time::timeout};
@@ -27,7 +28,7 @@ use crate::{
     identity::Identity,
     image::{Disks, ImageServer},
     join::{self, RedeemError},
-    mesh::Mesh,
+    mesh::{self, Mesh},
     net, peer, services,
     state::Place,
     stats::Sampler,
@@ -102,6 +103,12 @@ struct Node {
     cancel: CancellationToken,
 }
 
+/// A machine's two ways out: the interface of the mesh, and the endpoint on the base network.
+struct Ways {
+    tun: Tun,
+    endpoint: Endpoint,
+}
+
 /// What most requests need of a node, without holding its lock.
 struct Access {
     core: CoreHandle,
@@ -112,8 +119,8 @@ impl Controller {
     /// Takes up the place that the machine had before a restart.
     async fn resume(&self) -> Result<(), NodeError> {
         if let Some(place) = Place::load(&self.dir)? {
-            let endpoint = self.endpoint().await?;
-            let node = self.start_node(place, endpoint, |_| Ok(())).await?;
+            let ways = self.ways(&place.clan).await?;
+            let node = self.start_node(place, ways, |_| Ok(())).await?;
             *self.node.lock().await = Some(node);
         }
         Ok(())
@@ -162,7 +169,9 @@ impl Controller {
             }
             ControlRequest::Farewell { entry } => self.farewell(&access, entry).await,
             ControlRequest::Watch => return self.report(stream, &access).await,
-            ControlRequest::Connect { service, machine } => return connect(stream, &access, &service, machine.as_ref()).await,
+            ControlRequest::Connect { service, machine } => {
+                return connect(stream, &access, &service, machine.as_ref()).await;
+            }
             ControlRequest::Journal { lines, follow } => return journal(stream, lines, follow).await,
             ControlRequest::Identify | ControlRequest::Provision(_) | ControlRequest::SetEnvironment(_) => {
                 ControlResponse::Failed("handled elsewhere".to_owned())
@@ -214,17 +223,17 @@ impl Controller {
     }
 
     async fn take_place(&self, provision: Provision) -> Result<Node, ProvisionError> {
-        let endpoint = self.endpoint().await?;
+        let ways = self.ways(&provision.clan).await?;
         let mut entries = provision.entries;
         let mut peers = Vec::new();
         if let Some(redeem) = provision.redeem {
-            entries.extend(join::redeem(&endpoint, &redeem).await?);
+            entries.extend(join::redeem(&ways.endpoint, &redeem).await?);
             peers = redeem.peers;
         }
         let place = Place { clan: provision.clan, name: provision.name, offers: provision.offers, peers };
         let machine = self.identity.machine();
         let node = self
-            .start_node(place.clone(), endpoint, |ledger| {
+            .start_node(place.clone(), ways, |ledger| {
                 for entry in &entries {
                     let entry = clan_ledger::Entry::decode(entry).map_err(|e| chain(&e))?;
                     ledger.insert(entry).map_err(|e| chain(&e))?;
@@ -240,17 +249,20 @@ impl Controller {
         Ok(node)
     }
 
-    async fn endpoint(&self) -> Result<Endpoint, NodeError> {
+    async fn ways(&self, clan: &ClanId) -> Result<Ways, NodeError> {
+        let tun = mesh::interface(clan, &self.identity.machine()).await?;
         let address = timeout(NETWORK_PATIENCE, base_address()).await.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let external = self.environment.lock().await.quic.clone();
-        net::endpoint(self.identity.endpoint_key(), SocketAddr::new(address, QUIC_PORT), &external).await
+        let bind = SocketAddr::new(address, QUIC_PORT);
+        let endpoint = net::endpoint(self.identity.endpoint_key(), bind, &external).await?;
+        Ok(Ways { tun, endpoint })
     }
 
     /// Starts everything that a machine in a clan runs. `prepare` may add to the ledger before anybody sees it.
     async fn start_node(
         &self,
         place: Place,
-        endpoint: Endpoint,
+        Ways { tun, endpoint }: Ways,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
         let store = LedgerStore::open(&self.dir.join("ledger.redb"), &place.clan).map_err(NodeError::from)?;
@@ -261,13 +273,18 @@ impl Controller {
             store.append_all(ledger.entries()).map_err(NodeError::from)?;
         }
         let environment = self.environment.lock().await.clone();
-        let own = Own { quic: environment.quic, wireguard: environment.wireguard, manifest: environment.manifest, ..Own::default() };
+        let own = Own {
+            quic: environment.quic,
+            wireguard: environment.wireguard,
+            manifest: environment.manifest,
+            ..Own::default()
+        };
         let cancel = self.cancel.child_token();
         let (core, handle) = Core::new(self.identity.signing().clone(), ledger, store, own)
             .ok_or_else(|| ProvisionOrNodeError::Reason("the ledger lacks its founding entry".to_owned()))?;
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
-        let mesh = match Mesh::start(&self.identity, &handle, &cancel).await {
+        let mesh = match Mesh::start(&self.identity, tun, &handle, &cancel).await {
             Ok(mesh) => mesh,
             Err(error) => {
                 cancel.cancel();
@@ -275,7 +292,14 @@ impl Controller {
                 return Err(error.into());
             }
         };
-        tasks.spawn(net::accept(endpoint.clone(), handle.clone(), self.images.clone(), cancel.clone()));
+        // Without its endpoint the machine is deaf: the whole controller ends, and systemd starts it afresh.
+        tasks.spawn(net::accept(
+            endpoint.clone(),
+            handle.clone(),
+            self.images.clone(),
+            cancel.clone(),
+            self.cancel.clone(),
+        ));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), place.peers.clone(), cancel.clone()));
         tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, wireguard: mesh.wireguard(), mesh, tasks, cancel })

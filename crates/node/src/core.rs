@@ -72,14 +72,42 @@ pub(crate) enum CoreError {
 }
 
 enum Command {
-    Insert { from: Option<MachineId>, entries: Vec<EncodedEntry>, reply: oneshot::Sender<Result<(), CoreError>> },
-    Beacon { from: MachineId, beacon: SignedBeacon },
-    Linked { machine: MachineId, connection: Connection, out: mpsc::Sender<PeerMessage>, vector: Vector, reply: oneshot::Sender<bool> },
-    Unlinked { machine: MachineId, stable_id: usize },
-    Vector { from: MachineId, vector: Vector },
-    Preview { proof: InviteProof, endpoint: MachineId, reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>> },
-    Redeem { entries: Vec<EncodedEntry>, reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>> },
-    Entries { reply: oneshot::Sender<Vec<EncodedEntry>> },
+    Insert {
+        from: Option<MachineId>,
+        entries: Vec<EncodedEntry>,
+        reply: oneshot::Sender<Result<(), CoreError>>,
+    },
+    Beacon {
+        from: MachineId,
+        beacon: SignedBeacon,
+    },
+    Linked {
+        machine: MachineId,
+        connection: Connection,
+        out: mpsc::Sender<PeerMessage>,
+        vector: Vector,
+        reply: oneshot::Sender<bool>,
+    },
+    Unlinked {
+        machine: MachineId,
+        stable_id: usize,
+    },
+    Vector {
+        from: MachineId,
+        vector: Vector,
+    },
+    Preview {
+        proof: InviteProof,
+        endpoint: MachineId,
+        reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
+    },
+    Redeem {
+        entries: Vec<EncodedEntry>,
+        reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
+    },
+    Entries {
+        reply: oneshot::Sender<Vec<EncodedEntry>>,
+    },
     ChangeOwn(Box<dyn FnOnce(&mut Own) + Send>),
 }
 
@@ -110,7 +138,13 @@ impl CoreHandle {
     }
 
     /// Registers a connection; `false` if the machine may not be here.
-    pub(crate) async fn linked(&self, machine: MachineId, connection: Connection, out: mpsc::Sender<PeerMessage>, vector: Vector) -> bool {
+    pub(crate) async fn linked(
+        &self,
+        machine: MachineId,
+        connection: Connection,
+        out: mpsc::Sender<PeerMessage>,
+        vector: Vector,
+    ) -> bool {
         self.ask(|reply| Command::Linked { machine, connection, out, vector, reply }).await.unwrap_or(false)
     }
 
@@ -122,7 +156,11 @@ impl CoreHandle {
         let _ = self.commands.send(Command::Vector { from, vector }).await;
     }
 
-    pub(crate) async fn preview(&self, proof: InviteProof, endpoint: MachineId) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+    pub(crate) async fn preview(
+        &self,
+        proof: InviteProof,
+        endpoint: MachineId,
+    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
         self.ask(|reply| Command::Preview { proof, endpoint, reply }).await.unwrap_or(Err(JoinRefusal::NotReady))
     }
 
@@ -316,7 +354,8 @@ impl Core {
             tracing::info!(%from, "a machine sent a beacon that does not count");
             return;
         };
-        let known = beacon.clan == self.ledger.clan() && self.ledger.state().machine_in_good_standing(&beacon.machine).is_some();
+        let known = beacon.clan == self.ledger.clan()
+            && self.ledger.state().machine_in_good_standing(&beacon.machine).is_some();
         let newer = self.beacons.get(&beacon.machine).is_none_or(|(_, old)| old.made < beacon.made);
         if known && newer && beacon.machine != self.machine && beacon.made <= now().plus(MAX_AHEAD) {
             self.beacons.insert(beacon.machine, (signed.clone(), beacon));
@@ -325,7 +364,13 @@ impl Core {
         }
     }
 
-    fn link(&mut self, machine: MachineId, connection: Connection, out: mpsc::Sender<PeerMessage>, vector: &Vector) -> bool {
+    fn link(
+        &mut self,
+        machine: MachineId,
+        connection: Connection,
+        out: mpsc::Sender<PeerMessage>,
+        vector: &Vector,
+    ) -> bool {
         // INVARIANT: only machines in good standing are ever in `links`; packets and entries come from there alone.
         if self.ledger.state().machine_in_good_standing(&machine).is_none() {
             return false;
@@ -343,7 +388,8 @@ impl Core {
     }
 
     fn send_missing(&self, machine: &MachineId, vector: &Vector) {
-        let missing: Vec<EncodedEntry> = self.ledger.missing(vector, MAX_ENTRIES).into_iter().map(Entry::encode).collect();
+        let missing: Vec<EncodedEntry> =
+            self.ledger.missing(vector, MAX_ENTRIES).into_iter().map(Entry::encode).collect();
         for batch in missing.chunks(BATCH) {
             self.send(machine, PeerMessage::Entries(batch.to_vec()));
         }

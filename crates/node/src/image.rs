@@ -95,7 +95,13 @@ impl ImageServer {
         }
     }
 
-    async fn answer(&self, connection: &Connection, core: &CoreHandle, request: ImageRequest, mut send: SendStream) -> Option<()> {
+    async fn answer(
+        &self,
+        connection: &Connection,
+        core: &CoreHandle,
+        request: ImageRequest,
+        mut send: SendStream,
+    ) -> Option<()> {
         if !entitled(connection, core, &request) {
             send_message(&mut send, &ImageResponse::Denied, MAX_MESSAGE).await.ok()?;
             return send.finish().ok();
@@ -152,7 +158,9 @@ async fn stream(extent: &Extent, offset: u64, send: &mut SendStream) -> Option<(
 }
 
 fn open(disk: &Path) -> Option<File> {
-    File::open(disk).map_err(|error| tracing::warn!(disk = %disk.display(), %error, "cannot open this machine's own image")).ok()
+    File::open(disk)
+        .map_err(|error| tracing::warn!(disk = %disk.display(), %error, "cannot open this machine's own image"))
+        .ok()
 }
 
 #[cfg(test)]
@@ -174,7 +182,11 @@ mod tests {
             architecture: "x86_64".into(),
             inputs: FileHash::from_bytes([0; 32]),
             memory_min: ByteSize::from_mib(1),
-            files: vec![file(FileRole::Kernel, 1000, 1), file(FileRole::Initramfs, 500, 2), file(FileRole::Root, 70, 3)],
+            files: vec![
+                file(FileRole::Kernel, 1000, 1),
+                file(FileRole::Initramfs, 500, 2),
+                file(FileRole::Root, 70, 3),
+            ],
         };
         let disks = Disks::of_this_machine();
         let of = |hash| disks.locate(&manifest, &FileHash::from_bytes([hash; 32]));

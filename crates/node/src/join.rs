@@ -86,7 +86,9 @@ pub(crate) async fn serve(connection: Connection, core: CoreHandle) {
 
 async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) -> JoinResponse {
     let outcome = match request {
-        JoinRequest::Preview { proof } => core.preview(proof, endpoint).await.map(|entries| JoinResponse::Preview { entries }),
+        JoinRequest::Preview { proof } => {
+            core.preview(proof, endpoint).await.map(|entries| JoinResponse::Preview { entries })
+        }
         JoinRequest::Redeem { entries } => core.redeem(entries).await.map(|entries| JoinResponse::Admitted { entries }),
     };
     outcome.unwrap_or_else(|refusal| {

@@ -15,7 +15,7 @@ use clan_os::{
     tun::Tun,
     wireguard::{Carrier, CarrierEnds, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
 };
-use clan_types::{MachineId, mesh_address};
+use clan_types::{ClanId, MachineId, mesh_address};
 use iroh::endpoint::Connection;
 use tokio::{
     sync::{
@@ -43,6 +43,15 @@ const DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 53);
 /// The name server of QEMU's user-mode network.
 const UPSTREAM_DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 2, 3)), 53);
 
+/// Makes the interface that applications reach the clan through.
+///
+/// Before the QUIC endpoint is opened: the endpoint binds its socket anew when interfaces come and go, and does not
+/// survive if the port is not free at that moment.
+pub(crate) async fn interface(clan: &ClanId, machine: &MachineId) -> Result<Tun, NodeError> {
+    let address = mesh_address(clan, machine);
+    Tun::create(INTERFACE, MTU, address).await.map_err(|e| NodeError::network("the mesh interface", e))
+}
+
 /// The running data plane.
 pub(crate) struct Mesh {
     wireguard: Arc<Wireguard>,
@@ -52,10 +61,13 @@ pub(crate) struct Mesh {
 }
 
 impl Mesh {
-    pub(crate) async fn start(identity: &Identity, core: &CoreHandle, cancel: &CancellationToken) -> Result<Self, NodeError> {
+    pub(crate) async fn start(
+        identity: &Identity,
+        tun: Tun,
+        core: &CoreHandle,
+        cancel: &CancellationToken,
+    ) -> Result<Self, NodeError> {
         let view = core.view();
-        let address = mesh_address(&view.clan, &view.machine);
-        let tun = Tun::create(INTERFACE, MTU, address).await.map_err(|e| NodeError::network("the mesh interface", e))?;
         let (carrier, ends) = Carrier::channel(CARRIER_QUEUE);
         let wireguard = Wireguard::start(WireguardConfig {
             local: view.machine,
@@ -69,7 +81,9 @@ impl Mesh {
         let wireguard = Arc::new(wireguard);
 
         let (zone, names) = watch::channel(Arc::new(zone_of(&view)));
-        let dns = DnsServer::start(DNS, names, Some(UPSTREAM_DNS)).await.map_err(|e| NodeError::network("the name server", e))?;
+        let dns = DnsServer::start(DNS, names, Some(UPSTREAM_DNS))
+            .await
+            .map_err(|e| NodeError::network("the name server", e))?;
         let search = vec![format!("{}.clan", view.clan_name), "clan".to_owned()];
         let resolv = ResolvConf::install(Path::new("/etc/resolv.conf"), DNS.ip(), &search)
             .map_err(|e| NodeError::network("name resolution", e))?;
@@ -95,7 +109,12 @@ impl Mesh {
 }
 
 /// Keeps the peers and the names as the ledger and the beacons say.
-async fn follow(core: CoreHandle, wireguard: Arc<Wireguard>, zone: watch::Sender<Arc<Zone>>, cancel: CancellationToken) {
+async fn follow(
+    core: CoreHandle,
+    wireguard: Arc<Wireguard>,
+    zone: watch::Sender<Arc<Zone>>,
+    cancel: CancellationToken,
+) {
     let mut views = core.watch();
     let mut current: Vec<WgPeer> = Vec::new();
     loop {

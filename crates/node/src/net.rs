@@ -43,15 +43,25 @@ fn transport() -> QuicTransportConfig {
         .build()
 }
 
-/// Accepts connections until cancelled.
-pub(crate) async fn accept(endpoint: Endpoint, core: CoreHandle, images: Arc<ImageServer>, cancel: CancellationToken) {
+/// Accepts connections until cancelled. An endpoint that dies by itself cancels `fatal`.
+pub(crate) async fn accept(
+    endpoint: Endpoint,
+    core: CoreHandle,
+    images: Arc<ImageServer>,
+    cancel: CancellationToken,
+    fatal: CancellationToken,
+) {
     let tasks = TaskTracker::new();
     loop {
         let incoming = tokio::select! {
             () = cancel.cancelled() => break,
             incoming = endpoint.accept() => incoming,
         };
-        let Some(incoming) = incoming else { break };
+        let Some(incoming) = incoming else {
+            tracing::error!("the QUIC endpoint died");
+            fatal.cancel();
+            break;
+        };
         if tasks.len() >= MAX_CONNECTIONS {
             incoming.refuse();
             continue;

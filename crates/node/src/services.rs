@@ -56,7 +56,13 @@ pub(crate) async fn run(offers: Vec<ServiceName>, core: CoreHandle, cancel: Canc
         let mut offers = Vec::new();
         for (name, service) in &known {
             let healthy = timeout(CHECK_LIMIT, answers(service)).await.unwrap_or(false);
-            offers.push(ServiceOffer { name: name.clone(), title: service.title.to_owned(), kind: service.kind, port: service.port, healthy });
+            offers.push(ServiceOffer {
+                name: name.clone(),
+                title: service.title.to_owned(),
+                kind: service.kind,
+                port: service.port,
+                healthy,
+            });
         }
         let pause = if offers.iter().all(|o| o.healthy) { CHECK_HEALTHY } else { CHECK_UNHEALTHY };
         core.change_own(move |own| own.services = offers).await;
@@ -82,7 +88,10 @@ async fn answers(service: &Known) -> bool {
         ServiceKind::Http => {
             let request = b"HEAD / HTTP/1.0\r\nHost: localhost\r\n\r\n";
             let mut head = [0u8; 12];
-            stream.write_all(request).await.is_ok() && stream.read_exact(&mut head).await.is_ok() && head.starts_with(b"HTTP/1.") && head[9] < b'5'
+            stream.write_all(request).await.is_ok()
+                && stream.read_exact(&mut head).await.is_ok()
+                && head.starts_with(b"HTTP/1.")
+                && head[9] < b'5'
         }
     }
 }

@@ -99,7 +99,11 @@ fn disk(path: &str) -> (ByteSize, ByteSize) {
 async fn units() -> Vec<UnitStatus> {
     let Ok(output) = Command::new("systemctl").arg("is-active").args(UNITS).output().await else { return Vec::new() };
     let states = String::from_utf8_lossy(&output.stdout).into_owned();
-    UNITS.iter().zip(states.lines()).map(|(name, state)| UnitStatus { name: (*name).to_owned(), state: state.to_owned() }).collect()
+    UNITS
+        .iter()
+        .zip(states.lines())
+        .map(|(name, state)| UnitStatus { name: (*name).to_owned(), state: state.to_owned() })
+        .collect()
 }
 
 #[cfg(test)]

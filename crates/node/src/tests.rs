@@ -38,7 +38,13 @@ struct Machine {
 
 impl Machine {
     /// A machine with its own ledger file, serving on a loopback port.
-    async fn start(key: SigningKey, clan: &ClanId, entries: &[EncodedEntry], endpoint: Endpoint, bootstrap: Vec<PeerAddr>) -> Self {
+    async fn start(
+        key: SigningKey,
+        clan: &ClanId,
+        entries: &[EncodedEntry],
+        endpoint: Endpoint,
+        bootstrap: Vec<PeerAddr>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = LedgerStore::open(&dir.path().join("ledger.redb"), clan).unwrap();
         let mut ledger = Ledger::open(*clan);
@@ -50,10 +56,14 @@ impl Machine {
         let own = Own { quic: endpoint.bound_sockets(), ..Own::default() };
         let (core, handle) = Core::new(key.clone(), ledger, store, own).unwrap();
         let cancel = CancellationToken::new();
-        let images = Arc::new(ImageServer::new(Disks::at(&dir.path().join("root"), &dir.path().join("layer"), &dir.path().join("boot"))));
+        let images = Arc::new(ImageServer::new(Disks::at(
+            &dir.path().join("root"),
+            &dir.path().join("layer"),
+            &dir.path().join("boot"),
+        )));
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
-        tasks.spawn(net::accept(endpoint.clone(), handle.clone(), images.clone(), cancel.clone()));
+        tasks.spawn(net::accept(endpoint.clone(), handle.clone(), images.clone(), cancel.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), bootstrap, cancel.clone()));
         Self { core: handle, endpoint, key, images, cancel, _tasks: tasks, dir }
     }
@@ -112,7 +122,8 @@ fn encode(ledger: &Ledger) -> Vec<EncodedEntry> {
 /// A clan with one machine and one invite (secret `key(3)`).
 async fn founded(uses: u32, expires: Timestamp) -> (Machine, ClanId) {
     let (founder, machine) = (key(1), key(2));
-    let (mut ledger, _) = Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
+    let (mut ledger, _) =
+        Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
     add(&mut ledger, &founder, enrol(&machine, "founder"));
     let invite = InviteId::from_bytes(key(3).verifying_key().to_bytes());
     add(&mut ledger, &founder, Body::Invite { invite, role: Role::Member, uses, expires });
@@ -130,7 +141,11 @@ fn newcomer(clan: &ClanId, person_seed: u8, machine: &SigningKey, name: &str) ->
     encode(&ledger)
 }
 
-async fn ask(host: &Machine, machine: &SigningKey, entries: Vec<EncodedEntry>) -> (Endpoint, Result<Vec<EncodedEntry>, RedeemError>) {
+async fn ask(
+    host: &Machine,
+    machine: &SigningKey,
+    entries: Vec<EncodedEntry>,
+) -> (Endpoint, Result<Vec<EncodedEntry>, RedeemError>) {
     let endpoint = endpoint(machine).await;
     let outcome = join::redeem(&endpoint, &Redeem { entries, peers: vec![host.addr()] }).await;
     (endpoint, outcome)
@@ -151,7 +166,13 @@ async fn a_newcomer_is_admitted_and_both_machines_find_each_other() {
     let second = joined(&founder, &clan, 4, key(5), "bob").await;
     second.until("the newcomer is connected", |v| v.links.len() == 1).await;
     founder.until("the founder is connected", |v| v.links.len() == 1).await;
-    let offer = ServiceOffer { name: "web".parse().unwrap(), title: "Page".into(), kind: ServiceKind::Http, port: 80, healthy: true };
+    let offer = ServiceOffer {
+        name: "web".parse().unwrap(),
+        title: "Page".into(),
+        kind: ServiceKind::Http,
+        port: 80,
+        healthy: true,
+    };
     founder.core.change_own(move |own| own.services = vec![offer]).await;
     let host = founder.id();
     second.until("the service is known", move |v| v.beacons.get(&host).is_some_and(|b| b.services.len() == 1)).await;
@@ -236,14 +257,22 @@ async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
     let content: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
     let root = founder.dir.path().join("root");
     std::fs::File::create(&root).unwrap().write_all(&content).unwrap();
-    let file = |role, hash: u8, size: u64| ImageFile { role, size: ByteSize::from_bytes(size), hash: FileHash::from_bytes([hash; 32]) };
+    let file = |role, hash: u8, size: u64| ImageFile {
+        role,
+        size: ByteSize::from_bytes(size),
+        hash: FileHash::from_bytes([hash; 32]),
+    };
     let manifest = Manifest {
         version: 1,
         title: "test".into(),
         architecture: "x86_64".into(),
         inputs: FileHash::from_bytes([0; 32]),
         memory_min: ByteSize::from_mib(64),
-        files: vec![file(FileRole::Kernel, 1, 10), file(FileRole::Initramfs, 2, 10), file(FileRole::Root, 3, content.len() as u64)],
+        files: vec![
+            file(FileRole::Kernel, 1, 10),
+            file(FileRole::Initramfs, 2, 10),
+            file(FileRole::Root, 3, content.len() as u64),
+        ],
     };
     founder.images.set_manifest(&manifest.encode().unwrap());
 
@@ -259,7 +288,11 @@ async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
         (response, recv.read_to_end(content.len()).await.unwrap())
     };
     assert_eq!(request(None, 0).await.0, ImageResponse::Denied);
-    assert_eq!(request(Some(InviteProof::new(&key(41), &clan, &me)), 0).await.0, ImageResponse::Denied, "an invite of nobody's");
+    assert_eq!(
+        request(Some(InviteProof::new(&key(41), &clan, &me)), 0).await.0,
+        ImageResponse::Denied,
+        "an invite of nobody's"
+    );
     let proof = InviteProof::new(&key(3), &clan, &me);
     let (response, bytes) = request(Some(proof.clone()), 0).await;
     assert_eq!(response, ImageResponse::Bytes(content.len() as u64));

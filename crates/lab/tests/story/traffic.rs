@@ -1,6 +1,6 @@
 //! What somebody on the way between two machines sees.
 
-use clan_lab::LabError;
+use clan_lab::{FOUNDER_ADDRESS, LabError, SECOND_ADDRESS};
 
 use crate::Checked;
 
@@ -44,15 +44,14 @@ fn packets(file: &[u8]) -> Option<Vec<&[u8]>> {
     Some(packets)
 }
 
-fn udp_payload(frame: &[u8]) -> Option<&[u8]> {
-    let ip = frame.get(14..)?;
-    let header = usize::from(ip.first()? & 0x0f) * 4;
-    (frame[12..14] == [0x08, 0x00] && ip.get(9) == Some(&17)).then(|| ip.get(header + 8..)).flatten()
-}
-
-/// Type 4 and three reserved bytes, then receiver, counter and at least an authentication tag.
-fn is_wireguard_data(payload: &[u8]) -> bool {
-    payload.starts_with(&[4, 0, 0, 0]) && payload.len() >= 32
+/// UDP over IPv4, from one person's computer to the other's.
+fn crosses(frame: &[u8]) -> bool {
+    let Some(ip) = frame.get(14..34) else { return false };
+    let ends = [FOUNDER_ADDRESS.octets(), SECOND_ADDRESS.octets()];
+    frame[12..14] == [0x08, 0x00]
+        && ip[9] == 17
+        && ip[12..16] != ip[16..20]
+        && [&ip[12..16], &ip[16..20]].iter().all(|end| ends.iter().any(|known| known == end))
 }
 
 fn contains(haystack: &[u8], needle: &[u8]) -> bool {
@@ -62,15 +61,15 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
 #[test]
 fn plain_text_would_be_found() {
     let frame = |payload: &[u8]| {
-        let mut frame = [&[0; 12][..], &[8, 0, 0x45], &[0; 8], &[17], &[0; 10], &[0; 8], payload].concat();
+        let ends = [FOUNDER_ADDRESS.octets(), SECOND_ADDRESS.octets()].concat();
+        let mut frame = [&[0; 12][..], &[8, 0, 0x45], &[0; 8], &[17], &[0; 2], &ends, &[0; 8], payload].concat();
         let length = u32::try_from(frame.len()).unwrap().to_le_bytes();
         frame.splice(0..0, [&[0; 8][..], &length, &length].concat());
         frame
     };
-    let sealed = frame(&[&[4, 0, 0, 0][..], &[7; 60]].concat());
     let page = "<html>\n<p>This page is served by founder.</p>\n</html>";
     let header = [&[0xd4, 0xc3, 0xb2, 0xa1][..], &[0; 20]].concat();
-    let capture = |last: &[u8]| [header.clone(), sealed.repeat(4), frame(last)].concat();
+    let capture = |last: &[u8]| [header.clone(), frame(b"sealed").repeat(20), frame(last)].concat();
     assert!(is_sealed(Some(Ok(capture(b"noise"))), page).is_ok());
     assert!(is_sealed(Some(Ok(capture(page.as_bytes()))), page).is_err());
     assert!(is_sealed(Some(Ok(header.clone())), page).is_err(), "an empty capture proves nothing");

@@ -156,7 +156,8 @@ impl Auth {
     }
 
     fn has_token(&self, headers: &HeaderMap) -> bool {
-        let bearer = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
+        let bearer =
+            headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
         bearer.is_some_and(|b| blake3::hash(b.trim().as_bytes()) == self.token)
     }
 }
@@ -193,7 +194,10 @@ impl<T> OneTime<T> {
 
     fn take(&self, token: &str) -> Option<T> {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        waiting.remove(&blake3::hash(token.as_bytes())).filter(|(_, made)| made.elapsed() < ONE_TIME).map(|(what, _)| what)
+        waiting
+            .remove(&blake3::hash(token.as_bytes()))
+            .filter(|(_, made)| made.elapsed() < ONE_TIME)
+            .map(|(what, _)| what)
     }
 }
 
@@ -236,7 +240,8 @@ pub(super) fn is_effective(request: &Request<Body>) -> bool {
 
 /// What a browser says about where a request comes from: `None` if it says nothing.
 pub(super) fn is_same_origin(headers: &HeaderMap) -> Option<bool> {
-    let text = |name| headers.get(name).map(|v: &axum::http::HeaderValue| v.to_str().unwrap_or("").to_ascii_lowercase());
+    let text =
+        |name| headers.get(name).map(|v: &axum::http::HeaderValue| v.to_str().unwrap_or("").to_ascii_lowercase());
     let host = text(header::HOST)?;
     if let Some(origin) = text(header::ORIGIN) {
         return Some(origin == format!("http://{host}"));
@@ -264,14 +269,19 @@ pub(super) fn admit(auth: &Auth, request: &Request<Body>) -> Result<Caller, ApiP
         return Ok(Caller::Session);
     }
     if private || is_effective(request) {
-        return Err(ApiProblem::new(ErrorCode::Unauthorized, "you are not signed in").hint("type `clan web` in a terminal"));
+        return Err(
+            ApiProblem::new(ErrorCode::Unauthorized, "you are not signed in").hint("type `clan web` in a terminal")
+        );
     }
     Ok(Caller::Anybody)
 }
 
 /// A parameter of a URL, percent-decoded as far as our own tokens need it: not at all.
 pub(super) fn query_value(uri: &Uri, name: &str) -> Option<String> {
-    uri.query()?.split('&').find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == name)).map(|(_, value)| value.to_owned())
+    uri.query()?
+        .split('&')
+        .find_map(|pair| pair.split_once('=').filter(|(n, _)| *n == name))
+        .map(|(_, value)| value.to_owned())
 }
 
 fn cookies(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
@@ -285,7 +295,8 @@ fn cookies(headers: &HeaderMap) -> impl Iterator<Item = (&str, &str)> {
 
 /// The cookies of a request without ours.
 pub(super) fn foreign_cookies(headers: &HeaderMap) -> Option<String> {
-    let kept: Vec<String> = cookies(headers).filter(|(name, _)| !name.starts_with(OURS)).map(|(n, v)| format!("{n}={v}")).collect();
+    let kept: Vec<String> =
+        cookies(headers).filter(|(name, _)| !name.starts_with(OURS)).map(|(n, v)| format!("{n}={v}")).collect();
     (!kept.is_empty()).then(|| kept.join("; "))
 }
 
@@ -333,7 +344,16 @@ mod tests {
         }
         let service = Site::Service { service: "web".parse().unwrap(), clan: "family".parse().unwrap() };
         assert_eq!(site_of("web.family.localhost:7420").ok(), Some(service));
-        for host in ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "a.b.c.localhost", "family.localhost", "0.0.0.0", "user@localhost", ""] {
+        for host in [
+            "evil.example",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "a.b.c.localhost",
+            "family.localhost",
+            "0.0.0.0",
+            "user@localhost",
+            "",
+        ] {
             assert_eq!(site_of(host).unwrap_err().code, ErrorCode::ForeignOrigin, "{host}");
         }
         let two = request("GET", "/", &[("host", "localhost"), ("host", "evil.example")]);
@@ -345,7 +365,8 @@ mod tests {
     #[test]
     fn the_api_wants_the_token_or_a_session() {
         let (_dir, auth) = auth();
-        let with = |headers: &[(&str, &str)]| admit(&auth, &request("GET", "/api/v1/status", headers)).map_err(|p| p.code);
+        let with =
+            |headers: &[(&str, &str)]| admit(&auth, &request("GET", "/api/v1/status", headers)).map_err(|p| p.code);
         let host = ("host", "localhost:7420");
         assert_eq!(with(&[host]), Err(ErrorCode::Unauthorized));
         assert_eq!(with(&[host, ("authorization", "Bearer wrong")]), Err(ErrorCode::Unauthorized));
@@ -372,10 +393,20 @@ mod tests {
             admit(&auth, &request(method, "/api/v1/clans", &headers)).map_err(|p| p.code)
         };
         assert_eq!(code("POST", &[("origin", "http://localhost:7420")]), Ok(Caller::Session));
-        for origin in ["http://evil.example", "https://localhost:7420", "http://localhost:9999", "http://web.family.localhost:7420", "null"] {
+        for origin in [
+            "http://evil.example",
+            "https://localhost:7420",
+            "http://localhost:9999",
+            "http://web.family.localhost:7420",
+            "null",
+        ] {
             assert_eq!(code("POST", &[("origin", origin)]), Err(ErrorCode::ForeignOrigin), "{origin}");
             assert_eq!(code("GET", &[("origin", origin)]), Err(ErrorCode::ForeignOrigin), "{origin}");
-            assert_eq!(code("GET", &[("upgrade", "websocket"), ("origin", origin)]), Err(ErrorCode::ForeignOrigin), "{origin}");
+            assert_eq!(
+                code("GET", &[("upgrade", "websocket"), ("origin", origin)]),
+                Err(ErrorCode::ForeignOrigin),
+                "{origin}"
+            );
         }
         assert_eq!(code("POST", &[]), Err(ErrorCode::ForeignOrigin), "a browser says where a change comes from");
         assert_eq!(code("GET", &[("upgrade", "clan-console")]), Err(ErrorCode::ForeignOrigin));
@@ -406,7 +437,8 @@ mod tests {
     #[test]
     fn a_service_session_is_for_that_service_only() {
         let (_dir, auth) = auth();
-        let (web, wiki, clan): (ServiceName, ServiceName, ClanName) = ("web".parse().unwrap(), "wiki".parse().unwrap(), "family".parse().unwrap());
+        let (web, wiki, clan): (ServiceName, ServiceName, ClanName) =
+            ("web".parse().unwrap(), "wiki".parse().unwrap(), "family".parse().unwrap());
         let token = auth.new_open(&web, &clan);
         assert!(auth.take_open(&token, &wiki, &clan).is_none(), "and the token is used up");
         let cookie = auth.take_open(&auth.new_open(&web, &clan), &web, &clan).unwrap();

@@ -8,8 +8,8 @@ use axum::{
     http::StatusCode,
 };
 use clan_api::{
-    ApiProblem, ClanInfo, CreateClan, CreateInvite, ErrorCode, Invite, JoinClan, JoinPreview, MachineInfo, OpenedService, PersonInfo, PreviewJoin,
-    ServiceInfo, Status, TaskInfo,
+    ApiProblem, ClanInfo, CreateClan, CreateInvite, ErrorCode, Invite, JoinClan, JoinPreview, MachineInfo,
+    OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskInfo,
 };
 use clan_types::{ServiceName, service_url_host};
 use clan_wire::beacon::ServiceKind;
@@ -43,21 +43,34 @@ pub(super) async fn join(State(shared): State<Arc<Shared>>, body: Bytes) -> Answ
     Ok(Json(StatusCode::ACCEPTED, joins::begin(&shared, request).await?.info()))
 }
 
-pub(super) async fn invite(State(shared): State<Arc<Shared>>, Path(clan): Path<String>, body: Bytes) -> Answer<Json<Invite>> {
+pub(super) async fn invite(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+    body: Bytes,
+) -> Answer<Json<Invite>> {
     let request: CreateInvite = parse(&body)?;
     let clan = shared.find(&clan)?;
     Ok(Json(StatusCode::CREATED, invites::make(&shared, &clan, &request).await?))
 }
 
-pub(super) async fn members(State(shared): State<Arc<Shared>>, Path(clan): Path<String>) -> Answer<Json<Vec<PersonInfo>>> {
+pub(super) async fn members(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+) -> Answer<Json<Vec<PersonInfo>>> {
     Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).people))
 }
 
-pub(super) async fn machines(State(shared): State<Arc<Shared>>, Path(clan): Path<String>) -> Answer<Json<Vec<MachineInfo>>> {
+pub(super) async fn machines(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+) -> Answer<Json<Vec<MachineInfo>>> {
     Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).machines))
 }
 
-pub(super) async fn services(State(shared): State<Arc<Shared>>, Path(clan): Path<String>) -> Answer<Json<Vec<ServiceInfo>>> {
+pub(super) async fn services(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+) -> Answer<Json<Vec<ServiceInfo>>> {
     Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).services))
 }
 
@@ -66,22 +79,33 @@ pub(super) async fn leave(State(shared): State<Arc<Shared>>, Path(clan): Path<St
     Ok(Json(StatusCode::ACCEPTED, leaves::begin(&shared, clan)?.info()))
 }
 
-pub(super) async fn open(State(shared): State<Arc<Shared>>, Path((clan, name)): Path<(String, String)>) -> Answer<Json<OpenedService>> {
+pub(super) async fn open(
+    State(shared): State<Arc<Shared>>,
+    Path((clan, name)): Path<(String, String)>,
+) -> Answer<Json<OpenedService>> {
     let clan = shared.find(&clan)?;
     let name: ServiceName = name.parse().map_err(|e| problem::name(&e))?;
     clan.control().map_err(|e| problem::guest(&e))?;
-    let told = clan.told().ok_or_else(|| ApiProblem::new(ErrorCode::VmNotReady, "the clan's state is not known yet").hint("try again in a moment"))?;
+    let told = clan.told().ok_or_else(|| {
+        ApiProblem::new(ErrorCode::VmNotReady, "the clan's state is not known yet").hint("try again in a moment")
+    })?;
     let offers: Vec<_> = told.status.services.iter().filter(|s| s.name == name).collect();
     // One that works, if there is one.
     let Some(offer) = offers.iter().find(|s| s.healthy).or(offers.first()) else {
         let names: Vec<String> = told.status.services.iter().map(|s| s.name.to_string()).collect();
-        let problem = ApiProblem::new(ErrorCode::NotFound, format!("nobody in the clan offers a service called `{name}`"));
-        return Err(if names.is_empty() { problem } else { problem.hint(format!("there is: {}", names.join(", "))) }.into());
+        let problem =
+            ApiProblem::new(ErrorCode::NotFound, format!("nobody in the clan offers a service called `{name}`"));
+        return Err(
+            if names.is_empty() { problem } else { problem.hint(format!("there is: {}", names.join(", "))) }.into()
+        );
     };
     if offer.kind != ServiceKind::Http {
-        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("`{name}` is not a web service: a browser cannot open it"))
-            .hint(format!("reach it from inside the clan: {name}.{}.clan port {}", clan.name(), offer.port))
-            .into());
+        return Err(ApiProblem::new(
+            ErrorCode::BadRequest,
+            format!("`{name}` is not a web service: a browser cannot open it"),
+        )
+        .hint(format!("reach it from inside the clan: {name}.{}.clan port {}", clan.name(), offer.port))
+        .into());
     }
     let clan_name = clan.name();
     let plain_url = format!("http://{}:{}/", service_url_host(&name, &clan_name), shared.address.port());

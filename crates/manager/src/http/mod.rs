@@ -154,7 +154,8 @@ fn activated() -> Result<Option<std::net::TcpListener>, ManagerError> {
             // SAFETY: whoever started us says so in LISTEN_FDS, for this very process: descriptor 3 is open and ours.
             let listener = unsafe { std::net::TcpListener::from_raw_fd(FIRST_FD) };
             // What this process starts must not inherit it.
-            rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC).map_err(|_| bad("descriptor 3 is not open"))?;
+            rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC)
+                .map_err(|_| bad("descriptor 3 is not open"))?;
             if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
                 return Err(bad("descriptor 3 is not a listening socket"));
             }
@@ -169,7 +170,11 @@ fn is_same_user(stream: &UnixStream) -> bool {
     stream.peer_cred().is_ok_and(|peer| peer.uid() == rustix::process::getuid().as_raw())
 }
 
-async fn serve_connection<I: AsyncRead + AsyncWrite + Unpin + Send + 'static>(io: I, router: Router, closing: CancellationToken) {
+async fn serve_connection<I: AsyncRead + AsyncWrite + Unpin + Send + 'static>(
+    io: I,
+    router: Router,
+    closing: CancellationToken,
+) {
     let connection = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(HEAD)
@@ -224,7 +229,11 @@ fn login(shared: &Shared, request: &Request<Body>) -> Response<Body> {
     let token = auth::query_value(request.uri(), "token").unwrap_or_default();
     match shared.auth.take_login(&token) {
         Some(cookie) => {
-            let headers = [(header::SET_COOKIE, cookie), (header::LOCATION, "/".into()), (header::CACHE_CONTROL, "no-store".into())];
+            let headers = [
+                (header::SET_COOKIE, cookie),
+                (header::LOCATION, "/".into()),
+                (header::CACHE_CONTROL, "no-store".into()),
+            ];
             (StatusCode::SEE_OTHER, headers).into_response()
         }
         None => web::message(
@@ -267,8 +276,14 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         api = api.route("/logins", post(make_login));
     }
     let api = api
-        .fallback(|| async { Refusal(ApiProblem::new(ErrorCode::NotFound, "there is no such path in this API").hint("see /openapi.json")) })
-        .method_not_allowed_fallback(|| async { Refusal(ApiProblem::new(ErrorCode::BadRequest, "this path does not take this method").hint("see /openapi.json")) })
+        .fallback(|| async {
+            Refusal(ApiProblem::new(ErrorCode::NotFound, "there is no such path in this API").hint("see /openapi.json"))
+        })
+        .method_not_allowed_fallback(|| async {
+            Refusal(
+                ApiProblem::new(ErrorCode::BadRequest, "this path does not take this method").hint("see /openapi.json"),
+            )
+        })
         .layer(DefaultBodyLimit::max(MAX_BODY));
     Router::new()
         .nest(clan_api::BASE, api)

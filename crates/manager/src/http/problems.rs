@@ -58,5 +58,6 @@ fn with_type<T: Serialize>(status: StatusCode, value: &T, media_type: &'static s
 pub(super) fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiProblem> {
     // A request without a body asks for the defaults.
     let body = if body.is_empty() { b"{}" } else { body };
-    serde_json::from_slice(body).map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.to_string()))
+    serde_json::from_slice(body)
+        .map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.to_string()))
 }

@@ -38,7 +38,12 @@ const HOP_BY_HOP: [HeaderName; 7] = [
 ];
 
 /// A request to a service's own site.
-pub(super) async fn serve(shared: &Shared, service: &ServiceName, clan: &ClanName, request: Request<Body>) -> Response<Body> {
+pub(super) async fn serve(
+    shared: &Shared,
+    service: &ServiceName,
+    clan: &ClanName,
+    request: Request<Body>,
+) -> Response<Body> {
     if let Some(token) = auth::query_value(request.uri(), OPEN) {
         return match shared.auth.take_open(&token, service, clan) {
             Some(cookie) if request.method() == Method::GET => enter(cookie),
@@ -54,7 +59,12 @@ pub(super) async fn serve(shared: &Shared, service: &ServiceName, clan: &ClanNam
     let channel = match shared.find_named(clan).map(|c| c.control()) {
         Some(Ok(channel)) => channel,
         Some(Err(error)) => return failed(&problem::guest(&error)),
-        None => return failed(&ApiProblem::new(ErrorCode::NotFound, format!("this computer is not in a clan called `{clan}`"))),
+        None => {
+            return failed(&ApiProblem::new(
+                ErrorCode::NotFound,
+                format!("this computer is not in a clan called `{clan}`"),
+            ));
+        }
     };
     match forward(&channel, service, clan, request).await {
         Ok(response) => response,
@@ -74,7 +84,9 @@ fn enter(cookie: String) -> Response<Body> {
 }
 
 fn locked(service: &ServiceName, clan: &ClanName, title: &str) -> Response<Body> {
-    let text = format!("Open it from the page of your clans, or type `clan service open {service} --clan {clan}` in a terminal.");
+    let text = format!(
+        "Open it from the page of your clans, or type `clan service open {service} --clan {clan}` in a terminal."
+    );
     web::message(StatusCode::UNAUTHORIZED, title, &text)
 }
 
@@ -88,8 +100,15 @@ fn failed(problem: &ApiProblem) -> Response<Body> {
 }
 
 /// Passes a request on to a service, and its answer back.
-async fn forward(channel: &Channel, service: &ServiceName, clan: &ClanName, mut request: Request<Body>) -> Result<Response<Body>, ApiProblem> {
-    let down = |why: String| ApiProblem::new(ErrorCode::ServiceDown, format!("the service `{service}` does not answer")).why(why);
+async fn forward(
+    channel: &Channel,
+    service: &ServiceName,
+    clan: &ClanName,
+    mut request: Request<Body>,
+) -> Result<Response<Body>, ApiProblem> {
+    let down = |why: String| {
+        ApiProblem::new(ErrorCode::ServiceDown, format!("the service `{service}` does not answer")).why(why)
+    };
     let connect = ControlRequest::Connect { service: service.clone(), machine: None };
     let stream = match guest::open(channel, &connect, guest::PATIENCE).await {
         Ok((stream, ControlResponse::Connected)) => stream,
@@ -97,7 +116,8 @@ async fn forward(channel: &Channel, service: &ServiceName, clan: &ClanName, mut 
         Err(GuestError::Failed { why, .. }) => return Err(down(why)),
         Err(error) => return Err(problem::guest(&error)),
     };
-    let (mut sender, connection) = http1::handshake::<_, Body>(TokioIo::new(stream)).await.map_err(|e| down(e.to_string()))?;
+    let (mut sender, connection) =
+        http1::handshake::<_, Body>(TokioIo::new(stream)).await.map_err(|e| down(e.to_string()))?;
     // Ends with the answer's body, or with the upgraded stream.
     tokio::spawn(async move {
         if let Err(error) = connection.with_upgrades().await {
@@ -107,7 +127,8 @@ async fn forward(channel: &Channel, service: &ServiceName, clan: &ClanName, mut 
     let site = Names::of(request.headers(), service, clan);
     let upgrade = request.headers().get(header::UPGRADE).cloned();
     let browser = upgrade.is_some().then(|| hyper::upgrade::on(&mut request));
-    rewrite_request(&mut request, &site, upgrade.as_ref()).ok_or_else(|| ApiProblem::new(ErrorCode::BadRequest, "the request cannot be passed on"))?;
+    rewrite_request(&mut request, &site, upgrade.as_ref())
+        .ok_or_else(|| ApiProblem::new(ErrorCode::BadRequest, "the request cannot be passed on"))?;
     let mut response = sender.send_request(request).await.map_err(|e| down(e.to_string()))?;
     if response.status() == StatusCode::SWITCHING_PROTOCOLS {
         let Some(browser) = browser else { return Err(down("it changed the protocol unasked".into())) };
@@ -141,7 +162,8 @@ impl Names {
     fn translate(url: &str, from: &str, to: &str) -> Option<HeaderValue> {
         let rest = url.strip_prefix("http://")?.strip_prefix(from)?;
         // Not a longer name that begins alike.
-        (rest.is_empty() || rest.starts_with('/') || rest.starts_with('?')).then(|| HeaderValue::from_str(&format!("http://{to}{rest}")).ok())?
+        (rest.is_empty() || rest.starts_with('/') || rest.starts_with('?'))
+            .then(|| HeaderValue::from_str(&format!("http://{to}{rest}")).ok())?
     }
 }
 
@@ -309,8 +331,14 @@ mod tests {
         assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "hello");
         let head = served.await.unwrap().to_ascii_lowercase();
         assert!(head.starts_with("get /page?x=1 http/1.1\r\n"), "{head}");
-        assert!(head.contains("\r\nhost: web.family.clan\r\n") && head.contains("\r\norigin: http://web.family.clan\r\n"), "{head}");
-        assert!(head.contains("\r\ncookie: theme=dark\r\n") && !head.contains("secret") && !head.contains("x-hop"), "{head}");
+        assert!(
+            head.contains("\r\nhost: web.family.clan\r\n") && head.contains("\r\norigin: http://web.family.clan\r\n"),
+            "{head}"
+        );
+        assert!(
+            head.contains("\r\ncookie: theme=dark\r\n") && !head.contains("secret") && !head.contains("x-hop"),
+            "{head}"
+        );
     }
 
     #[tokio::test]
@@ -344,7 +372,9 @@ mod tests {
 
     #[tokio::test]
     async fn an_upgrade_becomes_raw_bytes_both_ways() {
-        let (port, _served) = service("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", true).await;
+        let (port, _served) =
+            service("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n", true)
+                .await;
         let (channel, _cancel) = guest(port);
         let (web, family) = names();
         // A browser's connection to a server of ours that forwards.
@@ -375,7 +405,10 @@ mod tests {
 
     #[test]
     fn only_the_services_own_urls_are_translated() {
-        let there = |url| Names::translate(url, "web.family.clan", "web.family.localhost:7420").map(|v| v.to_str().unwrap().to_owned());
+        let there = |url| {
+            Names::translate(url, "web.family.clan", "web.family.localhost:7420")
+                .map(|v| v.to_str().unwrap().to_owned())
+        };
         assert_eq!(there("http://web.family.clan").as_deref(), Some("http://web.family.localhost:7420"));
         assert_eq!(there("http://web.family.clan/a?b").as_deref(), Some("http://web.family.localhost:7420/a?b"));
         for other in ["http://web.family.clan.evil.example/", "https://web.family.clan/", "http://other.clan/", "/a"] {

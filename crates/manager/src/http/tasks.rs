@@ -21,8 +21,12 @@ pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Vec<TaskInfo
 }
 
 fn find(shared: &Shared, id: &str) -> Result<Arc<Task>, ApiProblem> {
-    let id: TaskId = id.parse().map_err(|e: clan_api::TaskIdError| ApiProblem::new(ErrorCode::BadRequest, e.to_string()))?;
-    shared.tasks.get(id).ok_or_else(|| ApiProblem::new(ErrorCode::NotFound, "there is no such task").hint("the latest forty are kept"))
+    let id: TaskId =
+        id.parse().map_err(|e: clan_api::TaskIdError| ApiProblem::new(ErrorCode::BadRequest, e.to_string()))?;
+    shared
+        .tasks
+        .get(id)
+        .ok_or_else(|| ApiProblem::new(ErrorCode::NotFound, "there is no such task").hint("the latest forty are kept"))
 }
 
 pub(super) async fn one(State(shared): State<Arc<Shared>>, Path(id): Path<String>) -> Answer<Json<TaskInfo>> {
@@ -61,11 +65,17 @@ fn watch(task: Arc<Task>) -> impl Stream<Item = Result<Event, Infallible>> {
         let ended = info.state.is_final();
         let mut events: Vec<TaskEvent> = lines.into_iter().map(|line| TaskEvent::Log { line }).collect();
         let update = TaskEvent::Update { task: Box::new(info) };
-        if first { events.insert(0, update) } else { events.push(update) }
+        if first {
+            events.insert(0, update)
+        } else {
+            events.push(update)
+        }
         Some((events, (!ended).then_some((task, changes, seen, false))))
     });
     use futures_util::StreamExt;
     batches.flat_map(|events| {
-        futures_util::stream::iter(events.into_iter().filter_map(|event| Event::default().json_data(event).ok()).map(Ok))
+        futures_util::stream::iter(
+            events.into_iter().filter_map(|event| Event::default().json_data(event).ok()).map(Ok),
+        )
     })
 }

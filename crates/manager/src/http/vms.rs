@@ -56,7 +56,9 @@ pub(super) async fn stats(State(shared): State<Arc<Shared>>, Path(vm): Path<Stri
 }
 
 fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiProblem> {
-    query.map(|Query(q)| q).map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.body_text()))
+    query
+        .map(|Query(q)| q)
+        .map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.body_text()))
 }
 
 pub(super) async fn logs(
@@ -74,11 +76,14 @@ pub(super) async fn logs(
                 streamed(logs::follow(path, lines))
             } else {
                 let text = crate::fetch::blocking(move || logs::tail(&path, lines)).await?;
-                Body::from(text.map_err(|e| ApiProblem::new(ErrorCode::Internal, "the console's log cannot be read").why(e.to_string()))?)
+                Body::from(text.map_err(|e| {
+                    ApiProblem::new(ErrorCode::Internal, "the console's log cannot be read").why(e.to_string())
+                })?)
             }
         }
         LogSource::Journal => {
-            let hint = |e: GuestError| problem::guest(&e).hint("the console is there even when the guest is not: `--console`");
+            let hint =
+                |e: GuestError| problem::guest(&e).hint("the console is there even when the guest is not: `--console`");
             let control = clan.control().map_err(hint)?;
             let request = ControlRequest::Journal { lines, follow: query.follow };
             match guest::open(&control, &request, guest::PATIENCE).await.map_err(hint)? {
@@ -96,14 +101,28 @@ pub(super) async fn logs(
     Ok(response)
 }
 
-pub(super) async fn console(State(shared): State<Arc<Shared>>, Path(vm): Path<String>, mut request: Request<Body>) -> Answer<Response<Body>> {
-    let wants = request.headers().get(header::UPGRADE).is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(CONSOLE_UPGRADE.as_bytes()));
+pub(super) async fn console(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    mut request: Request<Body>,
+) -> Answer<Response<Body>> {
+    let wants = request
+        .headers()
+        .get(header::UPGRADE)
+        .is_some_and(|v| v.as_bytes().eq_ignore_ascii_case(CONSOLE_UPGRADE.as_bytes()));
     if !wants {
-        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("the console needs an upgrade to `{CONSOLE_UPGRADE}`")).into());
+        return Err(ApiProblem::new(
+            ErrorCode::BadRequest,
+            format!("the console needs an upgrade to `{CONSOLE_UPGRADE}`"),
+        )
+        .into());
     }
     let clan = shared.find(&vm)?;
-    let running = clan.keeper.vm().ok_or_else(|| ApiProblem::new(ErrorCode::VmNotReady, "the VM does not run").hint("start it: `clan vm start`"))?;
-    let mut port = running.connect_console().await.map_err(|e| problem::vm(&e).hint("only one console can be open at a time"))?;
+    let running = clan.keeper.vm().ok_or_else(|| {
+        ApiProblem::new(ErrorCode::VmNotReady, "the VM does not run").hint("start it: `clan vm start`")
+    })?;
+    let mut port =
+        running.connect_console().await.map_err(|e| problem::vm(&e).hint("only one console can be open at a time"))?;
     let upgrade = hyper::upgrade::on(&mut request);
     let cancel = shared.stop_token();
     tokio::spawn(async move {

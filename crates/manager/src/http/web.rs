@@ -15,7 +15,8 @@ const FILES: [(&str, &str, &str); 4] = [
     ("/app.js", "text/javascript; charset=utf-8", include_str!("../../web/app.js")),
     ("/style.css", "text/css; charset=utf-8", include_str!("../../web/style.css")),
 ];
-const POLICY: &str = "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'";
+const POLICY: &str =
+    "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'; object-src 'none'";
 const MESSAGE_POLICY: &str = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'";
 
 /// A file of the web page.
@@ -82,7 +83,9 @@ mod tests {
             let response = get(path).await;
             assert_eq!(response.status(), StatusCode::OK);
             assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(media_type), "{path}");
-            assert!(response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap().starts_with("default-src 'self'"));
+            assert!(
+                response.headers()[header::CONTENT_SECURITY_POLICY].to_str().unwrap().starts_with("default-src 'self'")
+            );
         }
         assert_eq!(get("/../token").await.status(), StatusCode::NOT_FOUND);
     }
@@ -90,7 +93,10 @@ mod tests {
     #[test]
     fn the_page_needs_nothing_that_its_policy_forbids() {
         let page = FILES[0].2;
-        assert!(!page.contains("<style") && !page.contains(" style=") && !page.contains("onclick="), "inline code and styles are not allowed");
+        assert!(
+            !page.contains("<style") && !page.contains(" style=") && !page.contains("onclick="),
+            "inline code and styles are not allowed"
+        );
     }
 
     #[test]

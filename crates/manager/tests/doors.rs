@@ -1,0 +1,198 @@
+//! A whole manager without any VM: its two doors, and what it says when it cannot do as asked.
+
+#![allow(clippy::unwrap_used, reason = "the helpers of these tests fail the test")]
+
+use std::{path::PathBuf, time::Duration};
+
+use clan_api::{
+    ClientError, CreateClan, CreateInvite, DeleteQuery, ErrorCode, JoinClan, LogQuery, ManagerClient, TaskEvent,
+    TaskState,
+};
+use clan_manager::{Manager, Options};
+use clan_vm::Qemu;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::JoinHandle,
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+struct Running {
+    client: ManagerClient,
+    address: std::net::SocketAddr,
+    data: tempfile::TempDir,
+    cancel: CancellationToken,
+    task: JoinHandle<()>,
+}
+
+impl Running {
+    async fn start() -> Self {
+        let data = tempfile::tempdir().unwrap();
+        // Programs that are nowhere: nothing is built or started.
+        let mut options = Options::new("/nonexistent/clan", "/nonexistent/clan-agent");
+        options.listen.set_port(0);
+        options.qemu = Qemu::At(PathBuf::from("/nonexistent/qemu"));
+        let manager = Manager::open(data.path(), options).await.unwrap();
+        let (address, client) = (manager.address(), ManagerClient::unix(manager.socket()));
+        let cancel = CancellationToken::new();
+        let stop = cancel.clone();
+        let task = tokio::spawn(async move { manager.run(stop).await.unwrap() });
+        Self { client, address, data, cancel, task }
+    }
+
+    async fn stop(self) -> tempfile::TempDir {
+        self.cancel.cancel();
+        timeout(LIMIT, self.task).await.expect("the manager stops").unwrap();
+        self.data
+    }
+
+    fn token(&self) -> String {
+        std::fs::read_to_string(self.data.path().join("token")).unwrap().trim().to_owned()
+    }
+
+    /// What the TCP door answers: the whole text.
+    async fn tcp(&self, request: &str) -> String {
+        let mut tcp = TcpStream::connect(self.address).await.unwrap();
+        tcp.write_all(request.replace('\n', "\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(LIMIT, tcp.read_to_string(&mut answer)).await.expect("an answer").unwrap();
+        answer
+    }
+}
+
+fn problem<T: std::fmt::Debug>(outcome: Result<T, ClientError>) -> clan_api::ApiProblem {
+    match outcome {
+        Err(ClientError::Problem(problem)) => *problem,
+        other => panic!("a problem was expected, not {other:?}"),
+    }
+}
+
+fn create() -> CreateClan {
+    CreateClan {
+        name: "family".parse().unwrap(),
+        person: "anna".parse().unwrap(),
+        machine: "laptop".parse().unwrap(),
+        memory: None,
+        disk: None,
+        cpus: None,
+    }
+}
+
+#[tokio::test]
+async fn the_command_line_needs_no_token() {
+    let manager = Running::start().await;
+    let status = manager.client.status().await.unwrap();
+    assert!(status.clans.is_empty() && status.vms.is_empty());
+    assert!(status.host.memory_total.as_bytes() > 0);
+    assert!(!status.accelerator.reason.is_empty());
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_browser_needs_a_session_which_a_link_begins_once() {
+    let manager = Running::start().await;
+    let close = "connection: close\n\n";
+    let status = |more: &str| format!("GET /api/v1/status HTTP/1.1\nhost: localhost\n{more}{close}");
+    assert!(manager.tcp(&status("")).await.starts_with("HTTP/1.1 401"));
+    assert!(
+        manager.tcp(&status(&format!("authorization: Bearer {}\n", manager.token()))).await.starts_with("HTTP/1.1 200")
+    );
+    let rebound = manager.tcp(&format!("GET /api/v1/status HTTP/1.1\nhost: evil.example\n{close}")).await;
+    assert!(rebound.starts_with("HTTP/1.1 403"), "{rebound}");
+
+    let url = manager.client.login().await.unwrap().url;
+    assert!(!url.contains(&manager.token()));
+    let path = url.split_once(&format!(":{}", manager.address.port())).unwrap().1.to_owned();
+    let visit = format!("GET {path} HTTP/1.1\nhost: localhost\n{close}");
+    let answer = manager.tcp(&visit).await;
+    assert!(answer.starts_with("HTTP/1.1 303"), "{answer}");
+    let cookie =
+        answer.lines().find_map(|l| l.strip_prefix("set-cookie: ")).unwrap().split(';').next().unwrap().to_owned();
+    assert!(manager.tcp(&visit).await.starts_with("HTTP/1.1 401"), "a login link works once");
+    assert!(manager.tcp(&status(&format!("cookie: {cookie}\n"))).await.starts_with("HTTP/1.1 200"));
+
+    let page = manager.tcp(&format!("GET / HTTP/1.1\nhost: localhost\n{close}")).await;
+    assert!(page.starts_with("HTTP/1.1 200") && page.contains("content-security-policy: default-src 'self'"), "{page}");
+    let logins = format!(
+        "POST /api/v1/logins HTTP/1.1\nhost: localhost\nauthorization: Bearer {}\ncontent-length: 0\n{close}",
+        manager.token()
+    );
+    assert!(manager.tcp(&logins).await.starts_with("HTTP/1.1 404"), "links are made over the Unix socket only");
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_service_without_a_session_is_locked() {
+    let manager = Running::start().await;
+    let answer = manager.tcp("GET / HTTP/1.1\nhost: web.family.localhost\nconnection: close\n\n").await;
+    assert!(answer.starts_with("HTTP/1.1 401") && answer.contains("clan service open web"), "{answer}");
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn what_cannot_be_done_is_said_with_a_reason() {
+    let manager = Running::start().await;
+    let client = &manager.client;
+    assert_eq!(problem(client.preview_join("https://example.org").await).code, ErrorCode::LinkInvalid);
+    assert_eq!(problem(client.preview_join("clan://join/AAAA").await).code, ErrorCode::LinkInvalid);
+    assert_eq!(problem(client.invite("family", &CreateInvite::default()).await).code, ErrorCode::NotFound);
+    assert_eq!(problem(client.vm_logs("family", LogQuery::default()).await).code, ErrorCode::NotFound);
+    assert_eq!(problem(client.vm_console("family").await).code, ErrorCode::NotFound);
+    assert_eq!(problem(client.delete_vm("family", DeleteQuery { force: true }).await).code, ErrorCode::NotFound);
+    let mut greedy = create();
+    greedy.memory = Some(clan_types::ByteSize::from_mib(1 << 30));
+    assert_eq!(problem(client.create_clan(&greedy).await).code, ErrorCode::TooSmall);
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
+    let manager = Running::start().await;
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let link = clan_types::InviteLink {
+        clan: clan_types::ClanId::from_bytes([1; 32]),
+        secret: clan_types::InviteSecret::from_bytes([2; 32]),
+        peers: vec![clan_types::PeerAddr {
+            machine: clan_types::MachineId::from_bytes(
+                ed25519_dalek::SigningKey::from_bytes(&[3; 32]).verifying_key().to_bytes(),
+            ),
+            addrs: vec![silent.local_addr().unwrap()],
+        }],
+    };
+    let join = JoinClan {
+        link: link.to_string(),
+        person: "bob".parse().unwrap(),
+        machine: "desk".parse().unwrap(),
+        memory: None,
+        disk: None,
+        cpus: None,
+    };
+    let problem = problem(timeout(LIMIT, manager.client.join(&join)).await.expect("an answer in time"));
+    assert_eq!(problem.code, ErrorCode::Unreachable);
+    assert!(problem.why.as_deref().unwrap().contains(&silent.local_addr().unwrap().to_string()), "{problem:?}");
+    assert!(manager.client.status().await.unwrap().clans.is_empty(), "nothing was put on disk");
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn founding_that_fails_says_why_and_leaves_nothing() {
+    let manager = Running::start().await;
+    let task = manager.client.create_clan(&create()).await.unwrap();
+    let mut events = manager.client.task_events(task.id).await.unwrap();
+    let mut last = None;
+    while let Some(event) = timeout(LIMIT, events.next()).await.expect("an event in time") {
+        if let TaskEvent::Update { task } = event.unwrap() {
+            last = Some(task);
+        }
+    }
+    let last = last.expect("the first event is an update");
+    assert_eq!(last.state, TaskState::Failed);
+    assert!(!last.problem.unwrap().message.is_empty());
+    assert!(manager.client.status().await.unwrap().clans.is_empty());
+    let data = manager.stop().await;
+    assert_eq!(std::fs::read_dir(data.path().join("clans")).unwrap().count(), 0);
+    assert!(!data.path().join("run/manager.sock").exists());
+}
