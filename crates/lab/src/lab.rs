@@ -263,6 +263,11 @@ impl Person {
         Ok(self.listener.local_addr().map_err(LabError::io("name the manager's socket"))?.port())
     }
 
+    /// Whether their manager was started.
+    pub fn has_manager(&self) -> bool {
+        self.manager.is_some()
+    }
+
     /// Their data folder.
     pub fn data(&self) -> PathBuf {
         self.folder.join("data")

@@ -235,7 +235,7 @@ pub fn url_in(stdout: &str) -> Result<String, LabError> {
 
 fn look(lab: &mut Lab) -> Result<((), String), LabError> {
     let mut seen = Vec::new();
-    for person in lab.people() {
+    for person in lab.people().filter(|person| person.has_manager()) {
         let finished = person.clan(&["web", "--print"])?.success()?;
         let url = url_in(&finished.stdout)?;
         let mut browser = Browser::default();
@@ -293,7 +293,7 @@ pub fn until<T>(
 fn stays(lab: &mut Lab) -> Result<Vec<(String, String)>, LabError> {
     let record = lab.record().clone();
     let mut stays = Vec::new();
-    for person in lab.people() {
+    for person in lab.people().filter(|person| person.has_manager()) {
         let url = url_in(&person.clan_quietly(&["web", "--print"])?.success()?.stdout)?;
         stays.push((format!("{}'s web page", person.name()), url));
     }

@@ -3,6 +3,7 @@
 use std::{
     fs::OpenOptions as SyncOpenOptions,
     net::SocketAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,7 @@ use iroh::{
     Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, RecvStream, presets},
 };
+use rustls::{CipherSuite, crypto::CryptoProvider};
 use tokio::{io::AsyncWriteExt, time::timeout};
 
 use crate::{
@@ -31,6 +33,7 @@ use crate::{
 };
 
 const CONNECT: Duration = Duration::from_secs(12);
+const PREVIEW: Duration = Duration::from_secs(10);
 const ANSWER: Duration = Duration::from_secs(20);
 /// A transfer that stands still for so long is tried anew.
 const STALL: Duration = Duration::from_secs(30);
@@ -58,6 +61,7 @@ impl Fetcher {
         getrandom::fill(&mut secret).map_err(|e| failed(e.to_string()))?;
         let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
         let endpoint = Endpoint::builder(presets::Minimal)
+            .crypto_provider(Arc::new(portable_crypto()))
             .secret_key(SecretKey::from_bytes(&secret))
             .relay_mode(RelayMode::Disabled)
             .transport_config(transport)
@@ -86,7 +90,8 @@ impl Fetcher {
     pub(crate) async fn preview(&self) -> Result<Found, ApiProblem> {
         let began = Instant::now();
         let mut last = None;
-        for peer in &self.link.peers {
+        // Twice: a machine that has just started may lose the first question.
+        for peer in self.link.peers.iter().chain(&self.link.peers) {
             match self.ask_preview(peer).await {
                 Ok(JoinResponse::Preview { entries }) => {
                     let ledger = sign::fold(self.link.clan, entries.iter().map(Vec::as_slice));
@@ -147,13 +152,13 @@ impl Fetcher {
 
     async fn ask_preview(&self, peer: &PeerAddr) -> Result<JoinResponse, String> {
         let connection = self.connect(peer, ALPN_JOIN).await?;
-        let answer = timeout(ANSWER, async {
+        let answer = timeout(PREVIEW, async {
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
             let request = JoinRequest::Preview { proof: self.proof() };
             send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
             recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())
         });
-        let answer = answer.await.unwrap_or_else(|_| Err(format!("no answer within {} s", ANSWER.as_secs())));
+        let answer = answer.await.unwrap_or_else(|_| Err(format!("no answer within {} s", PREVIEW.as_secs())));
         connection.close(0u32.into(), b"done");
         answer
     }
@@ -313,6 +318,14 @@ impl Fetcher {
         connection.close(0u32.into(), b"done");
         Ok(())
     }
+}
+
+/// ChaCha20 before AES: the machines that answer are VMs, and an emulated processor has no fast AES. The server follows
+/// the client's order.
+fn portable_crypto() -> CryptoProvider {
+    let mut provider = rustls::crypto::ring::default_provider();
+    provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_CHACHA20_POLY1305_SHA256);
+    provider
 }
 
 enum Failed {

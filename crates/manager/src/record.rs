@@ -246,7 +246,7 @@ pub(crate) mod tests {
         let (key, log) = put(&paths, &made, Some("clan://join/x"));
         let Loaded { records: found, bad } = load_all(&paths);
         assert!(bad.is_empty(), "{bad:?}");
-        assert_eq!(found, [made.clone()]);
+        assert_eq!(found, std::slice::from_ref(&made));
         let clan = paths.clan(&made.id);
         assert_eq!(load_key(&clan).unwrap().to_bytes(), key.to_bytes());
         assert_eq!(PersonLog::load(&clan).unwrap(), log);

@@ -201,7 +201,8 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
         use std::os::unix::fs::MetadataExt;
         m.blocks().saturating_mul(512)
     });
-    let running = matches!(view.state, VmState::Starting | VmState::Running | VmState::Stopping);
+    // What an earlier run of the VM measured is history.
+    let running = matches!(view.state, VmState::Running | VmState::Stopping);
     VmInfo {
         id: record.id,
         task: shared.tasks.running_on(&record.name).map(|t| t.id),
