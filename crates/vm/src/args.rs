@@ -62,10 +62,12 @@ pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool) -> Result<Ve
     args.disk("data", writable(&spec.data_disk, direct)?);
     args.disk("boot", shared(&spec.image.boot)?);
 
+    // IPv4 only: the network's router advertisements would change the guest's addresses seconds after boot, and make its
+    // QUIC endpoint start over.
     // Beware: through this network's gateway (10.0.2.2) the guest reaches what listens on the base OS's loopback, and
     // QEMU has no switch against it.
     let forwards = spec.forwards.iter().map(|f| format!(",hostfwd={}", forward_rule(f)));
-    args.pair("-netdev", format!("user,id=net{}", forwards.collect::<String>()));
+    args.pair("-netdev", format!("user,id=net,ipv6=off{}", forwards.collect::<String>()));
     // No boot ROM: the kernel is loaded directly.
     args.pair("-device", "virtio-net-pci,netdev=net,romfile=");
     Ok(args.0)
