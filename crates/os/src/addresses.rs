@@ -63,7 +63,10 @@ async fn by_interface(kernel: &Handle) -> Result<BTreeMap<u32, Vec<IpAddr>>, Add
     let mut links = kernel.link().get().execute();
     while let Some(link) = links.try_next().await.map_err(AddressesError::List)? {
         let tunnel = link.header.link_layer_type == LinkLayerType::None
-            || link.attributes.iter().any(|a| matches!(a, LinkAttribute::LinkInfo(infos) if infos.contains(&LinkInfo::Kind(InfoKind::Tun))));
+            || link
+                .attributes
+                .iter()
+                .any(|a| matches!(a, LinkAttribute::LinkInfo(infos) if infos.contains(&LinkInfo::Kind(InfoKind::Tun))));
         if link.header.flags.contains(LinkFlags::Up) && !link.header.flags.contains(LinkFlags::Loopback) && !tunnel {
             interfaces.insert(link.header.index, Vec::new());
         }
@@ -91,8 +94,16 @@ async fn by_interface(kernel: &Handle) -> Result<BTreeMap<u32, Vec<IpAddr>>, Add
     Ok(interfaces)
 }
 
-async fn default_interface(kernel: &Handle, v4: bool, among: &BTreeMap<u32, Vec<IpAddr>>) -> Result<Option<u32>, AddressesError> {
-    let question = if v4 { RouteMessageBuilder::<Ipv4Addr>::new().build() } else { RouteMessageBuilder::<Ipv6Addr>::new().build() };
+async fn default_interface(
+    kernel: &Handle,
+    v4: bool,
+    among: &BTreeMap<u32, Vec<IpAddr>>,
+) -> Result<Option<u32>, AddressesError> {
+    let question = if v4 {
+        RouteMessageBuilder::<Ipv4Addr>::new().build()
+    } else {
+        RouteMessageBuilder::<Ipv6Addr>::new().build()
+    };
     let family = if v4 { AddressFamily::Inet } else { AddressFamily::Inet6 };
     let mut routes = kernel.route().get(question).execute();
     let mut best: Option<(u32, u32)> = None;

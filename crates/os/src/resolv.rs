@@ -120,7 +120,8 @@ impl Drop for Undo {
 pub fn previous_nameservers(path: &Path) -> Result<Vec<IpAddr>, ResolvError> {
     let path = if is_ours(path)? { backup_path(path) } else { path.to_owned() };
     let text = String::from_utf8_lossy(&read(&path)?.unwrap_or_default()).into_owned();
-    let server = |line: &str| line.trim().strip_prefix("nameserver")?.split_whitespace().next()?.split('%').next()?.parse().ok();
+    let server =
+        |line: &str| line.trim().strip_prefix("nameserver")?.split_whitespace().next()?.split('%').next()?.parse().ok();
     Ok(text.lines().filter_map(server).collect())
 }
 
@@ -152,7 +153,9 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>, ResolvError> {
 
 fn remove(path: &Path) -> Result<(), ResolvError> {
     match fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(ResolvError::Io { action: "remove", path: path.to_owned(), source }),
+        Err(source) if source.kind() != io::ErrorKind::NotFound => {
+            Err(ResolvError::Io { action: "remove", path: path.to_owned(), source })
+        }
         _ => Ok(()),
     }
 }
@@ -193,7 +196,10 @@ mod tests {
     }
 
     fn names(path: &Path) -> Vec<String> {
-        let mut names: Vec<_> = fs::read_dir(path.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = fs::read_dir(path.parent().unwrap())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         names
     }
@@ -205,7 +211,10 @@ mod tests {
         let undo = install(&path);
         let text = fs::read_to_string(&path).unwrap();
         assert!(text.contains("nameserver ::1\nsearch family.clan clan\n"), "{text}");
-        assert_eq!(previous_nameservers(&path).unwrap(), ["192.0.2.53".parse::<IpAddr>().unwrap(), "fe80::1".parse().unwrap()]);
+        assert_eq!(
+            previous_nameservers(&path).unwrap(),
+            ["192.0.2.53".parse::<IpAddr>().unwrap(), "fe80::1".parse().unwrap()]
+        );
         undo.undo().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), BEFORE);
         assert_eq!(names(&path), ["resolv.conf"]);
@@ -263,7 +272,9 @@ mod tests {
     #[test]
     fn a_search_domain_cannot_smuggle_in_lines() {
         let (_folder, path) = folder();
-        let undo = ResolvConf::install(&path, "::1".parse().unwrap(), &["a\nnameserver 192.0.2.66".into(), "ok.clan".into()]).unwrap();
+        let undo =
+            ResolvConf::install(&path, "::1".parse().unwrap(), &["a\nnameserver 192.0.2.66".into(), "ok.clan".into()])
+                .unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(!text.contains("192.0.2.66") && text.contains("search ok.clan\n"));
         undo.undo().unwrap();

@@ -53,7 +53,13 @@ impl Tun {
     /// network namespace, and a tokio runtime.
     pub async fn create(name: &str, mtu: u16, address: Ipv6Addr) -> Result<Self, TunError> {
         let failed = |source| TunError::Create { name: name.to_owned(), source };
-        let device = tun_rs::DeviceBuilder::new().name(name).mtu(mtu).ipv6(address, CLAN_PREFIX).offload(true).build_async().map_err(failed)?;
+        let device = tun_rs::DeviceBuilder::new()
+            .name(name)
+            .mtu(mtu)
+            .ipv6(address, CLAN_PREFIX)
+            .offload(true)
+            .build_async()
+            .map_err(failed)?;
         let name = device.name().map_err(failed)?;
         debug!(device = %name, %address, mtu, tcp_offload = device.tcp_gso(), udp_offload = device.udp_gso(), "network device is up");
         Ok(Self { device: Arc::new(device), name, mtu, address })
@@ -81,7 +87,9 @@ impl Tun {
             batch: Vec::with_capacity(BATCH),
         };
         let (queue, packets) = mpsc::channel(WRITE_QUEUE);
-        let task = tokio::spawn(write_packets(self.device, packets).instrument(debug_span!("tun_writer", device = %self.name)));
+        let task = tokio::spawn(
+            write_packets(self.device, packets).instrument(debug_span!("tun_writer", device = %self.name)),
+        );
         (reader, TunWriter { queue, address: self.address }, task)
     }
 }
@@ -97,7 +105,10 @@ pub(crate) struct TunReader {
 }
 
 impl IpRecv for TunReader {
-    async fn recv<'a>(&'a mut self, _pool: &mut PacketBufPool) -> io::Result<impl Iterator<Item = Packet<Ip>> + Send + 'a> {
+    async fn recv<'a>(
+        &'a mut self,
+        _pool: &mut PacketBufPool,
+    ) -> io::Result<impl Iterator<Item = Packet<Ip>> + Send + 'a> {
         let count = loop {
             match self.device.recv_multiple(&mut self.raw, &mut self.packets, &mut self.sizes, 0).await {
                 Ok(count) => break count,

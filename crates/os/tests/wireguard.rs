@@ -47,9 +47,13 @@ fn start(n: u8) -> (Machine, CarrierEnds) {
     let namespace = Namespace::new(&format!("machine-{n}"));
     let (carrier, ends) = Carrier::channel(1024);
     let wireguard = namespace.run(async move {
-        let tun = Tun::create("clan0", 1280, address).await.unwrap_or_else(|e| panic!("{e}: {:?}", std::error::Error::source(&e).map(ToString::to_string)));
+        let tun = Tun::create("clan0", 1280, address)
+            .await
+            .unwrap_or_else(|e| panic!("{e}: {:?}", std::error::Error::source(&e).map(ToString::to_string)));
         assert_eq!(tun.name(), "clan0");
-        Wireguard::start(WireguardConfig { local: id, private_key: secret, tun, udp_port: PORT, carrier }).await.unwrap()
+        Wireguard::start(WireguardConfig { local: id, private_key: secret, tun, udp_port: PORT, carrier })
+            .await
+            .unwrap()
     });
     (Machine { id, secret, address, namespace, wireguard: Arc::new(wireguard) }, ends)
 }
@@ -88,7 +92,13 @@ impl Machine {
 struct Carried(AtomicU64);
 
 /// A perfect carrier: what one machine sends comes in at the other.
-fn pipe(from: &Machine, to: MachineId, mut outgoing: tokio::sync::mpsc::Receiver<(MachineId, bytes::Bytes)>, incoming: tokio::sync::mpsc::Sender<(MachineId, bytes::Bytes)>, carried: &Arc<Carried>) {
+fn pipe(
+    from: &Machine,
+    to: MachineId,
+    mut outgoing: tokio::sync::mpsc::Receiver<(MachineId, bytes::Bytes)>,
+    incoming: tokio::sync::mpsc::Sender<(MachineId, bytes::Bytes)>,
+    carried: &Arc<Carried>,
+) {
     let (sender, carried) = (from.id, carried.clone());
     from.namespace.spawn(async move {
         while let Some((peer, packet)) = outgoing.recv().await {
@@ -167,7 +177,9 @@ fn a_stream_survives_every_change_of_path() {
 
     let mut changes = a.wireguard.changes();
     a.wireguard.set_candidates(b.id, vec!["192.0.2.2:41641".parse().unwrap()]);
-    let took = eventually("the direct path is found from both sides", Duration::from_secs(5), || a.direct(&b).is_some() && b.direct(&a).is_some());
+    let took = eventually("the direct path is found from both sides", Duration::from_secs(5), || {
+        a.direct(&b).is_some() && b.direct(&a).is_some()
+    });
     println!("direct after {took:?}");
     assert_eq!(b.direct(&a), Some("192.0.2.1:41641".parse().unwrap()), "learnt from the probe");
     let mut change = None;
@@ -186,19 +198,25 @@ fn a_stream_survives_every_change_of_path() {
     b.namespace.command("nft add table inet cut");
     b.namespace.command("nft add chain inet cut in { type filter hook input priority 0 ; }");
     b.namespace.command("nft add rule inet cut in udp dport 41641 drop");
-    let took = eventually("both return to the carrier", Duration::from_millis(3300), || a.direct(&b).is_none() && b.direct(&a).is_none());
+    let took = eventually("both return to the carrier", Duration::from_millis(3300), || {
+        a.direct(&b).is_none() && b.direct(&a).is_none()
+    });
     println!("back on the carrier after {took:?}");
     progress(&stream, Duration::from_secs(10));
 
     b.namespace.command("nft delete table inet cut");
-    let took = eventually("the direct path is found again", Duration::from_secs(8), || a.direct(&b).is_some() && b.direct(&a).is_some());
+    let took = eventually("the direct path is found again", Duration::from_secs(8), || {
+        a.direct(&b).is_some() && b.direct(&a).is_some()
+    });
     println!("direct again after {took:?}");
     progress(&stream, Duration::from_secs(10));
 
     // The cable is pulled: the system itself refuses to send.
     a.namespace.command("ip link set wire0 down");
     progress(&stream, Duration::from_secs(10));
-    eventually("both return to the carrier", Duration::from_millis(3300), || a.direct(&b).is_none() && b.direct(&a).is_none());
+    eventually("both return to the carrier", Duration::from_millis(3300), || {
+        a.direct(&b).is_none() && b.direct(&a).is_none()
+    });
     progress(&stream, Duration::from_secs(10));
 
     a.stop();
@@ -215,13 +233,17 @@ fn machines_meet_over_ipv6_and_peers_come_and_go() {
     a.set_peers(vec![b.peer(&["[2001:db8::2]:41641"])]);
     b.set_peers(vec![a.peer(&[])]);
     let stream = endless_stream(&a, &b);
-    eventually("the direct path is found", Duration::from_secs(10), || a.direct(&b).is_some() && b.direct(&a).is_some());
+    eventually("the direct path is found", Duration::from_secs(10), || {
+        a.direct(&b).is_some() && b.direct(&a).is_some()
+    });
     assert_eq!(a.direct(&b), Some("[2001:db8::2]:41641".parse().unwrap()));
     progress(&stream, Duration::from_secs(10));
     let wireguard = a.wireguard.clone();
     let status = a.namespace.run(async move { wireguard.peers().await });
     assert_eq!(status.len(), 1);
-    assert!(status[0].last_handshake.is_some() && status[0].rx_bytes > CHUNK as u64 && status[0].tx_bytes > CHUNK as u64);
+    assert!(
+        status[0].last_handshake.is_some() && status[0].rx_bytes > CHUNK as u64 && status[0].tx_bytes > CHUNK as u64
+    );
 
     // The same set again disturbs nothing.
     a.set_peers(vec![b.peer(&["[2001:db8::2]:41641"])]);
@@ -284,14 +306,18 @@ fn the_device_goes_and_base_addresses_are_told_apart_from_the_tunnels() {
         return;
     }
     let (a, b, _carried) = two_machines();
-    eventually("the addresses are usable", Duration::from_secs(5), || a.namespace.run(async { addresses::local().await.unwrap().len() == 2 }));
+    eventually("the addresses are usable", Duration::from_secs(5), || {
+        a.namespace.run(async { addresses::local().await.unwrap().len() == 2 })
+    });
     let expected = ["192.0.2.1".parse::<std::net::IpAddr>().unwrap(), "2001:db8::1".parse().unwrap()];
     assert_eq!(a.namespace.run(async { addresses::local().await.unwrap() }), expected);
     assert_eq!(a.namespace.run(async { addresses::physical().await.unwrap() }), expected);
     let own = SocketAddr::from((a.address, 0));
     assert!(a.namespace.run(async move { UdpSocket::bind(own).await.is_ok() }));
     a.stop();
-    eventually("the device is gone", Duration::from_secs(2), || a.namespace.run(async move { UdpSocket::bind(own).await.is_err() }));
+    eventually("the device is gone", Duration::from_secs(2), || {
+        a.namespace.run(async move { UdpSocket::bind(own).await.is_err() })
+    });
     b.stop();
 }
 

@@ -117,7 +117,10 @@ impl Paths {
         }
         self.forget_stale_addresses(id);
         // An address belongs to whoever proved it; a mere request may be a recording, so it takes only what is free.
-        let taken = self.by_addr.get(&src).is_some_and(|owner| *owner != id && self.peers.get(owner).is_some_and(|p| p.is_proven(src)));
+        let taken = self
+            .by_addr
+            .get(&src)
+            .is_some_and(|owner| *owner != id && self.peers.get(owner).is_some_and(|p| p.is_proven(src)));
         if proven || !taken {
             self.by_addr.insert(src, id);
         }
@@ -134,7 +137,8 @@ impl Paths {
             handled.push(*id);
             let had = peer.used();
             for (to, nonce) in peer.handle_timeout(&mut self.rng, now) {
-                self.transmits.push_back(Transmit { to, bytes: Probe::Request { nonce }.encode(&peer.key, &self.local, id) });
+                self.transmits
+                    .push_back(Transmit { to, bytes: Probe::Request { nonce }.encode(&peer.key, &self.local, id) });
             }
             if peer.used() != had {
                 changes.push(PathChange { peer: *id, path: peer.path(now) });

@@ -137,12 +137,22 @@ pub(crate) struct Peer {
 impl Peer {
     pub(crate) fn new(key: ProbeKey) -> Self {
         let tag = key.tag();
-        Self { key, tag, candidates: Vec::new(), active: None, last_traffic: None, busy_since: Duration::ZERO, observed: None }
+        Self {
+            key,
+            tag,
+            candidates: Vec::new(),
+            active: None,
+            last_traffic: None,
+            busy_since: Duration::ZERO,
+            observed: None,
+        }
     }
 
     pub(crate) fn path(&self, now: Duration) -> PathChoice {
         match self.active_candidate() {
-            Some(candidate) if self.deadline(candidate).is_none_or(|lost| now < lost) => PathChoice::Direct { addr: candidate.addr, rtt: candidate.rtt },
+            Some(candidate) if self.deadline(candidate).is_none_or(|lost| now < lost) => {
+                PathChoice::Direct { addr: candidate.addr, rtt: candidate.rtt }
+            }
             _ => PathChoice::Carrier,
         }
     }
@@ -215,7 +225,12 @@ impl Peer {
         while self.candidates.iter().filter(|c| !c.configured).count() > MAX_REFLEXIVE {
             let active = self.active;
             // INVARIANT: what never proved itself goes first, so replayed probes cannot push a working address out.
-            let oldest = self.candidates.iter().enumerate().filter(|(_, c)| !c.configured && Some(c.addr) != active).min_by_key(|(_, c)| (c.answers > 0, c.heard));
+            let oldest = self
+                .candidates
+                .iter()
+                .enumerate()
+                .filter(|(_, c)| !c.configured && Some(c.addr) != active)
+                .min_by_key(|(_, c)| (c.answers > 0, c.heard));
             let Some((index, _)) = oldest else { return };
             self.candidates.remove(index);
         }
@@ -307,7 +322,8 @@ impl Peer {
                 candidate.disprove();
             }
         }
-        self.candidates.retain(|c| c.configured || c.answers > 0 || Some(c.addr) == active || now < c.heard + FORGET_AFTER);
+        self.candidates
+            .retain(|c| c.configured || c.answers > 0 || Some(c.addr) == active || now < c.heard + FORGET_AFTER);
         let mut due = Vec::new();
         for candidate in &mut self.candidates {
             if candidate.next_probe.is_none_or(|at| at > now) {

@@ -150,7 +150,11 @@ mod tests {
     fn probes_round_trip_and_have_one_length() {
         for observed in ["192.0.2.1:9", "[2001:db8::1]:65535"] {
             let observed = observed.parse().unwrap();
-            for probe in [Probe::Request { nonce: [1; 16] }, Probe::Answer { nonce: [1; 16], echo: [2; 16], observed }, Probe::Confirm { echo: [2; 16], observed }] {
+            for probe in [
+                Probe::Request { nonce: [1; 16] },
+                Probe::Answer { nonce: [1; 16], echo: [2; 16], observed },
+                Probe::Confirm { echo: [2; 16], observed },
+            ] {
                 let bytes = probe.encode(&key(), &A, &B);
                 assert_eq!(bytes.len(), PROBE_LEN);
                 assert!(is_probe(&bytes));

@@ -155,7 +155,10 @@ impl Net {
                 while let Some(change) = self.nodes[i].paths.poll_change() {
                     self.nodes[i].changes.push(change);
                 }
-                assert!(self.nodes[i].paths.next_timeout().is_none_or(|at| at > now), "a timeout that was handled is over");
+                assert!(
+                    self.nodes[i].paths.next_timeout().is_none_or(|at| at > now),
+                    "a timeout that was handled is over"
+                );
             }
             if done(self) {
                 return true;
@@ -207,7 +210,11 @@ impl Net {
 }
 
 fn public_pair() -> Net {
-    Net::pair(Node::new(1, Nat::None, &["203.0.113.1:41641"]), Node::new(2, Nat::None, &["203.0.113.2:41641"]), (true, true))
+    Net::pair(
+        Node::new(1, Nat::None, &["203.0.113.1:41641"]),
+        Node::new(2, Nat::None, &["203.0.113.2:41641"]),
+        (true, true),
+    )
 }
 
 #[test]
@@ -224,7 +231,8 @@ fn a_path_that_works_both_ways_is_confirmed_within_two_round_trips() {
 #[test]
 fn one_side_that_knows_the_other_is_enough() {
     for know in [(true, false), (false, true)] {
-        let mut net = Net::pair(Node::new(1, Nat::None, &["203.0.113.1:1"]), Node::new(2, Nat::None, &["203.0.113.2:1"]), know);
+        let mut net =
+            Net::pair(Node::new(1, Nat::None, &["203.0.113.1:1"]), Node::new(2, Nat::None, &["203.0.113.2:1"]), know);
         assert!(net.run(2 * S, Net::both_direct));
     }
 }
@@ -237,7 +245,10 @@ fn a_cut_is_noticed_within_three_seconds_and_a_healed_path_is_taken_again() {
         net.run(net.now + after * MS, |_| false);
         net.cut(203);
         let cut = net.now;
-        assert!(net.run(cut + LOST_AFTER, |n| n.direct(0, 1).is_none() && n.direct(1, 0).is_none()), "cut {after} ms later");
+        assert!(
+            net.run(cut + LOST_AFTER, |n| n.direct(0, 1).is_none() && n.direct(1, 0).is_none()),
+            "cut {after} ms later"
+        );
         assert_eq!(net.nodes[0].changes.last().map(|c| c.path), Some(PathChoice::Carrier));
         net.run(net.now + 60 * S, |_| false);
         net.cut.clear();
@@ -272,7 +283,11 @@ fn a_path_that_works_one_way_only_is_never_used() {
 
 #[test]
 fn a_machine_behind_a_symmetric_nat_meets_a_public_one() {
-    let mut net = Net::pair(Node::new(1, Nat::Symmetric, &["10.0.0.1:41641"]), Node::new(2, Nat::None, &["203.0.113.2:41641"]), (true, true));
+    let mut net = Net::pair(
+        Node::new(1, Nat::Symmetric, &["10.0.0.1:41641"]),
+        Node::new(2, Nat::None, &["203.0.113.2:41641"]),
+        (true, true),
+    );
     assert!(net.run(3 * S, Net::both_direct));
     assert_eq!(net.direct(1, 0), Some("203.0.113.1:40000".parse().unwrap()), "learnt from its probes");
     net.run(net.now + 60 * S, |_| false);
@@ -282,7 +297,11 @@ fn a_machine_behind_a_symmetric_nat_meets_a_public_one() {
 
 #[test]
 fn a_new_nat_mapping_is_learnt_and_the_old_one_forgotten() {
-    let mut net = Net::pair(Node::new(1, Nat::Restricted, &["10.0.0.1:41641"]), Node::new(2, Nat::None, &["203.0.113.2:41641"]), (true, false));
+    let mut net = Net::pair(
+        Node::new(1, Nat::Restricted, &["10.0.0.1:41641"]),
+        Node::new(2, Nat::None, &["203.0.113.2:41641"]),
+        (true, false),
+    );
     assert!(net.run(3 * S, Net::both_direct));
     let old = net.direct(1, 0).unwrap();
     net.nodes[0].opened.clear();
@@ -297,8 +316,12 @@ fn a_new_nat_mapping_is_learnt_and_the_old_one_forgotten() {
 
 #[test]
 fn two_nats_with_stable_ports_are_punched_from_both_sides() {
-    let mut net = Net::new(vec![Node::new(1, Nat::Restricted, &["10.0.0.1:41641"]), Node::new(2, Nat::Restricted, &["10.0.0.2:41641"])]);
-    let outside: Vec<SocketAddr> = net.nodes.iter_mut().map(|n| n.source("198.51.100.1:1".parse().unwrap()).unwrap()).collect();
+    let mut net = Net::new(vec![
+        Node::new(1, Nat::Restricted, &["10.0.0.1:41641"]),
+        Node::new(2, Nat::Restricted, &["10.0.0.2:41641"]),
+    ]);
+    let outside: Vec<SocketAddr> =
+        net.nodes.iter_mut().map(|n| n.source("198.51.100.1:1".parse().unwrap()).unwrap()).collect();
     net.introduce(0, 1, &outside[1..]);
     net.introduce(1, 0, &outside[..1]);
     assert!(net.run(5 * S, Net::both_direct));
@@ -306,7 +329,10 @@ fn two_nats_with_stable_ports_are_punched_from_both_sides() {
 
 #[test]
 fn two_symmetric_nats_stay_on_the_carrier() {
-    let mut net = Net::new(vec![Node::new(1, Nat::Symmetric, &["10.0.0.1:41641"]), Node::new(2, Nat::Symmetric, &["10.0.0.2:41641"])]);
+    let mut net = Net::new(vec![
+        Node::new(1, Nat::Symmetric, &["10.0.0.1:41641"]),
+        Node::new(2, Nat::Symmetric, &["10.0.0.2:41641"]),
+    ]);
     net.introduce(0, 1, &["203.0.113.2:50000".parse().unwrap()]);
     net.introduce(1, 0, &["203.0.113.1:50000".parse().unwrap()]);
     assert!(!net.run(120 * S, |n| n.direct(0, 1).is_some() || n.direct(1, 0).is_some()));
@@ -314,7 +340,13 @@ fn two_symmetric_nats_stay_on_the_carrier() {
 
 #[test]
 fn a_much_faster_path_replaces_a_slow_one_and_similar_ones_do_not_alternate() {
-    let node = |n| Node::new(n, Nat::None, &[&format!("203.0.113.{n}:1") as &str, &format!("10.0.0.{n}:1"), &format!("198.51.100.{n}:1")]);
+    let node = |n| {
+        Node::new(
+            n,
+            Nat::None,
+            &[&format!("203.0.113.{n}:1") as &str, &format!("10.0.0.{n}:1"), &format!("198.51.100.{n}:1")],
+        )
+    };
     let mut net = Net::pair(node(1), node(2), (true, true));
     net.cut(10);
     assert!(net.run(3 * S, Net::both_direct));
@@ -389,7 +421,8 @@ fn a_removed_peer_gets_no_probe_and_no_answer() {
 #[test]
 fn the_number_of_addresses_is_bounded() {
     let many: Vec<SocketAddr> = (1..2000u16).map(|p| SocketAddr::from(([203, 0, 113, 2], p))).collect();
-    let mut net = Net::new(vec![Node::new(1, Nat::None, &["203.0.113.1:1"]), Node::new(2, Nat::None, &["203.0.113.2:1"])]);
+    let mut net =
+        Net::new(vec![Node::new(1, Nat::None, &["203.0.113.1:1"]), Node::new(2, Nat::None, &["203.0.113.2:1"])]);
     net.introduce(0, 1, &many);
     net.run(2 * S, |_| false);
     assert!(net.sent <= 64, "{} probes", net.sent);

@@ -34,7 +34,10 @@ mod tests {
     #[test]
     fn machines_of_a_clan_share_a_prefix_and_nothing_else() {
         let clan = ClanId::from_bytes([1; 32]);
-        let (a, b) = (mesh_address(&clan, &MachineId::from_bytes([2; 32])), mesh_address(&clan, &MachineId::from_bytes([3; 32])));
+        let (a, b) = (
+            mesh_address(&clan, &MachineId::from_bytes([2; 32])),
+            mesh_address(&clan, &MachineId::from_bytes([3; 32])),
+        );
         assert_eq!(a.octets()[..6], [0xfd, 1, 1, 1, 1, 1]);
         assert_eq!(a.octets()[..6], b.octets()[..6]);
         assert_ne!(a, b);

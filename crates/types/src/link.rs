@@ -96,11 +96,15 @@ impl FromStr for InviteLink {
         if !text.get(..SCHEME.len()).is_some_and(|s| s.eq_ignore_ascii_case(SCHEME)) {
             return Err(LinkError::Foreign);
         }
-        let payload = text.get(PREFIX.len()..).filter(|_| text[..PREFIX.len()].eq_ignore_ascii_case(PREFIX)).ok_or(LinkError::NotAnInvitation)?;
+        let payload = text
+            .get(PREFIX.len()..)
+            .filter(|_| text[..PREFIX.len()].eq_ignore_ascii_case(PREFIX))
+            .ok_or(LinkError::NotAnInvitation)?;
         if text.len() > MAX_TEXT {
             return Err(LinkError::Damaged);
         }
-        let bytes = BASE64URL_NOPAD.decode(payload.trim_end_matches(['/', '=']).as_bytes()).map_err(|_| LinkError::Damaged)?;
+        let bytes =
+            BASE64URL_NOPAD.decode(payload.trim_end_matches(['/', '=']).as_bytes()).map_err(|_| LinkError::Damaged)?;
         let (signed, checksum) = bytes.split_at_checked(bytes.len().wrapping_sub(4)).ok_or(LinkError::Damaged)?;
         if blake3::hash(signed).as_bytes()[..4] != *checksum {
             return Err(LinkError::Damaged);
@@ -108,7 +112,9 @@ impl FromStr for InviteLink {
         match signed {
             [VERSION, body @ ..] => {
                 let link: Self = postcard::from_bytes(body).map_err(|_| LinkError::Damaged)?;
-                let within = !link.peers.is_empty() && link.peers.len() <= MAX_PEERS && link.peers.iter().all(|p| p.addrs.len() <= MAX_ADDRS);
+                let within = !link.peers.is_empty()
+                    && link.peers.len() <= MAX_PEERS
+                    && link.peers.iter().all(|p| p.addrs.len() <= MAX_ADDRS);
                 within.then_some(link).ok_or(LinkError::Damaged)
             }
             [newer, ..] if *newer > VERSION => Err(LinkError::NewerVersion(*newer)),
@@ -126,7 +132,10 @@ mod tests {
         InviteLink {
             clan: ClanId::from_bytes([1; 32]),
             secret: InviteSecret::from_bytes([2; 32]),
-            peers: vec![PeerAddr { machine: MachineId::from_bytes([3; 32]), addrs: vec!["192.0.2.1:4433".parse().unwrap()] }],
+            peers: vec![PeerAddr {
+                machine: MachineId::from_bytes([3; 32]),
+                addrs: vec!["192.0.2.1:4433".parse().unwrap()],
+            }],
         }
     }
 

@@ -47,7 +47,11 @@ impl fmt::Display for ByteSize {
             whole /= 1024.0;
             unit += 1;
         }
-        let text = if whole >= 100.0 || whole.fract() < 0.05 { format!("{whole:.0} {}", UNITS[unit]) } else { format!("{whole:.1} {}", UNITS[unit]) };
+        let text = if whole >= 100.0 || whole.fract() < 0.05 {
+            format!("{whole:.0} {}", UNITS[unit])
+        } else {
+            format!("{whole:.1} {}", UNITS[unit])
+        };
         f.pad(&text)
     }
 }
@@ -59,14 +63,15 @@ impl FromStr for ByteSize {
         let trimmed = text.trim();
         let digits = trimmed.trim_end_matches(|c: char| c.is_ascii_alphabetic() || c == ' ');
         let number: u64 = digits.parse().map_err(|_| bad())?;
-        let shift = match trimmed[digits.len()..].trim().to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
-            "" => 0,
-            "k" => 10,
-            "m" => 20,
-            "g" => 30,
-            "t" => 40,
-            _ => return Err(bad()),
-        };
+        let shift =
+            match trimmed[digits.len()..].trim().to_ascii_lowercase().trim_end_matches("ib").trim_end_matches('b') {
+                "" => 0,
+                "k" => 10,
+                "m" => 20,
+                "g" => 30,
+                "t" => 40,
+                _ => return Err(bad()),
+            };
         number.checked_mul(1u64 << shift).map(Self).ok_or_else(bad)
     }
 }

@@ -59,7 +59,10 @@ mod tests {
 
     #[test]
     fn a_length_over_the_limit_is_refused_before_the_body() {
-        assert_eq!(body_length(u32::MAX.to_le_bytes(), 1000), Err(CodecError::TooLong { length: u32::MAX as usize, limit: 1000 }));
+        assert_eq!(
+            body_length(u32::MAX.to_le_bytes(), 1000),
+            Err(CodecError::TooLong { length: u32::MAX as usize, limit: 1000 })
+        );
     }
 
     #[test]

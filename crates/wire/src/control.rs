@@ -5,7 +5,10 @@
 
 use std::net::{Ipv6Addr, SocketAddr};
 
-use clan_types::{ByteSize, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, Role, ServiceName, Timestamp, WgPublicKey};
+use clan_types::{
+    ByteSize, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, Role, ServiceName, Timestamp,
+    WgPublicKey,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -265,4 +268,3 @@ pub struct UnitStatus {
     /// As `systemctl is-active` says.
     pub state: String,
 }
-

@@ -58,7 +58,9 @@ impl InviteProof {
 
     /// Whether the proof was made for this clan by the endpoint that presents it.
     pub fn is_valid(&self, clan: &ClanId, endpoint: &MachineId) -> bool {
-        let (Ok(key), Ok(signature)) = (VerifyingKey::from_bytes(self.invite.as_bytes()), Signature::from_slice(&self.signature)) else {
+        let (Ok(key), Ok(signature)) =
+            (VerifyingKey::from_bytes(self.invite.as_bytes()), Signature::from_slice(&self.signature))
+        else {
             return false;
         };
         key.verify(&Self::statement(clan, endpoint), &signature).is_ok()
@@ -178,7 +180,10 @@ mod tests {
         let proof = InviteProof::new(&key, &clan, &endpoint);
         assert!(proof.is_valid(&clan, &endpoint));
         assert!(!proof.is_valid(&ClanId::from_bytes([9; 32]), &endpoint));
-        assert!(!proof.is_valid(&clan, &MachineId::from_bytes([9; 32])), "a proof cannot be replayed by another endpoint");
+        assert!(
+            !proof.is_valid(&clan, &MachineId::from_bytes([9; 32])),
+            "a proof cannot be replayed by another endpoint"
+        );
         assert!(!InviteProof { signature: vec![0; 63], ..proof }.is_valid(&clan, &endpoint));
     }
 }

@@ -136,7 +136,9 @@ fn look_up(query: &Query, zone: &Zone) -> Option<Found> {
     }
     match labels[..] {
         ["clan"] if wants(RecordType::SOA) => Some(Found::Records(soa(&apex))),
-        ["clan"] if wants(RecordType::NS) => Some(Found::Records(vec![Record::from_rdata(apex.clone(), TTL, RData::NS(NS(server_name()?)))])),
+        ["clan"] if wants(RecordType::NS) => {
+            Some(Found::Records(vec![Record::from_rdata(apex.clone(), TTL, RData::NS(NS(server_name()?)))]))
+        }
         ["clan"] => Some(Found::NoData(apex)),
         [inner, "clan"] if inner == clan => Some(Found::NoData(apex)),
         [.., "clan"] => Some(Found::NoName(apex)),
@@ -147,10 +149,17 @@ fn look_up(query: &Query, zone: &Zone) -> Option<Found> {
 /// Names of addresses: ours within the clan's /48, whose zone is the twelve last digits before `ip6.arpa`.
 fn reverse(name: &Name, labels: &[&str], query: &Query, zone: &Zone, wants_ptr: bool) -> Option<Found> {
     let [digits @ .., "ip6", "arpa"] = labels else { return None };
-    let nibbles: Option<Vec<u8>> = digits.iter().rev().map(|d| if d.len() == 1 { u8::from_str_radix(d, 16).ok() } else { None }).collect();
+    let nibbles: Option<Vec<u8>> =
+        digits.iter().rev().map(|d| if d.len() == 1 { u8::from_str_radix(d, 16).ok() } else { None }).collect();
     let sample = zone.hosts.values().next()?.octets();
     let prefix: Vec<u8> = sample[..6].iter().flat_map(|octet| [octet >> 4, octet & 15]).collect();
-    let apex_labels = prefix.iter().rev().map(|n| format!("{n:x}")).chain(["ip6".into(), "arpa".into()]).collect::<Vec<_>>().join(".");
+    let apex_labels = prefix
+        .iter()
+        .rev()
+        .map(|n| format!("{n:x}"))
+        .chain(["ip6".into(), "arpa".into()])
+        .collect::<Vec<_>>()
+        .join(".");
     let apex = Name::from_str(&format!("{apex_labels}.")).ok()?;
     let Some(nibbles) = nibbles else { return apex.zone_of(name).then_some(Found::NoName(apex)) };
     if nibbles.get(..prefix.len()) != Some(&prefix[..]) {
@@ -171,7 +180,13 @@ fn reverse(name: &Name, labels: &[&str], query: &Query, zone: &Zone, wants_ptr: 
         return Some(Found::NoData(apex));
     }
     let clan = zone.clan.as_str();
-    let pointer = |label: &String| Some(Record::from_rdata(query.name().clone(), TTL, RData::PTR(PTR(Name::from_str(&format!("{label}.{clan}.{ZONE}")).ok()?))));
+    let pointer = |label: &String| {
+        Some(Record::from_rdata(
+            query.name().clone(),
+            TTL,
+            RData::PTR(PTR(Name::from_str(&format!("{label}.{clan}.{ZONE}")).ok()?)),
+        ))
+    };
     Some(Found::Records(hosts.filter_map(|(label, _)| pointer(label)).collect()))
 }
 
@@ -192,7 +207,10 @@ mod tests {
 
     fn zone() -> Zone {
         let hosts = [("alice", "fd01:203:405::1"), ("wiki", "fd01:203:405::1"), ("bob", "fd01:203:405::2")];
-        Zone { clan: "family".parse().unwrap(), hosts: hosts.into_iter().map(|(l, a)| (l.to_owned(), a.parse().unwrap())).collect() }
+        Zone {
+            clan: "family".parse().unwrap(),
+            hosts: hosts.into_iter().map(|(l, a)| (l.to_owned(), a.parse().unwrap())).collect(),
+        }
     }
 
     fn ask(name: &str, record: RecordType) -> Vec<u8> {
@@ -226,7 +244,9 @@ mod tests {
 
     #[test]
     fn a_name_without_such_a_record_exists_all_the_same() {
-        for (name, record) in [("alice.family.clan.", RecordType::A), ("family.clan.", RecordType::AAAA), ("clan.", RecordType::A)] {
+        for (name, record) in
+            [("alice.family.clan.", RecordType::A), ("family.clan.", RecordType::AAAA), ("clan.", RecordType::A)]
+        {
             let message = answered(name, record);
             assert_eq!(message.metadata.response_code, ResponseCode::NoError);
             assert!(message.answers.is_empty());
@@ -236,7 +256,8 @@ mod tests {
 
     #[test]
     fn a_name_that_is_not_there_does_not_exist() {
-        for name in ["carol.family.clan.", "carol.clan.", "alice.other.clan.", "a.b.c.clan.", "www.alice.family.clan."] {
+        for name in ["carol.family.clan.", "carol.clan.", "alice.other.clan.", "a.b.c.clan.", "www.alice.family.clan."]
+        {
             let message = answered(name, RecordType::AAAA);
             assert_eq!(message.metadata.response_code, ResponseCode::NXDomain, "{name}");
             assert_eq!(message.authorities[0].record_type(), RecordType::SOA);
@@ -249,7 +270,10 @@ mod tests {
         let message = answered(&arpa("fd01:203:405::1"), RecordType::PTR);
         assert_eq!(texts(&message), ["alice.family.clan.", "wiki.family.clan."]);
         assert_eq!(answered(&arpa("fd01:203:405::9"), RecordType::PTR).metadata.response_code, ResponseCode::NXDomain);
-        assert!(matches!(answer(&ask(&arpa("fd02::1"), RecordType::PTR), &zone()), Answer::Forward { .. }), "another clan's");
+        assert!(
+            matches!(answer(&ask(&arpa("fd02::1"), RecordType::PTR), &zone()), Answer::Forward { .. }),
+            "another clan's"
+        );
     }
 
     #[test]

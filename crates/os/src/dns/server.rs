@@ -61,11 +61,21 @@ struct Service {
 
 impl DnsServer {
     /// Serves `zone` on `bind`, over UDP and TCP. Other names go to `upstream`, or are refused without one.
-    pub async fn start(bind: SocketAddr, zone: watch::Receiver<Arc<Zone>>, upstream: Option<SocketAddr>) -> Result<Self, DnsError> {
+    pub async fn start(
+        bind: SocketAddr,
+        zone: watch::Receiver<Arc<Zone>>,
+        upstream: Option<SocketAddr>,
+    ) -> Result<Self, DnsError> {
         let (udp, tcp) = bind_both(bind).await.map_err(|source| DnsError::Bind { address: bind, source })?;
         let address = udp.local_addr().map_err(|source| DnsError::Bind { address: bind, source })?;
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
-        let service = Arc::new(Service { zone, upstream, forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)), tasks: tasks.clone(), stop: stop.clone() });
+        let service = Arc::new(Service {
+            zone,
+            upstream,
+            forwarded: Arc::new(Semaphore::new(MAX_FORWARDED)),
+            tasks: tasks.clone(),
+            stop: stop.clone(),
+        });
         tasks.spawn(service.clone().serve_udp(Arc::new(udp)).instrument(debug_span!("dns_udp", %address)));
         tasks.spawn(service.serve_tcp(tcp).instrument(debug_span!("dns_tcp", %address)));
         tasks.close();
@@ -127,7 +137,9 @@ impl Service {
                 Answer::Reply(bytes) => send(&socket, truncate(bytes, udp_limit(question)), from).await,
                 Answer::Forward { refusal } => {
                     // A place is taken before the task is made, so that a flood makes no tasks.
-                    let place = self.upstream.and_then(|upstream| Some((upstream, self.forwarded.clone().try_acquire_owned().ok()?)));
+                    let place = self
+                        .upstream
+                        .and_then(|upstream| Some((upstream, self.forwarded.clone().try_acquire_owned().ok()?)));
                     let Some((upstream, place)) = place else {
                         send(&socket, refusal, from).await;
                         continue;
@@ -203,7 +215,8 @@ impl Service {
     /// Asks the upstream server; `None` if it does not answer in time.
     async fn forward(&self, question: &[u8], upstream: SocketAddr) -> Option<Vec<u8>> {
         let asked = timeout(UPSTREAM_LIMIT, async {
-            let any: SocketAddr = if upstream.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
+            let any: SocketAddr =
+                if upstream.is_ipv4() { (Ipv4Addr::UNSPECIFIED, 0).into() } else { (Ipv6Addr::UNSPECIFIED, 0).into() };
             // A socket, and with it a port, of its own for each question; only the upstream's packets come in.
             let socket = UdpSocket::bind(any).await?;
             socket.connect(upstream).await?;
@@ -274,7 +287,10 @@ mod tests {
     }
 
     fn zone(host: &str) -> Arc<Zone> {
-        Arc::new(Zone { clan: "family".parse().unwrap(), hosts: [(host.to_owned(), "fd01::1".parse().unwrap())].into() })
+        Arc::new(Zone {
+            clan: "family".parse().unwrap(),
+            hosts: [(host.to_owned(), "fd01::1".parse().unwrap())].into(),
+        })
     }
 
     #[tokio::test]
@@ -294,7 +310,8 @@ mod tests {
 
     #[tokio::test]
     async fn other_names_are_asked_upstream() {
-        let (_sender, above) = watch::channel(Arc::new(Zone { clan: "other".parse().unwrap(), ..(*zone("carol")).clone() }));
+        let (_sender, above) =
+            watch::channel(Arc::new(Zone { clan: "other".parse().unwrap(), ..(*zone("carol")).clone() }));
         let upstream = DnsServer::start("127.0.0.1:0".parse().unwrap(), above, None).await.unwrap();
         let (_sender, below) = watch::channel(zone("alice"));
         let server = DnsServer::start("127.0.0.1:0".parse().unwrap(), below, Some(upstream.address())).await.unwrap();
@@ -310,7 +327,8 @@ mod tests {
     async fn an_upstream_that_says_nothing_is_not_waited_for_long() {
         let silent = UdpSocket::bind("127.0.0.1:0").await.unwrap();
         let (_sender, zone) = watch::channel(zone("alice"));
-        let server = DnsServer::start("127.0.0.1:0".parse().unwrap(), zone, Some(silent.local_addr().unwrap())).await.unwrap();
+        let server =
+            DnsServer::start("127.0.0.1:0".parse().unwrap(), zone, Some(silent.local_addr().unwrap())).await.unwrap();
         let refused = timeout(UPSTREAM_LIMIT * 2, by_tcp(server.address(), &ask("example.org."))).await.unwrap();
         assert_eq!(refused.metadata.response_code, ResponseCode::Refused);
         let mut buffer = [0; 100];

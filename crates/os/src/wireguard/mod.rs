@@ -191,7 +191,9 @@ impl Wireguard {
         let changes = broadcast::Sender::new(CHANGES);
         let stop = CancellationToken::new();
         let engine = Arc::new(Mutex::new(None));
-        let prober = tokio::spawn(probe(shared.clone(), engine.clone(), changes.clone(), stop.clone()).instrument(debug_span!("path_prober")));
+        let prober = tokio::spawn(
+            probe(shared.clone(), engine.clone(), changes.clone(), stop.clone()).instrument(debug_span!("path_prober")),
+        );
         *engine.lock().await = Some(Engine { device, peers: BTreeMap::new(), prober, tun_writer });
         Ok(Self { shared, engine, private_key, own_prefix, changes, stop, udp_port })
     }
@@ -202,11 +204,19 @@ impl Wireguard {
         let mut engine = self.engine.lock().await;
         let engine = engine.as_mut().ok_or(WireguardError::Stopped)?;
         let wanted = distinct(peers, &self.private_key);
-        let gone: Vec<MachineId> =
-            engine.peers.iter().filter(|(id, old)| wanted.get(*id).is_none_or(|new| new.public_key != old.public_key)).map(|(id, _)| *id).collect();
+        let gone: Vec<MachineId> = engine
+            .peers
+            .iter()
+            .filter(|(id, old)| wanted.get(*id).is_none_or(|new| new.public_key != old.public_key))
+            .map(|(id, _)| *id)
+            .collect();
         for id in gone {
             if let Some(old) = engine.peers.remove(&id) {
-                engine.device.remove_peer(&PublicKey::from(*old.public_key.as_bytes())).await.map_err(WireguardError::Engine)?;
+                engine
+                    .device
+                    .remove_peer(&PublicKey::from(*old.public_key.as_bytes()))
+                    .await
+                    .map_err(WireguardError::Engine)?;
                 self.shared.directory.lock().remove(id);
                 debug!(peer = %id, "peer removed");
             }
@@ -221,10 +231,15 @@ impl Wireguard {
                 state.paths.add_peer(id, key, &candidates, now);
                 state.allot(id)
             };
-            let engine_differs = engine.peers.get(&id).is_none_or(|old| (old.address, old.keepalive) != (peer.address, peer.keepalive));
+            let engine_differs =
+                engine.peers.get(&id).is_none_or(|old| (old.address, old.keepalive) != (peer.address, peer.keepalive));
             if engine_differs {
                 debug!(peer = %id, "peer set");
-                engine.device.add_or_update_peer(engine_peer(&peer, virtual_addr)).await.map_err(WireguardError::Engine)?;
+                engine
+                    .device
+                    .add_or_update_peer(engine_peer(&peer, virtual_addr))
+                    .await
+                    .map_err(WireguardError::Engine)?;
             }
             engine.peers.insert(id, peer);
         }
@@ -243,7 +258,8 @@ impl Wireguard {
     pub async fn peers(&self) -> Vec<WgPeerStatus> {
         let engine = self.engine.lock().await;
         let Some(engine) = engine.as_ref() else { return Vec::new() };
-        let stats: BTreeMap<[u8; 32], _> = engine.device.peers().await.into_iter().map(|p| (*p.peer.public_key.as_bytes(), p.stats)).collect();
+        let stats: BTreeMap<[u8; 32], _> =
+            engine.device.peers().await.into_iter().map(|p| (*p.peer.public_key.as_bytes(), p.stats)).collect();
         let now = self.shared.directory.now();
         let state = self.shared.directory.lock();
         let status = |(id, peer): (&MachineId, &WgPeer)| {
@@ -306,7 +322,9 @@ impl Drop for Wireguard {
 }
 
 fn engine_peer(peer: &WgPeer, virtual_addr: SocketAddr) -> Peer {
-    let mut new = Peer::new(PublicKey::from(*peer.public_key.as_bytes())).with_endpoint(virtual_addr).with_allowed_ip(IpNetwork::from(IpAddr::V6(peer.address)));
+    let mut new = Peer::new(PublicKey::from(*peer.public_key.as_bytes()))
+        .with_endpoint(virtual_addr)
+        .with_allowed_ip(IpNetwork::from(IpAddr::V6(peer.address)));
     new.keepalive = peer.keepalive.map(|every| u16::try_from(every.as_secs().max(1)).unwrap_or(u16::MAX));
     new
 }
@@ -317,7 +335,9 @@ fn distinct(peers: Vec<WgPeer>, private_key: &StaticSecret) -> BTreeMap<MachineI
     let mut wanted = BTreeMap::new();
     for peer in peers {
         let usable = private_key.diffie_hellman(&PublicKey::from(*peer.public_key.as_bytes())).was_contributory();
-        let fresh = !wanted.contains_key(&peer.id) && !keys.contains(peer.public_key.as_bytes()) && !addresses.contains(&peer.address);
+        let fresh = !wanted.contains_key(&peer.id)
+            && !keys.contains(peer.public_key.as_bytes())
+            && !addresses.contains(&peer.address);
         if usable && fresh {
             keys.insert(*peer.public_key.as_bytes());
             addresses.insert(peer.address);
@@ -330,7 +350,12 @@ fn distinct(peers: Vec<WgPeer>, private_key: &StaticSecret) -> BTreeMap<MachineI
 }
 
 /// Sends probes when they are due and tells of changes.
-async fn probe(shared: Arc<Shared>, engine: Arc<Mutex<Option<Engine>>>, changes: broadcast::Sender<PathChange>, stop: CancellationToken) {
+async fn probe(
+    shared: Arc<Shared>,
+    engine: Arc<Mutex<Option<Engine>>>,
+    changes: broadcast::Sender<PathChange>,
+    stop: CancellationToken,
+) {
     let mut check = interval(CHECK_INTERVAL);
     check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
@@ -376,7 +401,8 @@ async fn probe(shared: Arc<Shared>, engine: Arc<Mutex<Option<Engine>>>, changes:
 async fn restore_virtual_addresses(shared: &Shared, engine: &Mutex<Option<Engine>>) {
     let engine = engine.lock().await;
     let Some(engine) = engine.as_ref() else { return };
-    let endpoints: BTreeMap<[u8; 32], _> = engine.device.peers().await.into_iter().map(|p| (*p.peer.public_key.as_bytes(), p.peer.endpoint)).collect();
+    let endpoints: BTreeMap<[u8; 32], _> =
+        engine.device.peers().await.into_iter().map(|p| (*p.peer.public_key.as_bytes(), p.peer.endpoint)).collect();
     for (id, peer) in &engine.peers {
         let Some(virtual_addr) = shared.directory.lock().virtual_of(*id) else { continue };
         if endpoints.get(peer.public_key.as_bytes()) != Some(&Some(virtual_addr)) {

@@ -57,7 +57,10 @@ impl Socket {
         // With the right to exceed the system's limit do so, otherwise take what it allows.
         let buffers = sockopt::set_socket_recv_buffer_size_force(fd, BUFFER)
             .or_else(|_| sockopt::set_socket_recv_buffer_size(fd, BUFFER))
-            .and_then(|()| sockopt::set_socket_send_buffer_size_force(fd, BUFFER).or_else(|_| sockopt::set_socket_send_buffer_size(fd, BUFFER)));
+            .and_then(|()| {
+                sockopt::set_socket_send_buffer_size_force(fd, BUFFER)
+                    .or_else(|_| sockopt::set_socket_send_buffer_size(fd, BUFFER))
+            });
         if let Err(error) = buffers {
             debug!(%error, "socket buffers keep their size");
         }
@@ -93,7 +96,11 @@ impl Socket {
                 self.send(first, to).await?;
                 continue;
             }
-            let sent = self.inner.socket().async_io(Interest::WRITABLE, || send_segments(self.inner.as_fd().as_raw_fd(), run, to)).await;
+            let sent = self
+                .inner
+                .socket()
+                .async_io(Interest::WRITABLE, || send_segments(self.inner.as_fd().as_raw_fd(), run, to))
+                .await;
             match sent {
                 // What a device without checksum offload, or an old kernel, says.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)) => {
@@ -143,7 +150,8 @@ fn send_segments(fd: libc::c_int, run: &[(Packet, SocketAddr)], to: SocketAddr) 
     }
     let mut control = Control { bytes: [0; 64] };
     // SAFETY: all-zero bytes are a valid value of these plain C structures.
-    let (mut v4, mut v6, mut message): (libc::sockaddr_in, libc::sockaddr_in6, libc::msghdr) = unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
+    let (mut v4, mut v6, mut message): (libc::sockaddr_in, libc::sockaddr_in6, libc::msghdr) =
+        unsafe { (mem::zeroed(), mem::zeroed(), mem::zeroed()) };
     match to {
         SocketAddr::V4(to) => {
             v4.sin_family = libc::AF_INET as libc::sa_family_t;
@@ -204,7 +212,11 @@ mod tests {
             let receiver = std::net::UdpSocket::bind(target).unwrap();
             receiver.set_read_timeout(Some(std::time::Duration::from_secs(5))).unwrap();
             let to = receiver.local_addr().unwrap();
-            let run: Vec<_> = [500, 500, 500, 7, 900].iter().enumerate().map(|(i, n)| (Packet::from_bytes(BytesMut::from(&vec![i as u8; *n][..])), to)).collect();
+            let run: Vec<_> = [500, 500, 500, 7, 900]
+                .iter()
+                .enumerate()
+                .map(|(i, n)| (Packet::from_bytes(BytesMut::from(&vec![i as u8; *n][..])), to))
+                .collect();
             Socket::bind(0).unwrap().send_run(&run, to).await.unwrap();
             for (i, (packet, _)) in run.iter().enumerate() {
                 let mut buffer = [0; 2000];

@@ -41,7 +41,10 @@ impl UdpTransportFactory for Factory {
     type Recv = Receiver;
 
     async fn bind(&mut self, _params: &UdpTransportFactoryParams) -> io::Result<(Sender, Receiver)> {
-        Ok((Sender(self.0.clone()), Receiver { socket: self.0.socket.receiver(), shared: self.0.clone(), arrived: Vec::new() }))
+        Ok((
+            Sender(self.0.clone()),
+            Receiver { socket: self.0.socket.receiver(), shared: self.0.clone(), arrived: Vec::new() },
+        ))
     }
 }
 
@@ -162,7 +165,12 @@ impl UdpRecv for Receiver {
         }
     }
 
-    async fn recv_many_from(&mut self, buffer: &mut ReceiveBuffer, pool: &mut PacketBufPool, packets: &mut Vec<(Packet, SocketAddr)>) -> io::Result<()> {
+    async fn recv_many_from(
+        &mut self,
+        buffer: &mut ReceiveBuffer,
+        pool: &mut PacketBufPool,
+        packets: &mut Vec<(Packet, SocketAddr)>,
+    ) -> io::Result<()> {
         let shared = self.shared.clone();
         let ReceiveBuffer { udp, carried: batch } = buffer;
         let carried = async {

@@ -22,7 +22,10 @@ pub(crate) fn enter(name: &str) -> bool {
         .env(INSIDE, "1")
         .status();
     match copy {
-        Ok(status) => assert!(status.success(), "the test failed in its user namespace, or user namespaces are not allowed here: run it as root"),
+        Ok(status) => assert!(
+            status.success(),
+            "the test failed in its user namespace, or user namespaces are not allowed here: run it as root"
+        ),
         Err(error) => panic!("this test needs root, or user namespaces and the `unshare` program: {error}"),
     }
     false
@@ -45,7 +48,8 @@ impl Namespace {
             .name(name.to_owned())
             .spawn(move || {
                 // SAFETY: only this thread's network namespace changes; nothing else of the process is unshared.
-                unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }.expect("a network namespace needs root or a user namespace");
+                unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
+                    .expect("a network namespace needs root or a user namespace");
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 let net = std::fs::File::open("/proc/thread-self/ns/net").unwrap();
                 ready.send((runtime.handle().clone(), net)).unwrap();
@@ -74,7 +78,8 @@ impl Namespace {
     pub(crate) fn command(&self, line: &'static str) {
         self.run(async move {
             let mut words = line.split_whitespace();
-            let output = Command::new(words.next().unwrap()).args(words).output().unwrap_or_else(|e| panic!("`{line}`: {e}"));
+            let output =
+                Command::new(words.next().unwrap()).args(words).output().unwrap_or_else(|e| panic!("`{line}`: {e}"));
             assert!(output.status.success(), "`{line}`: {}", String::from_utf8_lossy(&output.stderr));
         });
     }
@@ -96,7 +101,12 @@ pub(crate) fn join(a: &Namespace, b: &Namespace, addresses: [&'static [&'static 
         let kernel = kernel();
         kernel.link().add(LinkVeth::new("wire0", "wire1").build()).execute().await.unwrap();
         let end = kernel.link().get().match_name("wire1".to_owned()).execute().try_next().await.unwrap().unwrap();
-        kernel.link().set(LinkUnspec::new_with_index(end.header.index).name("wire0").setns_by_fd(other).build()).execute().await.unwrap();
+        kernel
+            .link()
+            .set(LinkUnspec::new_with_index(end.header.index).name("wire0").setns_by_fd(other).build())
+            .execute()
+            .await
+            .unwrap();
     });
     for (namespace, addresses) in [a, b].into_iter().zip(addresses) {
         namespace.run(async move {
@@ -104,7 +114,12 @@ pub(crate) fn join(a: &Namespace, b: &Namespace, addresses: [&'static [&'static 
             let wire = kernel.link().get().match_name("wire0".to_owned()).execute().try_next().await.unwrap().unwrap();
             for address in addresses {
                 let (ip, prefix) = address.split_once('/').unwrap();
-                kernel.address().add(wire.header.index, ip.parse().unwrap(), prefix.parse().unwrap()).execute().await.unwrap();
+                kernel
+                    .address()
+                    .add(wire.header.index, ip.parse().unwrap(), prefix.parse().unwrap())
+                    .execute()
+                    .await
+                    .unwrap();
             }
             for name in ["lo", "wire0"] {
                 kernel.link().set(LinkUnspec::new_with_name(name).up().build()).execute().await.unwrap();
