@@ -265,7 +265,7 @@ impl Controller {
         Ways { tun, endpoint }: Ways,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
-        let store = LedgerStore::open(&self.dir.join("ledger.redb"), &place.clan).map_err(NodeError::from)?;
+        let store = LedgerStore::open(self.dir.join("ledger.redb"), &place.clan).map_err(NodeError::from)?;
         let mut ledger = store.load().map_err(NodeError::from)?;
         let known = ledger.len();
         prepare(&mut ledger).map_err(ProvisionOrNodeError::Reason)?;

@@ -53,7 +53,8 @@ fn read(path: &str) -> String {
 }
 
 fn share(part: u64, whole: u64) -> u16 {
-    if whole == 0 { 0 } else { u16::try_from(part.saturating_mul(1000) / whole).unwrap_or(1000).min(1000) }
+    let permille = part.saturating_mul(1000).checked_div(whole).unwrap_or(0);
+    u16::try_from(permille).unwrap_or(1000).min(1000)
 }
 
 /// Busy and total ticks of all processors since boot (proc(5), `/proc/stat`).

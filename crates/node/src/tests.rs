@@ -46,7 +46,7 @@ impl Machine {
         bootstrap: Vec<PeerAddr>,
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let store = LedgerStore::open(&dir.path().join("ledger.redb"), clan).unwrap();
+        let store = LedgerStore::open(dir.path().join("ledger.redb"), clan).unwrap();
         let mut ledger = Ledger::open(*clan);
         for entry in entries {
             let entry = clan_ledger::Entry::decode(entry).unwrap();
