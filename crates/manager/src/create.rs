@@ -51,8 +51,9 @@ pub(crate) struct Size {
     pub(crate) cpus: u8,
 }
 
-/// Checks a VM's size against this computer.
-pub(crate) fn check_size(shared: &Shared, size: Size) -> Result<(), ApiProblem> {
+/// Checks what a VM needs against what this computer has, before anything long is begun.
+pub(crate) fn check_computer(shared: &Shared, size: Size) -> Result<(), ApiProblem> {
+    shared.options.qemu.check().map_err(|e| problem::vm(&e))?;
     let too_small = |message: String| Err(ApiProblem::new(ErrorCode::TooSmall, message));
     let host = crate::status::host(&shared.paths);
     if size.memory.as_mib() + HOST_RESERVE.as_mib() > host.memory_total.as_mib() {
@@ -89,7 +90,7 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<A
     };
     let size =
         Size { memory: request.memory.unwrap_or(DEFAULT_MEMORY), disk: request.disk.unwrap_or(DEFAULT_DISK), cpus };
-    check_size(shared, size)?;
+    check_computer(shared, size)?;
     let _one = shared.admission.lock().await;
     shared.check_name_free(&request.name)?;
     let ports = free_ports()?;

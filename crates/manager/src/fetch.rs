@@ -24,6 +24,7 @@ use iroh::{
     Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, RecvStream, presets},
 };
+use iroh_mdns_address_lookup::MdnsAddressLookup;
 use rustls::{CipherSuite, crypto::CryptoProvider};
 use tokio::{io::AsyncWriteExt, time::timeout};
 
@@ -39,6 +40,8 @@ const ANSWER: Duration = Duration::from_secs(20);
 const STALL: Duration = Duration::from_secs(30);
 const ATTEMPTS: u32 = 5;
 const CHUNK: usize = 256 << 10;
+/// Addresses that discovery may add to those of a link, for each machine.
+const MAX_FOUND: usize = 8;
 
 /// Fetches by right of an invitation link.
 pub(crate) struct Fetcher {
@@ -60,14 +63,23 @@ impl Fetcher {
         let mut secret = [0; 32];
         getrandom::fill(&mut secret).map_err(|e| failed(e.to_string()))?;
         let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
-        let endpoint = Endpoint::builder(presets::Minimal)
-            .crypto_provider(Arc::new(portable_crypto()))
-            .secret_key(SecretKey::from_bytes(&secret))
-            .relay_mode(RelayMode::Disabled)
-            .transport_config(transport)
-            .bind()
-            .await
-            .map_err(|e| failed(e.to_string()))?;
+        let builder = || {
+            Endpoint::builder(presets::Minimal)
+                .crypto_provider(Arc::new(portable_crypto()))
+                .secret_key(SecretKey::from_bytes(&secret))
+                .relay_mode(RelayMode::Disabled)
+                .transport_config(transport.clone())
+        };
+        // A machine of the link may have moved to another address of the same LAN: it announces itself there. We only
+        // listen. Where there is no multicast, the link's addresses have to do.
+        let listening = builder().address_lookup(MdnsAddressLookup::builder().advertise(false));
+        let endpoint = match listening.bind().await {
+            Ok(endpoint) => endpoint,
+            Err(error) => {
+                tracing::debug!(%error, "no discovery on this network");
+                builder().bind().await.map_err(|e| failed(e.to_string()))?
+            }
+        };
         let invite_key = SigningKey::from_bytes(link.secret.expose());
         Ok(Self { endpoint, link, invite_key })
     }
@@ -75,6 +87,22 @@ impl Fetcher {
     /// The invite.
     pub(crate) fn invite(&self) -> InviteId {
         InviteId::from_bytes(self.invite_key.verifying_key().to_bytes())
+    }
+
+    /// The machines of the link, with the addresses at which they were found besides those that the link names.
+    pub(crate) async fn peers(&self) -> Vec<PeerAddr> {
+        let mut peers = self.link.peers.clone();
+        for peer in &mut peers {
+            let Ok(id) = iroh::PublicKey::from_bytes(peer.machine.as_bytes()) else { continue };
+            let Some(info) = self.endpoint.remote_info(id).await else { continue };
+            let found = info.addrs().filter_map(|known| match known.addr() {
+                TransportAddr::Ip(addr) => Some(*addr),
+                _ => None,
+            });
+            let new: Vec<SocketAddr> = found.filter(|addr| !peer.addrs.contains(addr)).take(MAX_FOUND).collect();
+            peer.addrs.extend(new);
+        }
+        peers
     }
 
     /// Closes the endpoint in good order.

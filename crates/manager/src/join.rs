@@ -129,7 +129,7 @@ fn size(
             .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
     };
     let size = Size { memory: memory.unwrap_or(description.memory), disk: disk.unwrap_or(description.disk), cpus };
-    create::check_size(shared, size)?;
+    create::check_computer(shared, size)?;
     Ok(size)
 }
 
@@ -235,8 +235,9 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         .ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
     let link: InviteLink = text.parse().map_err(|e| problem::link(&e))?;
     task.begin(0);
-    let fetcher = Fetcher::open(link.clone()).await?;
+    let fetcher = Fetcher::open(link).await?;
     let outcome = prepare(shared, clan, task, &fetcher).await;
+    let peers = fetcher.peers().await;
     fetcher.close().await;
     let theirs = outcome?;
     task.begin(2);
@@ -254,7 +255,7 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         create::enrol(clan, &mut log, &mut ledger, &identity)?;
         log.entries().map(<[u8]>::to_vec).collect()
     };
-    let redeem = Redeem { entries: mine, peers: link.peers };
+    let redeem = Redeem { entries: mine, peers };
     create::provision(shared, clan, theirs, Some(redeem), Vec::new(), task).await?;
     create::finish(clan)
 }

@@ -8,10 +8,13 @@ use iroh::{
     Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, presets},
 };
+use iroh_mdns_address_lookup::MdnsAddressLookup;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{NodeError, core::CoreHandle, image::ImageServer, join, peer};
 
+/// How often machines on a LAN tell where they are.
+const DISCOVERY: Duration = Duration::from_secs(3);
 /// Strangers, and machines, that may be in conversation at once; more are refused, not queued.
 const MAX_CONNECTIONS: usize = 256;
 
@@ -26,7 +29,7 @@ pub(crate) async fn endpoint(key: SecretKey, bind: SocketAddr, external: &[Socke
         .clear_ip_transports()
         .bind_addr(bind)
         .map_err(|e| NodeError::network("the QUIC endpoint", e))?
-        .address_lookup(iroh_mdns_address_lookup::MdnsAddressLookup::builder());
+        .address_lookup(MdnsAddressLookup::builder().discovery_cadence(DISCOVERY));
     for addr in external {
         builder = builder.external_addr(*addr);
     }

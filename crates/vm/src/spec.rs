@@ -4,7 +4,7 @@ use std::{net::SocketAddr, path::PathBuf};
 
 use clan_types::ByteSize;
 
-use crate::AccelKind;
+use crate::{AccelKind, VmError, preflight};
 
 /// The files of a bootable image. All are opened read-only and may be shared by virtual machines.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -38,6 +38,13 @@ pub enum Qemu {
     Search,
     /// This executable.
     At(PathBuf),
+}
+
+impl Qemu {
+    /// Whether it is there: [`VmError::MissingQemu`] if not. For saying so before anything long is begun.
+    pub fn check(&self) -> Result<(), VmError> {
+        preflight::executable(self).map(drop)
+    }
 }
 
 /// A virtual machine to start.

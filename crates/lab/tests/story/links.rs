@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clan_lab::{Lab, Person, story};
+use clan_types::InviteLink;
 
 use crate::{Checked, Checks, refused};
 
@@ -27,6 +28,13 @@ pub(crate) fn check(checks: &mut Checks, lab: &mut Lab, used: &str) {
     let stranger = &*lab.person("stranger");
     checks.that("an expired link is refused", || attempt(stranger, &story::link_in(&invited?.stdout)?, &["expired"]));
 
+    let invited = lab.person("founder").clan(&["invite"]).and_then(clan_lab::Finished::success);
+    let stranger = &*lab.person("stranger");
+    checks.that("a link with an old address still finds its machine on the same LAN", || {
+        let link = with_old_addresses(&story::link_in(&invited?.stdout)?);
+        stranger.clan_typing(&["join", "--dry-run"], &link)?.success().map(drop)
+    });
+
     let status = lab.person("stranger").clan_json(&["status"]);
     checks.that("a refused link leaves no machine behind", || {
         let status = status?;
@@ -38,6 +46,15 @@ pub(crate) fn check(checks: &mut Checks, lab: &mut Lab, used: &str) {
 
 fn attempt(person: &Person, link: &str, words: &[&str]) -> Checked {
     refused(&person.clan_typing(&["join", "--yes", "--person", "stranger", "--machine", "stranger"], link)?, words)
+}
+
+/// The link, as if the machine had moved to another address since it was made.
+fn with_old_addresses(link: &str) -> String {
+    let mut link: InviteLink = link.parse().unwrap();
+    for peer in &mut link.peers {
+        peer.addrs = vec!["203.0.113.99:9".parse().unwrap()];
+    }
+    link.to_string()
 }
 
 /// One character in the middle is another.
