@@ -29,12 +29,17 @@ struct Running {
 }
 
 impl Running {
+    /// With a program in QEMU's place that would start, and run nothing.
     async fn start() -> Self {
+        Self::start_with("/usr/bin/false").await
+    }
+
+    async fn start_with(qemu: &str) -> Self {
         let data = tempfile::tempdir().unwrap();
         // Programs that are nowhere: nothing is built or started.
         let mut options = Options::new("/nonexistent/clan", "/nonexistent/clan-agent");
         options.listen.set_port(0);
-        options.qemu = Qemu::At(PathBuf::from("/nonexistent/qemu"));
+        options.qemu = Qemu::At(PathBuf::from(qemu));
         let manager = Manager::open(data.path(), options).await.unwrap();
         let (address, client) = (manager.address(), ManagerClient::unix(manager.socket()));
         let cancel = CancellationToken::new();
@@ -175,6 +180,16 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
     assert!(problem.why.as_deref().unwrap().contains(&silent.local_addr().unwrap().to_string()), "{problem:?}");
     assert!(manager.client.status().await.unwrap().clans.is_empty(), "nothing was put on disk");
     manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_missing_qemu_is_said_before_anything_is_begun() {
+    let manager = Running::start_with("/nonexistent/qemu").await;
+    let problem = problem(manager.client.create_clan(&create()).await);
+    assert_eq!(problem.code, ErrorCode::MissingProgram);
+    assert!(manager.client.tasks().await.unwrap().is_empty(), "no task was begun");
+    let data = manager.stop().await;
+    assert_eq!(std::fs::read_dir(data.path().join("clans")).unwrap().count(), 0);
 }
 
 #[tokio::test]
