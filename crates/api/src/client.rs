@@ -16,9 +16,9 @@ use tokio::{
 };
 
 use crate::{
-    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview,
-    LogQuery, LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskEvent,
-    TaskId, TaskInfo, VmInfo, VmStats,
+    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite, DeleteQuery, Invite,
+    InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin,
+    Revocation, Revoke, ServiceInfo, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats,
 };
 
 /// Largest answer that is read into memory.
@@ -120,6 +120,21 @@ impl ManagerClient {
     /// Makes an invite. `clan` is a name, an id or a unique beginning of an id, here as in the following.
     pub async fn invite(&self, clan: &str, request: &CreateInvite) -> Result<Invite, ClientError> {
         self.post(&format!("/clans/{}/invites", segment(clan)), request).await
+    }
+
+    /// The invites that were made in a clan, oldest first.
+    pub async fn invites(&self, clan: &str) -> Result<Vec<InviteInfo>, ClientError> {
+        self.get(&format!("/clans/{}/invites", segment(clan))).await
+    }
+
+    /// Puts a person or a machine out, or withdraws an invite.
+    pub async fn revoke(&self, clan: &str, request: &Revoke) -> Result<Revocation, ClientError> {
+        self.post(&format!("/clans/{}/revocations", segment(clan)), request).await
+    }
+
+    /// What was decided in a clan.
+    pub async fn clan_log(&self, clan: &str, query: ClanLogQuery) -> Result<ClanLog, ClientError> {
+        self.get(&format!("/clans/{}/log?limit={}", segment(clan), query.limit)).await
     }
 
     /// The people of a clan.

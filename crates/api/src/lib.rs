@@ -4,6 +4,7 @@
 //! All paths start with [`BASE`]. Identifiers are lower-case base32 text, sizes are bytes, times are milliseconds since
 //! 1970-01-01T00:00:00Z. Errors are [`ApiProblem`]s (RFC 9457, `application/problem+json`).
 
+mod authority;
 mod client;
 mod openapi;
 mod problem;
@@ -11,6 +12,9 @@ mod requests;
 mod status;
 mod tasks;
 
+pub use authority::{
+    AuthorKind, ClanLog, ClanLogEntry, ClanLogQuery, InviteInfo, InviteState, Revocation, RevocationKind, Revoke,
+};
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};

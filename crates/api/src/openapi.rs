@@ -17,7 +17,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 #[openapi(
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
-        status, clans, create_clan, preview_join, join, tasks, task, task_events, cancel_task, invite, members, machines, services, leave,
+        status, clans, create_clan, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, clan_log, members, machines, services, leave,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
@@ -79,6 +79,18 @@ fn cancel_task() {}
 /// Make an invite
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/invites", params(("clan" = String, Path)), request_body = CreateInvite, responses((status = 201, body = Invite), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn invite() {}
+
+/// The invites that were made in a clan, oldest first
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/invites", params(("clan" = String, Path)), responses((status = 200, body = [InviteInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn invites() {}
+
+/// Put a person or a machine out, or withdraw an invite
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/revocations", params(("clan" = String, Path)), request_body = Revoke, responses((status = 201, body = Revocation, description = "Done"), (status = 200, body = Revocation, description = "What it would do, or: it was out already"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn revoke() {}
+
+/// What was decided in a clan: every entry of its ledger, newest last
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/log", params(("clan" = String, Path), ClanLogQuery), responses((status = 200, body = ClanLog), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn clan_log() {}
 
 /// The people of a clan
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/members", params(("clan" = String, Path)), responses((status = 200, body = [PersonInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

@@ -72,6 +72,8 @@ pub(crate) enum Command {
     Create(commands::create::Args),
     /// Make a link that lets somebody in
     Invite(commands::invite::Args),
+    /// Show the invites that were made, and what became of them
+    Invites(commands::invites::Args),
     /// Accept an invitation
     Join(commands::join::Args),
     /// Show clans, machines and what needs attention
@@ -80,6 +82,11 @@ pub(crate) enum Command {
     Members(commands::members::Args),
     /// Show a clan's machines and how they are reached
     Machines(commands::machines::Args),
+    /// Put a person or a machine out of a clan, or withdraw an invite
+    #[command(subcommand)]
+    Revoke(commands::revoke::Noun),
+    /// Show who decided what in a clan
+    Log(commands::log::Args),
     /// This computer's virtual machines
     #[command(subcommand)]
     Vm(commands::vm::Verb),

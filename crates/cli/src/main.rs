@@ -48,6 +48,9 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
         match cli.command {
             Command::Create(args) => create::run(args, &context).await,
             Command::Invite(args) => invite::run(args, &context).await,
+            Command::Invites(args) => invites::run(args, &context).await,
+            Command::Revoke(noun) => revoke::run(noun, &context).await,
+            Command::Log(args) => log::run(args, &context).await,
             Command::Join(args) => join::run(args, &context).await,
             Command::Status(_) => status::run(&context).await,
             Command::Members(args) => members::run(args, &context).await,

@@ -34,6 +34,21 @@ pub(crate) fn ago(now: Timestamp, then: Timestamp) -> String {
     }
 }
 
+/// A moment as a calendar shows it, in UTC: `2026-11-20 13:46:55`.
+pub(crate) fn moment(at: Timestamp) -> String {
+    let seconds = at.as_millis() / 1000;
+    // Days since 0000-03-01, in years that end in February: leap days fall at their ends (Hinnant, 2014).
+    let days = seconds / 86_400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, year) = if month < 10 { (month + 3, era * 400 + year) } else { (month - 9, era * 400 + year + 1) };
+    let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
+    format!("{year:04}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}")
+}
+
 /// This computer's clock.
 pub(crate) fn now() -> Timestamp {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -147,6 +162,17 @@ mod tests {
     fn durations_read_in_two_units() {
         let said: Vec<String> = [0, 9, 59, 60, 200, 7500, 90_000, 400_000].map(|s| span(Duration::from_secs(s))).into();
         assert_eq!(said, ["0.0 s", "9.0 s", "59 s", "1 min", "3 min 20 s", "2 h 5 min", "1 day 1 h", "4 days 15 h"]);
+    }
+
+    #[test]
+    fn moments_are_those_of_the_calendar() {
+        let said = |seconds: u64| moment(Timestamp::from_millis(seconds * 1000 + 999));
+        assert_eq!(said(0), "1970-01-01 00:00:00");
+        assert_eq!(said(951_782_399), "2000-02-28 23:59:59");
+        assert_eq!(said(951_782_400), "2000-02-29 00:00:00");
+        assert_eq!(said(1_709_251_199), "2024-02-29 23:59:59");
+        assert_eq!(said(1_767_225_599), "2025-12-31 23:59:59");
+        assert_eq!(said(4_107_542_400), "2100-03-01 00:00:00");
     }
 
     #[test]

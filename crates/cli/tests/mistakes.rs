@@ -229,10 +229,13 @@ Usage: clan [OPTIONS] <COMMAND>
 Commands:
   create       Found a clan
   invite       Make a link that lets somebody in
+  invites      Show the invites that were made, and what became of them
   join         Accept an invitation
   status       Show clans, machines and what needs attention
   members      Show who belongs to a clan
   machines     Show a clan's machines and how they are reached
+  revoke       Put a person or a machine out of a clan, or withdraw an invite
+  log          Show who decided what in a clan
   vm           This computer's virtual machines
   service      What the clan's machines offer
   web          Open the web page

@@ -12,6 +12,8 @@
 //! ([`keeper`]): a manager that was killed neither loses nor doubles a VM, and goes on with what it was doing.
 //! The person's keys stay here; a guest only ever gets entries that were signed with them.
 
+mod audit;
+mod authority;
 mod boot;
 mod clan;
 mod create;

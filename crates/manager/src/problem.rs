@@ -26,6 +26,11 @@ pub(crate) fn sources(error: &dyn Error) -> Option<String> {
     (!text.is_empty()).then_some(text)
 }
 
+/// An error with its sources.
+pub(crate) fn with_sources(error: &dyn Error) -> String {
+    sources(error).map_or_else(|| error.to_string(), |why| format!("{error}: {why}"))
+}
+
 fn plain(code: ErrorCode, error: &dyn Error) -> ApiProblem {
     let mut problem = ApiProblem::new(code, error.to_string());
     problem.why = sources(error);

@@ -1,7 +1,10 @@
 //! Signing what the person decides, and handing it to the clan.
 
+use std::collections::HashSet;
+
 use clan_api::{ApiProblem, ErrorCode};
 use clan_ledger::{AuthorId, Body, Entry, Ledger};
+use clan_os::channel::Channel;
 use clan_types::{ClanId, EntryId};
 use clan_wire::control::ControlRequest;
 use ed25519_dalek::SigningKey;
@@ -19,16 +22,10 @@ pub(crate) fn fold<'a>(clan: ClanId, entries: impl IntoIterator<Item = &'a [u8]>
 
 /// Why an entry has no effect, if it has none.
 fn void(ledger: &Ledger, entry: &EntryId) -> Option<String> {
-    ledger.state().void.iter().find(|v| v.entry == *entry).map(|v| {
-        let why = problem::sources(&v.reason);
-        why.map_or_else(|| v.reason.to_string(), |why| format!("{}: {why}", v.reason))
-    })
+    ledger.state().void.iter().find(|v| v.entry == *entry).map(|v| problem::with_sources(&v.reason))
 }
 
 /// Signs an entry into the person's log, durably; nobody has seen it then.
-///
-/// INVARIANT: every entry follows on all that the log holds, whatever the ledger lacks: the person never signs two
-/// entries for one place.
 pub(crate) fn sign(
     paths: &ClanPaths,
     key: &SigningKey,
@@ -36,6 +33,21 @@ pub(crate) fn sign(
     ledger: &mut Ledger,
     body: Body,
 ) -> Result<Entry, ApiProblem> {
+    let signed = sign_all(paths, key, log, ledger, vec![body])?;
+    signed.into_iter().next().ok_or_else(|| ApiProblem::new(ErrorCode::Internal, "nothing was signed"))
+}
+
+/// Signs entries that belong together into the person's log, durably, all of them or none; nobody has seen them then.
+///
+/// INVARIANT: every entry follows on all that the log holds, whatever the ledger lacks: the person never signs two
+/// entries for one place.
+pub(crate) fn sign_all(
+    paths: &ClanPaths,
+    key: &SigningKey,
+    log: &mut PersonLog,
+    ledger: &mut Ledger,
+    bodies: Vec<Body>,
+) -> Result<Vec<Entry>, ApiProblem> {
     ledger.insert_all(log.entries().filter_map(|bytes| Entry::decode(bytes).ok()));
     // Entries that an older copy of this log lacks, as after it was restored from a backup.
     let author = AuthorId::of(key);
@@ -46,21 +58,77 @@ pub(crate) fn sign(
     let internal = |e: clan_ledger::EntryError| {
         ApiProblem::new(ErrorCode::Internal, "the entry cannot be signed").why(e.to_string())
     };
-    let entry = ledger.author(key, body, now()).map_err(internal)?;
     let refused = |e: clan_ledger::InsertError| {
         ApiProblem::new(ErrorCode::Internal, "the entry does not fit the ledger").why(e.to_string())
     };
-    ledger.insert(entry.clone()).map_err(refused)?;
-    if let Some(why) = void(ledger, &entry.id())
-        && !matches!(entry.body(), Body::Admission { .. } | Body::Enrol { .. })
-    {
-        return Err(ApiProblem::new(ErrorCode::NotAllowed, "the clan's rules do not allow this").why(why));
+    let mut signed = Vec::with_capacity(bodies.len());
+    for body in bodies {
+        let entry = ledger.author(key, body, now()).map_err(internal)?;
+        ledger.insert(entry.clone()).map_err(refused)?;
+        signed.push(entry);
+    }
+    for entry in &signed {
+        if let Some(why) = void(ledger, &entry.id())
+            && !matches!(entry.body(), Body::Admission { .. } | Body::Enrol { .. })
+        {
+            return Err(ApiProblem::new(ErrorCode::NotAllowed, "the clan's rules do not allow this").why(why));
+        }
     }
     let mut longer = log.clone();
-    longer.push(entry.encode());
+    for entry in &signed {
+        longer.push(entry.encode());
+    }
     longer.save(&paths.log()).map_err(|e: DiskError| problem::disk(&e))?;
     *log = longer;
-    Ok(entry)
+    Ok(signed)
+}
+
+/// The ledger as the clan's machine here has it, and beside it what is to be handed over first: what was signed, and
+/// did not arrive, as a manager was killed in between.
+async fn present(clan: &Clan, control: &Channel, log: &PersonLog) -> Result<Ledger, ApiProblem> {
+    let theirs = guest::entries(control).await.map_err(|e| problem::guest(&e))?;
+    let mut ledger = fold(clan.id(), theirs.iter().map(Vec::as_slice));
+    let behind: Vec<Entry> = {
+        let known: HashSet<EntryId> = ledger.entries().map(Entry::id).collect();
+        let mine = log.entries().filter_map(|bytes| Entry::decode(bytes).ok());
+        mine.filter(|e| !known.contains(&e.id())).collect()
+    };
+    for entry in &behind {
+        guest::tell(control, &ControlRequest::Append(entry.encode())).await.map_err(|e| problem::guest(&e))?;
+    }
+    ledger.insert_all(behind);
+    Ok(ledger)
+}
+
+/// The ledger, to look at.
+pub(crate) async fn ledger(clan: &Clan) -> Result<Ledger, ApiProblem> {
+    let control = clan.control().map_err(|e| problem::guest(&e))?;
+    let theirs = guest::entries(&control).await.map_err(|e| problem::guest(&e))?;
+    let id = clan.id();
+    // Thousands of signatures are checked.
+    crate::fetch::blocking(move || fold(id, theirs.iter().map(Vec::as_slice))).await
+}
+
+/// Signs what `decision` says on seeing the ledger, all of it or nothing, and hands it to the clan's machine here.
+/// What it says beside the bodies is given back with the entries.
+pub(crate) async fn decide_all<T>(
+    clan: &Clan,
+    decision: impl FnOnce(&Ledger) -> Result<(T, Vec<Body>), ApiProblem>,
+) -> Result<(T, Vec<Entry>), ApiProblem> {
+    let control = clan.control().map_err(|e| problem::guest(&e))?;
+    let mut log = clan.log.lock().await;
+    let mut ledger = present(clan, &control, &log).await?;
+    let (outcome, bodies) = decision(&ledger)?;
+    if bodies.is_empty() {
+        return Ok((outcome, Vec::new()));
+    }
+    let entries = sign_all(clan.record.paths(), &clan.key, &mut log, &mut ledger, bodies)?;
+    for entry in &entries {
+        guest::tell(&control, &ControlRequest::Append(entry.encode())).await.map_err(|e| {
+            problem::guest(&e).hint("what you decided is signed: the same command again hands it to the clan")
+        })?;
+    }
+    Ok((outcome, entries))
 }
 
 /// Signs an entry and hands it to the clan's machine here, as what `request` says: mostly [`ControlRequest::Append`].
@@ -71,17 +139,7 @@ pub(crate) async fn decide(
 ) -> Result<Entry, ApiProblem> {
     let control = clan.control().map_err(|e| problem::guest(&e))?;
     let mut log = clan.log.lock().await;
-    let theirs = guest::entries(&control).await.map_err(|e| problem::guest(&e))?;
-    let mut ledger = fold(clan.id(), theirs.iter().map(Vec::as_slice));
-    // What was signed, and did not arrive: a manager was killed in between.
-    let behind: Vec<Vec<u8>> = {
-        let known: Vec<EntryId> = ledger.entries().map(Entry::id).collect();
-        let mine = log.entries().filter_map(|bytes| Entry::decode(bytes).ok());
-        mine.filter(|e| !known.contains(&e.id())).map(|e| e.encode()).collect()
-    };
-    for entry in behind {
-        guest::tell(&control, &ControlRequest::Append(entry)).await.map_err(|e| problem::guest(&e))?;
-    }
+    let mut ledger = present(clan, &control, &log).await?;
     let body = body(&ledger)?;
     let entry = sign(clan.record.paths(), &clan.key, &mut log, &mut ledger, body)?;
     guest::tell(&control, &request(entry.encode())).await.map_err(|e| problem::guest(&e))?;

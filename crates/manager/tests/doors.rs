@@ -5,8 +5,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use clan_api::{
-    ClientError, CreateClan, CreateInvite, DeleteQuery, ErrorCode, JoinClan, LogQuery, ManagerClient, TaskEvent,
-    TaskState,
+    ClanLogQuery, ClientError, CreateClan, CreateInvite, DeleteQuery, ErrorCode, JoinClan, LogQuery, ManagerClient,
+    RevocationKind, Revoke, TaskEvent, TaskState,
 };
 use clan_manager::{Manager, Options};
 use clan_vm::Qemu;
@@ -210,4 +210,20 @@ async fn founding_that_fails_says_why_and_leaves_nothing() {
     let data = manager.stop().await;
     assert_eq!(std::fs::read_dir(data.path().join("clans")).unwrap().count(), 0);
     assert!(!data.path().join("run/manager.sock").exists());
+}
+
+#[tokio::test]
+async fn authority_over_a_clan_that_is_not_here_is_told_as_such() {
+    let manager = Running::start().await;
+    let request = Revoke { kind: RevocationKind::Person, subject: "ben".into(), dry_run: true };
+    let told = [
+        problem(manager.client.revoke("nowhere", &request).await),
+        problem(manager.client.invites("nowhere").await),
+        problem(manager.client.clan_log("nowhere", ClanLogQuery::default()).await),
+    ];
+    for problem in told {
+        assert_eq!(problem.code, ErrorCode::NotFound);
+        assert!(problem.message.contains("nowhere"), "{problem:?}");
+    }
+    manager.stop().await;
 }

@@ -139,7 +139,8 @@ async fn follow(
     }
 }
 
-fn peers_of(view: &View) -> Vec<WgPeer> {
+/// The machines that packets are exchanged with.
+pub(crate) fn peers_of(view: &View) -> Vec<WgPeer> {
     view.state
         .good_machines()
         .filter(|(id, _)| **id != view.machine)

@@ -21,10 +21,12 @@ use crate::{
     core::{Core, CoreHandle, Own, View, now},
     image::{Disks, ImageServer},
     join::{self, RedeemError},
-    net, peer,
+    mesh, net, peer,
 };
 
 const LIMIT: Duration = Duration::from_secs(20);
+/// Whoever is put out is cut off by every machine that can be reached within this time.
+const CUT_OFF: Duration = Duration::from_secs(3);
 
 struct Machine {
     core: CoreHandle,
@@ -233,6 +235,44 @@ async fn a_revoked_machine_loses_its_connection_and_gets_no_other() {
     let connection = second.endpoint.connect(addr, clan_wire::peer::ALPN_PEER).await.unwrap();
     timeout(LIMIT, connection.closed()).await.expect("refused");
     assert!(founder.core.view().links.is_empty());
+}
+
+#[tokio::test]
+async fn a_person_who_is_put_out_at_one_machine_is_cut_off_by_every_other() {
+    let (founder, clan) = founded(2, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    let third = joined(&founder, &clan, 6, key(7), "eve").await;
+    let out = second.id();
+    let mut cut = Vec::new();
+    for machine in [&founder, &third] {
+        machine.until("connected", |v| v.links.contains_key(&out)).await;
+        let view = machine.core.view();
+        assert!(mesh::peers_of(&view).iter().any(|p| p.id == out), "packets are exchanged");
+        cut.push(view.links[&out].clone());
+    }
+    let mut ledger = Ledger::open(clan);
+    for entry in founder.core.entries().await {
+        ledger.insert(clan_ledger::Entry::decode(&entry).unwrap()).unwrap();
+    }
+    // As a manager does it: one entry after the other, at its own machine.
+    for body in ledger.revocation_of_person(&person(4)) {
+        let entry = ledger.author(&key(1), body, now()).unwrap();
+        ledger.insert(entry.clone()).unwrap();
+        founder.core.insert(None, vec![entry.encode()]).await.unwrap();
+    }
+    let everywhere = async {
+        for machine in [&founder, &third] {
+            let mut views = machine.core.watch();
+            let gone = |v: &Arc<View>| !v.links.contains_key(&out) && mesh::peers_of(v).iter().all(|p| p.id != out);
+            views.wait_for(gone).await.map(drop).unwrap();
+        }
+        for connection in &cut {
+            connection.closed().await;
+        }
+    };
+    timeout(CUT_OFF, everywhere).await.expect("its packets are dropped in time");
+    let peers: Vec<_> = mesh::peers_of(&third.core.view()).into_iter().map(|p| p.id).collect();
+    assert_eq!(peers, [founder.id()], "nobody else is cut off");
 }
 
 #[tokio::test]

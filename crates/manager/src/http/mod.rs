@@ -2,6 +2,7 @@
 //! within reach of every user and every web page, and checks host, origin and token.
 
 pub(crate) mod auth;
+mod authority;
 mod clans;
 mod problems;
 mod proxy;
@@ -259,7 +260,9 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/tasks/{id}", get(tasks::one))
         .route("/tasks/{id}/events", get(tasks::events))
         .route("/tasks/{id}/cancel", post(tasks::cancel))
-        .route("/clans/{clan}/invites", post(clans::invite))
+        .route("/clans/{clan}/invites", get(authority::invites).post(clans::invite))
+        .route("/clans/{clan}/revocations", post(authority::revoke))
+        .route("/clans/{clan}/log", get(authority::log))
         .route("/clans/{clan}/members", get(clans::members))
         .route("/clans/{clan}/machines", get(clans::machines))
         .route("/clans/{clan}/services", get(clans::services))

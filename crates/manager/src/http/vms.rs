@@ -55,7 +55,7 @@ pub(super) async fn stats(State(shared): State<Arc<Shared>>, Path(vm): Path<Stri
     Ok(Json(StatusCode::OK, status::vm_stats(&*shared.find(&vm)?)))
 }
 
-fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiProblem> {
+pub(super) fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T, ApiProblem> {
     query
         .map(|Query(q)| q)
         .map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.body_text()))
