@@ -31,7 +31,7 @@ use crate::{
 const PEOPLE: [(&str, Ipv4Addr, u16); 3] =
     [("founder", FOUNDER_ADDRESS, 8411), ("second", SECOND_ADDRESS, 8412), ("stranger", STRANGER_ADDRESS, 8413)];
 /// Where their programs are found.
-const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin";
+pub(crate) const PATH: &str = "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin";
 /// Longest that one command may take: building an image over a slow line under emulation.
 const COMMAND_LIMIT: Duration = Duration::from_secs(15 * 60);
 
@@ -413,7 +413,7 @@ impl Person {
         let mut command = self.command(&self.program)?;
         command.args(arguments).env("NO_COLOR", "1").stdin(Stdio::null());
         if let Some(input) = input {
-            command.stdin(typed(input)?);
+            command.stdin(net::typed(&format!("{input}\n"))?);
         }
         process::run(command, shown, COMMAND_LIMIT, &self.interrupt, hear)
     }
@@ -469,13 +469,6 @@ impl Person {
 
 fn people(config: &LabConfig) -> impl Iterator<Item = &'static (&'static str, Ipv4Addr, u16)> {
     PEOPLE.iter().filter(|(name, ..)| config.stranger || *name != "stranger")
-}
-
-/// A stream that somebody has typed `input` into already; it fits the pipe's buffer.
-fn typed(input: &str) -> Result<Stdio, LabError> {
-    let (reader, mut writer) = std::io::pipe().map_err(LabError::io("make a pipe"))?;
-    writer.write_all(format!("{input}\n").as_bytes()).map_err(LabError::io("write into a pipe"))?;
-    Ok(reader.into())
 }
 
 /// A command line without what must stay secret.

@@ -13,6 +13,7 @@ mod console;
 mod error;
 mod http;
 mod lab;
+pub mod nat;
 mod net;
 mod process;
 mod proxy;

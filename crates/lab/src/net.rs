@@ -10,11 +10,11 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write},
     net::Ipv4Addr,
     os::fd::AsFd,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, Stdio},
     thread,
 };
 
@@ -103,17 +103,50 @@ impl Namespace {
         .map_err(LabError::io(format!("work inside the network namespace {}", self.name)))
     }
 
-    fn ip(&self, arguments: &[&str]) -> Result<(), LabError> {
+    /// Runs `ip` on it.
+    pub(crate) fn ip(&self, arguments: &[&str]) -> Result<(), LabError> {
         let output = Command::new("ip")
             .args(["-n", &self.name])
             .args(arguments)
             .output()
             .map_err(LabError::io("run ip (package iproute2)"))?;
+        self.done("ip", &arguments.join(" "), &output)
+    }
+
+    /// Loads rules into its packet filter; a table that they name twice is theirs to flush.
+    pub(crate) fn nft(&self, rules: &str) -> Result<(), LabError> {
+        let mut command = Command::new("nft");
+        command.args(["-f", "-"]).stdin(typed(rules)?);
+        let output = self.inside(&mut command)?.output().map_err(LabError::io("run nft (package nftables)"))?;
+        self.done("nft", rules, &output)
+    }
+
+    /// Sets a kernel variable of its network, named as below `/proc/sys/net`.
+    pub(crate) fn sysctl(&self, variable: &str, value: &str) -> Result<(), LabError> {
+        let (path, value) = (Path::new("/proc/sys/net").join(variable), value.to_owned());
+        self.enter(move || fs::write(path, value))
+    }
+
+    /// Makes `command` run inside the namespace, with the caller's rights.
+    pub(crate) fn inside<'a>(&self, command: &'a mut Command) -> Result<&'a mut Command, LabError> {
+        use std::os::{fd::AsRawFd, unix::process::CommandExt};
+        let entrance = self.open()?;
+        // SAFETY: between fork and exec there is one system call, on a descriptor that was opened before.
+        unsafe {
+            command.pre_exec(move || match libc::setns(entrance.as_raw_fd(), libc::CLONE_NEWNET) {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            });
+        }
+        Ok(command)
+    }
+
+    fn done(&self, program: &str, arguments: &str, output: &std::process::Output) -> Result<(), LabError> {
         if output.status.success() {
             return Ok(());
         }
         Err(LabError::Command {
-            command: format!("ip -n {} {}", self.name, arguments.join(" ")),
+            command: format!("{program}, in {}: {arguments}", self.name),
             status: output.status.to_string(),
             output: String::from_utf8_lossy(&output.stderr).into_owned(),
         })
@@ -142,6 +175,13 @@ pub(crate) fn lay_computer(
     namespace.ip(&["address", "add", &format!("{address}/24"), "dev", "eth0"])?;
     namespace.ip(&["link", "set", "eth0", "up"])?;
     namespace.ip(&["route", "add", "default", "via", &INTERNET_ADDRESS.to_string()])
+}
+
+/// A stream that somebody has typed `input` into already; it must fit a pipe's buffer.
+pub(crate) fn typed(input: &str) -> Result<Stdio, LabError> {
+    let (reader, mut writer) = io::pipe().map_err(LabError::io("make a pipe"))?;
+    writer.write_all(input.as_bytes()).map_err(LabError::io("write into a pipe"))?;
+    Ok(reader.into())
 }
 
 fn in_thread<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {

@@ -30,12 +30,22 @@ pub struct Record {
     pub state_root: PathBuf,
     /// Names of the lab's people.
     pub people: Vec<String>,
+    /// Further namespaces: routers, and computers without people.
+    #[serde(default)]
+    pub(crate) networks: Vec<String>,
 }
 
 impl Record {
     pub(crate) fn new(prefix: &str, owner: ProcessId, state_root: &Path, people: &[&str]) -> Self {
         let people = people.iter().map(|name| (*name).to_owned()).collect();
-        Self { version: VERSION, prefix: prefix.to_owned(), owner, state_root: state_root.to_owned(), people }
+        let (prefix, state_root) = (prefix.to_owned(), state_root.to_owned());
+        Self { version: VERSION, prefix, owner, state_root, people, networks: Vec::new() }
+    }
+
+    /// The same with further namespaces to look after.
+    pub(crate) fn with_networks(mut self, names: impl IntoIterator<Item = String>) -> Self {
+        self.networks.extend(names);
+        self
     }
 
     fn path(prefix: &str) -> PathBuf {
@@ -119,7 +129,8 @@ impl Record {
 
     pub(crate) fn namespaces(&self) -> Vec<Namespace> {
         let people = self.people.iter().map(|person| self.computer(person));
-        people.chain([self.internet()]).collect()
+        let further = self.networks.iter().map(Namespace::named);
+        people.chain(further).chain([self.internet()]).collect()
     }
 
     /// What belongs to one person: home, data folder.
