@@ -5,6 +5,8 @@ use std::{fs, io};
 use clan_types::Timestamp;
 use rustix::system::RebootCommand;
 
+use crate::log;
+
 /// The guest, as the manager sees and steers it.
 pub(crate) trait Machine {
     /// Since boot, milliseconds.
@@ -60,6 +62,28 @@ impl Machine for Guest {
 
     fn power_off_now(&mut self) -> io::Result<()> {
         rustix::fs::sync();
+        if std::process::id() != 1
+            && let Err(error) = hold_init()
+        {
+            log::error(&format!("init goes on while the guest powers off: {error}"));
+        }
         Ok(rustix::system::reboot(RebootCommand::PowerOff)?)
     }
+}
+
+/// Stops process 1 for good. The kernel takes the disks away before it cuts the power: an init that then reads a page of
+/// its own program is killed, and the kernel panics over that, which resets the guest instead. Signals that stop others
+/// do not stop init; a tracer does.
+fn hold_init() -> io::Result<()> {
+    let trace = |request| {
+        // SAFETY: neither request reads or writes memory of this process.
+        match unsafe {
+            libc::ptrace(request, 1, std::ptr::null_mut::<libc::c_void>(), std::ptr::null_mut::<libc::c_void>())
+        } {
+            -1 => Err(io::Error::last_os_error()),
+            _ => Ok(()),
+        }
+    };
+    trace(libc::PTRACE_SEIZE)?;
+    trace(libc::PTRACE_INTERRUPT)
 }

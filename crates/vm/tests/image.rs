@@ -5,6 +5,7 @@
 use std::{
     env,
     path::PathBuf,
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
@@ -35,7 +36,9 @@ impl Drop for Running {
 
 /// One question to the agent, and its answer.
 async fn ask(port: &mut UnixStream, request: &AgentRequest) -> AgentResponse {
-    let nonce = Instant::now().elapsed().as_nanos() as u64 ^ u64::from(std::process::id()) << 20;
+    // A session that repeats the nonce of the one before is taken for it.
+    static SESSIONS: AtomicU64 = AtomicU64::new(0);
+    let nonce = u64::from(std::process::id()) << 32 | SESSIONS.fetch_add(1, Ordering::Relaxed);
     let mut mux = Mux::new(Role::Host, nonce, "test", Instant::now());
     let (mut stream, mut answer, mut buffer) = (None, Vec::new(), [0; 4096]);
     loop {
@@ -108,7 +111,7 @@ async fn an_image_boots_twice_on_its_data_disk_and_powers_off_on_request() {
         timeout(BOOT_LIMIT, ask(&mut port, &AgentRequest::PowerOffNow)).await.unwrap();
         let exit = timeout(BOOT_LIMIT, vm.wait_exit()).await;
         let exit = exit.unwrap_or_else(|_| panic!("still there; console:\n{}", vm.console_tail(40).unwrap()));
-        assert_eq!(exit.reason, ExitReason::PoweredOff);
+        assert_eq!(exit.reason, ExitReason::PoweredOff, "console:\n{}", vm.console_tail(40).unwrap());
         println!("ended {:?} after the start", start.elapsed());
     }
 }
