@@ -159,7 +159,7 @@ impl Controller {
     /// Requests that need the clan.
     async fn converse_as_member(&self, mut stream: Stream, request: ControlRequest, access: Access) {
         let response = match request {
-            ControlRequest::Append(entry) => match access.core.insert(None, vec![entry]).await {
+            ControlRequest::Append(entry) => match access.core.insert(vec![entry]).await {
                 Ok(()) => ControlResponse::Done,
                 Err(error) => ControlResponse::Failed(chain(&error)),
             },
@@ -280,7 +280,7 @@ impl Controller {
             ..Own::default()
         };
         let cancel = self.cancel.child_token();
-        let (core, handle) = Core::new(self.identity.signing().clone(), ledger, store, own)
+        let (core, handle, dials) = Core::new(self.identity.signing().clone(), ledger, store, own, place.peers.clone())
             .ok_or_else(|| ProvisionOrNodeError::Reason("the ledger lacks its founding entry".to_owned()))?;
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
@@ -300,13 +300,13 @@ impl Controller {
             cancel.clone(),
             self.cancel.clone(),
         ));
-        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), place.peers.clone(), cancel.clone()));
+        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
         tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, wireguard: mesh.wireguard(), mesh, tasks, cancel })
     }
 
     async fn farewell(&self, access: &Access, entry: Vec<u8>) -> ControlResponse {
-        if let Err(error) = access.core.insert(None, vec![entry]).await {
+        if let Err(error) = access.core.insert(vec![entry]).await {
             return ControlResponse::Failed(chain(&error));
         }
         tokio::time::sleep(FAREWELL).await;

@@ -1,36 +1,36 @@
-//! The one owner of what this machine knows: the ledger, the beacons, the links to other machines.
+//! The one owner of what this machine knows: it drives the [`Replica`], which decides, with real connections and the
+//! ledger's file.
 //!
 //! Everybody else holds a [`CoreHandle`]: questions and changes go in as commands, and each change publishes a new
 //! [`View`], which is all that readers ever see.
 
 use std::{
     collections::BTreeMap,
-    net::SocketAddr,
     sync::Arc,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use clan_ledger::{Body, Entry, Inserted, Ledger, State};
-use clan_store::LedgerStore;
+use clan_ledger::{Ledger, State};
+pub(crate) use clan_replica::Own;
+use clan_replica::{Action, Answer, Close, Config, LinkId, Now, Rejected, Replica, Ticket, WriteId};
+use clan_store::{LedgerStore, StoreError};
 use clan_types::{ClanId, ClanName, MachineId, PeerAddr, Timestamp};
 use clan_wire::{
-    beacon::{self, Beacon, ServiceOffer, SignedBeacon},
-    image::Manifest,
-    peer::{EncodedEntry, InviteProof, JoinRefusal, MAX_ENTRIES, PeerMessage, Vector},
+    beacon::{self, Beacon},
+    peer::{EncodedEntry, InviteProof, JoinRefusal, PeerMessage, Vector},
 };
 use ed25519_dalek::SigningKey;
 use iroh::endpoint::Connection;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
-
-use crate::join;
 
 /// Commands that may wait for the core; more make their senders wait.
 const QUEUE: usize = 256;
-/// Entries sent to a peer in one message.
-const BATCH: usize = 500;
-/// A beacon made further in the future than this is refused: its machine's clock is wrong, or it lies.
-const MAX_AHEAD: Duration = Duration::from_secs(600);
+/// Machines that wait to be dialled; the replica asks again for those that find no place.
+const DIALS: usize = 256;
 
 /// What this machine knows, at one moment.
 #[derive(Clone)]
@@ -49,52 +49,39 @@ pub(crate) struct View {
     pub problems: Vec<String>,
 }
 
-/// What the machine says of itself in its beacons.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Own {
-    pub quic: Vec<SocketAddr>,
-    pub wireguard: Vec<SocketAddr>,
-    pub services: Vec<ServiceOffer>,
-    pub manifest: Vec<u8>,
-}
-
 /// Why an entry or a command is refused.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CoreError {
-    #[error("an entry is malformed or not rightly signed")]
-    Entry(#[from] clan_ledger::EntryError),
-    #[error("an entry does not fit the ledger")]
-    Insert(#[from] clan_ledger::InsertError),
+    #[error(transparent)]
+    Rejected(#[from] Rejected),
     #[error("the ledger cannot be written")]
-    Store(#[from] clan_store::StoreError),
+    Store(#[from] StoreError),
     #[error("the controller is stopping")]
     Stopping,
 }
 
 enum Command {
     Insert {
-        from: Option<MachineId>,
         entries: Vec<EncodedEntry>,
         reply: oneshot::Sender<Result<(), CoreError>>,
     },
-    Beacon {
+    Message {
+        link: LinkId,
         from: MachineId,
-        beacon: SignedBeacon,
+        message: PeerMessage,
     },
     Linked {
         machine: MachineId,
         connection: Connection,
         out: mpsc::Sender<PeerMessage>,
         vector: Vector,
-        reply: oneshot::Sender<bool>,
+        reply: oneshot::Sender<Option<LinkId>>,
     },
     Unlinked {
-        machine: MachineId,
-        stable_id: usize,
+        link: LinkId,
     },
-    Vector {
-        from: MachineId,
-        vector: Vector,
+    DialEnded {
+        machine: MachineId,
     },
     Preview {
         proof: InviteProof,
@@ -128,32 +115,34 @@ impl CoreHandle {
         self.view.clone()
     }
 
-    /// Adds entries, durably, and passes the new ones on. `from` is the machine that sent them, if any.
-    pub(crate) async fn insert(&self, from: Option<MachineId>, entries: Vec<EncodedEntry>) -> Result<(), CoreError> {
-        self.ask(|reply| Command::Insert { from, entries, reply }).await.unwrap_or(Err(CoreError::Stopping))
+    /// Adds entries that this machine's person signed, durably, and passes the new ones on.
+    pub(crate) async fn insert(&self, entries: Vec<EncodedEntry>) -> Result<(), CoreError> {
+        self.ask(|reply| Command::Insert { entries, reply }).await.unwrap_or(Err(CoreError::Stopping))
     }
 
-    pub(crate) async fn beacon(&self, from: MachineId, beacon: SignedBeacon) {
-        let _ = self.commands.send(Command::Beacon { from, beacon }).await;
+    /// Passes a message of another machine on.
+    pub(crate) async fn message(&self, link: LinkId, from: MachineId, message: PeerMessage) {
+        let _ = self.commands.send(Command::Message { link, from, message }).await;
     }
 
-    /// Registers a connection; `false` if the machine may not be here.
+    /// Registers a connection; `None` if the machine may not be here.
     pub(crate) async fn linked(
         &self,
         machine: MachineId,
         connection: Connection,
         out: mpsc::Sender<PeerMessage>,
         vector: Vector,
-    ) -> bool {
-        self.ask(|reply| Command::Linked { machine, connection, out, vector, reply }).await.unwrap_or(false)
+    ) -> Option<LinkId> {
+        self.ask(|reply| Command::Linked { machine, connection, out, vector, reply }).await?
     }
 
-    pub(crate) async fn unlinked(&self, machine: MachineId, stable_id: usize) {
-        let _ = self.commands.send(Command::Unlinked { machine, stable_id }).await;
+    pub(crate) async fn unlinked(&self, link: LinkId) {
+        let _ = self.commands.send(Command::Unlinked { link }).await;
     }
 
-    pub(crate) async fn vector(&self, from: MachineId, vector: Vector) {
-        let _ = self.commands.send(Command::Vector { from, vector }).await;
+    /// An attempt to dial, or the connection that it led to, has ended.
+    pub(crate) async fn dial_ended(&self, machine: MachineId) {
+        let _ = self.commands.send(Command::DialEnded { machine }).await;
     }
 
     pub(crate) async fn preview(
@@ -185,298 +174,244 @@ impl CoreHandle {
 }
 
 struct Link {
+    machine: MachineId,
     connection: Connection,
     out: mpsc::Sender<PeerMessage>,
 }
 
+/// Who waits for an answer of the replica.
+enum Asked {
+    Insert(oneshot::Sender<Result<(), CoreError>>),
+    Redeem(oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>),
+}
+
 /// The owner itself; see the module's documentation.
 pub(crate) struct Core {
-    key: SigningKey,
-    machine: MachineId,
+    replica: Replica,
     clan_name: ClanName,
-    ledger: Ledger,
     store: LedgerStore,
-    own: Own,
-    beacons: BTreeMap<MachineId, (SignedBeacon, Beacon)>,
-    links: BTreeMap<MachineId, Link>,
-    problems: Vec<String>,
+    /// What the disk said to the last write that failed.
+    refused: Option<StoreError>,
+    /// The same, for people, until a write succeeds.
+    disk_problem: Option<String>,
+    started: Instant,
+    links: BTreeMap<LinkId, Link>,
+    asked: BTreeMap<Ticket, Asked>,
+    /// For numbering links and questions.
+    count: u64,
+    dials: mpsc::Sender<PeerAddr>,
     publish: watch::Sender<Arc<View>>,
     commands: mpsc::Receiver<Command>,
 }
 
 impl Core {
-    /// `None` if the ledger lacks its founding entry.
-    pub(crate) fn new(key: SigningKey, ledger: Ledger, store: LedgerStore, own: Own) -> Option<(Self, CoreHandle)> {
+    /// `None` if the ledger lacks its founding entry. Third comes whom [`crate::peer::dial`] is to dial.
+    pub(crate) fn new(
+        key: SigningKey,
+        ledger: Ledger,
+        store: LedgerStore,
+        own: Own,
+        bootstrap: Vec<PeerAddr>,
+    ) -> Option<(Self, CoreHandle, mpsc::Receiver<PeerAddr>)> {
         let clan_name = ledger.state().clan_name.clone()?;
-        let machine = MachineId::from_bytes(key.verifying_key().to_bytes());
+        let mut seed = [0; 32];
+        if let Err(error) = getrandom::fill(&mut seed) {
+            // Spreads load, and no more.
+            tracing::warn!(%error, "no randomness for choosing among machines");
+        }
+        let config = Config { key, version: env!("CARGO_PKG_VERSION").to_owned(), own, bootstrap, seed };
+        let replica = Replica::new(config, ledger, Now { at: Duration::ZERO, wall: now() });
         let (sender, commands) = mpsc::channel(QUEUE);
-        let view = View {
-            clan: ledger.clan(),
-            clan_name: clan_name.clone(),
-            machine,
-            state: Arc::new(ledger.state().clone()),
-            entries: ledger.len() as u64,
-            vector: Arc::new(ledger.vector()),
-            beacons: Arc::default(),
-            links: Arc::default(),
-            problems: Vec::new(),
-        };
-        let (publish, view) = watch::channel(Arc::new(view));
+        let (dials, to_dial) = mpsc::channel(DIALS);
+        let (publish, view) = watch::channel(Arc::new(view(&replica, &clan_name, BTreeMap::new(), None)));
         let core = Self {
-            key,
-            machine,
+            replica,
             clan_name,
-            ledger,
             store,
-            own,
-            beacons: BTreeMap::new(),
+            refused: None,
+            disk_problem: None,
+            started: Instant::now(),
             links: BTreeMap::new(),
-            problems: Vec::new(),
+            asked: BTreeMap::new(),
+            count: 0,
+            dials,
             publish,
             commands,
         };
-        Some((core, CoreHandle { commands: sender, view }))
+        Some((core, CoreHandle { commands: sender, view }, to_dial))
     }
 
     /// The event loop.
     pub(crate) async fn run(mut self, cancel: CancellationToken) {
-        let mut beacon_due = tokio::time::interval(beacon::INTERVAL);
-        let mut compare_due = tokio::time::interval(Duration::from_secs(15));
         loop {
+            let due = self.started + self.replica.poll_timeout();
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
+                // Before commands: a machine that others keep busy says where it is all the same.
+                () = tokio::time::sleep_until(due) => self.replica.handle_timeout(self.now()),
                 command = self.commands.recv() => match command {
                     Some(command) => self.handle(command),
                     None => break,
                 },
-                _ = beacon_due.tick() => self.announce(),
-                // Pushed entries may have been dropped on a full queue: comparing what each has repairs that.
-                _ = compare_due.tick() => self.broadcast(None, &PeerMessage::Vector(self.ledger.vector())),
             }
+            self.carry_out();
         }
         for link in self.links.values() {
             link.connection.close(0u32.into(), b"stopping");
         }
     }
 
+    fn now(&self) -> Now {
+        Now { at: self.started.elapsed(), wall: now() }
+    }
+
     fn handle(&mut self, command: Command) {
+        let now = self.now();
         match command {
-            Command::Insert { from, entries, reply } => {
-                let outcome = self.insert(from, &entries);
-                if let (Err(error), Some(from)) = (&outcome, from) {
-                    tracing::info!(%from, %error, "a machine sent entries that do not count");
-                }
-                let _ = reply.send(outcome);
+            Command::Insert { entries, reply } => {
+                let ticket = Ticket(self.number());
+                self.asked.insert(ticket, Asked::Insert(reply));
+                self.replica.handle_entries(Some(ticket), None, entries, now);
             }
-            Command::Beacon { from, beacon } => self.take_beacon(from, beacon),
+            Command::Message { link, from, message } => self.replica.handle_message(link, from, message, now),
             Command::Linked { machine, connection, out, vector, reply } => {
-                let _ = reply.send(self.link(machine, connection, out, &vector));
-            }
-            Command::Unlinked { machine, stable_id } => {
-                if self.links.get(&machine).is_some_and(|l| l.connection.stable_id() == stable_id) {
-                    self.links.remove(&machine);
-                    self.publish();
+                let link = LinkId(self.number());
+                self.links.insert(link, Link { machine, connection, out });
+                self.replica.handle_linked(machine, link, vector, now);
+                self.carry_out();
+                let stays = self.links.contains_key(&link);
+                if stays {
+                    tracing::info!(%machine, "connected");
                 }
+                let _ = reply.send(stays.then_some(link));
             }
-            Command::Vector { from, vector } => self.send_missing(&from, &vector),
+            Command::Unlinked { link } => {
+                self.links.remove(&link);
+                self.replica.handle_unlinked(link, now);
+            }
+            Command::DialEnded { machine } => self.replica.handle_dial_ended(machine, now),
             Command::Preview { proof, endpoint, reply } => {
-                let _ = reply.send(self.preview(&proof, &endpoint));
+                let _ = reply.send(self.replica.preview(&proof, &endpoint, now));
             }
             Command::Redeem { entries, reply } => {
-                let _ = reply.send(self.redeem(&entries));
+                let ticket = Ticket(self.number());
+                self.asked.insert(ticket, Asked::Redeem(reply));
+                self.replica.handle_redemption(ticket, entries, now);
             }
             Command::Entries { reply } => {
-                let _ = reply.send(self.encoded());
+                let _ = reply.send(self.replica.entries());
             }
             Command::ChangeOwn(change) => {
-                let before = self.own.clone();
-                change(&mut self.own);
-                if self.own != before {
-                    self.announce();
+                let mut own = self.replica.own().clone();
+                change(&mut own);
+                self.replica.handle_own(own, now);
+            }
+        }
+    }
+
+    /// Does what the replica wants done. Writing is done at once, so that none is outstanding afterwards.
+    fn carry_out(&mut self) {
+        let mut changed = false;
+        while let Some(action) = self.replica.poll_action() {
+            match action {
+                Action::Persist { write, entries } => changed |= self.persist(write, &entries),
+                Action::Send { link, message } => {
+                    if let Some(link) = self.links.get(&link) {
+                        // A full queue means a slow peer; comparing vectors brings it up to date later.
+                        let _ = link.out.try_send(message);
+                    }
+                }
+                Action::Close { link, why } => self.close(link, why),
+                Action::Dial(peer) => {
+                    if let Err(error) = self.dials.try_send(peer) {
+                        self.replica.handle_dial_ended(error.into_inner().machine, self.now());
+                    }
+                }
+                Action::Answer { ticket, answer } => self.answer(ticket, answer),
+                Action::Changed => changed = true,
+                Action::Refused { from, why } => {
+                    tracing::info!(%from, error = %why, "a machine sent entries that do not count");
                 }
             }
         }
-    }
-
-    fn insert(&mut self, from: Option<MachineId>, encoded: &[EncodedEntry]) -> Result<(), CoreError> {
-        let mut fresh = Vec::new();
-        let mut outcome = Ok(());
-        for bytes in encoded.iter().take(MAX_ENTRIES) {
-            // One bad entry does not cost the good ones around it.
-            match self.insert_one(bytes) {
-                Ok(Some(bytes)) => fresh.push(bytes),
-                Ok(None) => {}
-                Err(error) => outcome = Err(error),
-            }
-        }
-        if !fresh.is_empty() {
-            self.drop_strangers();
+        if changed {
             self.publish();
-            for batch in fresh.chunks(BATCH) {
-                self.broadcast(from, &PeerMessage::Entries(batch.to_vec()));
+        }
+    }
+
+    /// Says whether there is anything new to tell about the disk.
+    fn persist(&mut self, write: WriteId, entries: &[clan_ledger::Entry]) -> bool {
+        let before = self.disk_problem.is_some();
+        match self.store.append_all(entries) {
+            Ok(()) => {
+                self.disk_problem = None;
+                self.replica.handle_persisted(write, self.now());
+            }
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "the ledger cannot be written");
+                self.disk_problem = Some(format!("nothing can be recorded: {error}"));
+                self.refused = Some(error);
+                self.replica.handle_not_persisted(write, self.now());
             }
         }
-        outcome
+        before != self.disk_problem.is_some()
     }
 
-    fn insert_one(&mut self, bytes: &[u8]) -> Result<Option<EncodedEntry>, CoreError> {
-        let entry = Entry::decode(bytes)?;
-        // INVARIANT: an entry is on disk before anybody is told that it is known.
-        match self.ledger.insert(entry.clone())? {
-            Inserted::Known => Ok(None),
-            inserted @ (Inserted::New | Inserted::Waiting) => {
-                if let Err(error) = self.store.append(&entry) {
-                    // Memory must not know more than the disk: the sender will offer the entry again.
-                    self.ledger = self.store.load()?;
-                    return Err(error.into());
-                }
-                Ok((inserted == Inserted::New).then(|| bytes.to_vec()))
+    fn close(&mut self, link: LinkId, why: Close) {
+        let Some(link) = self.links.remove(&link) else { return };
+        if why == Close::NotInGoodStanding {
+            tracing::info!(machine = %link.machine, "no longer in the clan: connection closed");
+        }
+        let (code, reason) = why.reason();
+        link.connection.close(code.into(), reason.as_bytes());
+    }
+
+    fn answer(&mut self, ticket: Ticket, answer: Answer) {
+        match (self.asked.remove(&ticket), answer) {
+            (Some(Asked::Insert(reply)), Answer::Inserted(outcome)) => {
+                let outcome = outcome.map_err(|why| match self.refused.take_if(|_| why == Rejected::NotPersisted) {
+                    Some(error) => error.into(),
+                    None => why.into(),
+                });
+                let _ = reply.send(outcome);
             }
-        }
-    }
-
-    /// Machines that lost their standing lose their connection.
-    fn drop_strangers(&mut self) {
-        let state = self.ledger.state();
-        self.links.retain(|machine, link| {
-            let stays = state.machine_in_good_standing(machine).is_some();
-            if !stays {
-                tracing::info!(%machine, "no longer in the clan: connection closed");
-                link.connection.close(3u32.into(), b"not in good standing");
+            (Some(Asked::Redeem(reply)), Answer::Redeemed(outcome)) => {
+                let _ = reply.send(outcome);
             }
-            stays
-        });
-    }
-
-    fn take_beacon(&mut self, from: MachineId, signed: SignedBeacon) {
-        let Ok(beacon) = signed.open() else {
-            tracing::info!(%from, "a machine sent a beacon that does not count");
-            return;
-        };
-        let known = beacon.clan == self.ledger.clan()
-            && self.ledger.state().machine_in_good_standing(&beacon.machine).is_some();
-        let newer = self.beacons.get(&beacon.machine).is_none_or(|(_, old)| old.made < beacon.made);
-        if known && newer && beacon.machine != self.machine && beacon.made <= now().plus(MAX_AHEAD) {
-            self.beacons.insert(beacon.machine, (signed.clone(), beacon));
-            self.publish();
-            self.broadcast(Some(from), &PeerMessage::Beacon(signed));
+            _ => {}
         }
     }
 
-    fn link(
-        &mut self,
-        machine: MachineId,
-        connection: Connection,
-        out: mpsc::Sender<PeerMessage>,
-        vector: &Vector,
-    ) -> bool {
-        // INVARIANT: only machines in good standing are ever in `links`; packets and entries come from there alone.
-        if self.ledger.state().machine_in_good_standing(&machine).is_none() {
-            return false;
-        }
-        tracing::info!(%machine, "connected");
-        if let Some(old) = self.links.insert(machine, Link { connection, out }) {
-            old.connection.close(1u32.into(), b"replaced");
-        }
-        self.send_missing(&machine, vector);
-        for (signed, _) in self.beacons.values() {
-            self.send(&machine, PeerMessage::Beacon(signed.clone()));
-        }
-        self.publish();
-        true
+    fn number(&mut self) -> u64 {
+        self.count += 1;
+        self.count
     }
 
-    fn send_missing(&self, machine: &MachineId, vector: &Vector) {
-        let missing: Vec<EncodedEntry> =
-            self.ledger.missing(vector, MAX_ENTRIES).into_iter().map(Entry::encode).collect();
-        for batch in missing.chunks(BATCH) {
-            self.send(machine, PeerMessage::Entries(batch.to_vec()));
-        }
-    }
-
-    fn send(&self, machine: &MachineId, message: PeerMessage) {
-        if let Some(link) = self.links.get(machine) {
-            // A full queue means a slow peer; comparing vectors brings it up to date later.
-            let _ = link.out.try_send(message);
-        }
-    }
-
-    fn broadcast(&self, except: Option<MachineId>, message: &PeerMessage) {
-        for machine in self.links.keys().filter(|m| Some(**m) != except) {
-            self.send(machine, message.clone());
-        }
-    }
-
-    fn announce(&mut self) {
-        let beacon = Beacon {
-            clan: self.ledger.clan(),
-            machine: self.machine,
-            made: now(),
-            version: env!("CARGO_PKG_VERSION").to_owned(),
-            quic: self.own.quic.clone(),
-            wireguard: self.own.wireguard.clone(),
-            services: self.own.services.clone(),
-            image: (!self.own.manifest.is_empty()).then(|| Manifest::id_of(&self.own.manifest)),
-        };
-        match SignedBeacon::sign(&beacon, &self.key) {
-            Ok(signed) => {
-                self.beacons.insert(self.machine, (signed.clone(), beacon));
-                self.broadcast(None, &PeerMessage::Beacon(signed));
-                self.publish();
-            }
-            Err(error) => tracing::error!(%error, "cannot make a beacon"),
-        }
-    }
-
-    fn preview(&mut self, proof: &InviteProof, endpoint: &MachineId) -> Result<Vec<EncodedEntry>, JoinRefusal> {
-        if !proof.is_valid(&self.ledger.clan(), endpoint) {
-            return Err(JoinRefusal::UnknownInvite);
-        }
-        join::check_invite(self.ledger.state(), &proof.invite, now())?;
-        Ok(self.encoded())
-    }
-
-    /// Admits a newcomer: their entries are checked against the ledger as it is, recorded, and countersigned.
-    fn redeem(&mut self, encoded: &[EncodedEntry]) -> Result<Vec<EncodedEntry>, JoinRefusal> {
-        let entries = join::decode_newcomer(encoded)?;
-        if join::belongs(&entries, self.ledger.state()) {
-            // The answer to an earlier attempt was lost.
-            return Ok(self.encoded());
-        }
-        let admission = self.ledger.check_redemption(&entries, now()).map_err(join::redeem_refusal)?.id();
-        let recorded = self.insert(None, encoded).and_then(|()| {
-            let countersign = self.ledger.author(&self.key, Body::Countersign { admission }, now())?;
-            self.insert(None, &[countersign.encode()])
-        });
-        if let Err(error) = recorded {
-            tracing::error!(%error, "cannot record an admission");
-            return Err(JoinRefusal::NotReady);
-        }
-        if !join::belongs(&entries, self.ledger.state()) {
-            tracing::error!(%admission, "a countersigned admission does not count");
-            return Err(JoinRefusal::Malformed);
-        }
-        Ok(self.encoded())
-    }
-
-    fn encoded(&self) -> Vec<EncodedEntry> {
-        self.ledger.entries().map(Entry::encode).collect()
-    }
-
-    fn publish(&mut self) {
-        let view = View {
-            clan: self.ledger.clan(),
-            clan_name: self.clan_name.clone(),
-            machine: self.machine,
-            entries: self.ledger.len() as u64,
-            vector: Arc::new(self.ledger.vector()),
-            state: Arc::new(self.ledger.state().clone()),
-            beacons: Arc::new(self.beacons.iter().map(|(id, (_, beacon))| (*id, beacon.clone())).collect()),
-            links: Arc::new(self.links.iter().map(|(id, link)| (*id, link.connection.clone())).collect()),
-            problems: self.problems.clone(),
-        };
+    fn publish(&self) {
+        let connection = |link: &LinkId| self.links.get(link).map(|known| known.connection.clone());
+        let links = self.replica.links().iter().filter_map(|(machine, link)| Some((*machine, connection(link)?)));
+        let view = view(&self.replica, &self.clan_name, links.collect(), self.disk_problem.clone());
         self.publish.send_replace(Arc::new(view));
+    }
+}
+
+fn view(
+    replica: &Replica,
+    clan_name: &ClanName,
+    links: BTreeMap<MachineId, Connection>,
+    disk_problem: Option<String>,
+) -> View {
+    View {
+        clan: replica.clan(),
+        clan_name: clan_name.clone(),
+        machine: replica.machine(),
+        state: replica.state().clone(),
+        entries: replica.len() as u64,
+        vector: replica.vector().clone(),
+        beacons: replica.beacons().clone(),
+        links: Arc::new(links),
+        problems: replica.problems().into_iter().chain(disk_problem).collect(),
     }
 }
 

@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use crate::{
     core::{CoreHandle, now},
-    join, net,
+    net,
 };
 
 const CHUNK: usize = 256 << 10;
@@ -130,7 +130,8 @@ fn entitled(connection: &Connection, core: &CoreHandle, request: &ImageRequest) 
     let (endpoint, view) = (net::machine_of(connection), core.view());
     view.state.machine_in_good_standing(&endpoint).is_some()
         || request.proof.as_ref().is_some_and(|proof| {
-            proof.is_valid(&view.clan, &endpoint) && join::check_invite(&view.state, &proof.invite, now()).is_ok()
+            proof.is_valid(&view.clan, &endpoint)
+                && clan_replica::check_invite(&view.state, &proof.invite, now()).is_ok()
         })
 }
 

@@ -2,9 +2,8 @@
 
 use std::time::Duration;
 
-use clan_ledger::{Body, Entry, InviteProblem, RedeemProblem, State};
 use clan_os::channel::{recv_message, send_message};
-use clan_types::{InviteId, MachineId, Timestamp};
+use clan_types::MachineId;
 use clan_wire::{
     control::Redeem,
     peer::{ALPN_JOIN, EncodedEntry, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE},
@@ -14,56 +13,10 @@ use tokio::time::timeout;
 
 use crate::{core::CoreHandle, net};
 
-/// A newcomer's log is their admission and one machine; more is not looked at.
-const MAX_NEWCOMER_ENTRIES: usize = 4;
 const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
 /// Questions that one stranger may ask on a connection.
 const MAX_REQUESTS: usize = 8;
-
-/// Decodes the entries with which a newcomer asks to be admitted.
-pub(crate) fn decode_newcomer(encoded: &[EncodedEntry]) -> Result<Vec<Entry>, JoinRefusal> {
-    if encoded.len() > MAX_NEWCOMER_ENTRIES {
-        return Err(JoinRefusal::Malformed);
-    }
-    encoded.iter().map(|bytes| Entry::decode(bytes)).collect::<Result<_, _>>().map_err(|_| JoinRefusal::Malformed)
-}
-
-/// Whether a newcomer and their machines are in the clan already.
-pub(crate) fn belongs(entries: &[Entry], state: &State) -> bool {
-    let person = entries.first().is_some_and(|e| state.person(&e.author().person()).is_some());
-    person
-        && entries.iter().all(|entry| match entry.body() {
-            Body::Enrol { machine, .. } => {
-                state.machine_in_good_standing(machine).is_some_and(|m| m.owner == entry.author().person())
-            }
-            _ => true,
-        })
-}
-
-pub(crate) fn redeem_refusal(problem: RedeemProblem) -> JoinRefusal {
-    match problem {
-        RedeemProblem::Invite(problem) => refusal(problem),
-        RedeemProblem::PersonNameTaken(name) => JoinRefusal::NameTaken { name: name.to_string() },
-        RedeemProblem::MachineNameTaken(name) => JoinRefusal::NameTaken { name: name.to_string() },
-        RedeemProblem::Malformed | RedeemProblem::KeyTaken => JoinRefusal::Malformed,
-        RedeemProblem::ClockAhead => JoinRefusal::ClockAhead,
-    }
-}
-
-/// Whether an invite can be redeemed now.
-pub(crate) fn check_invite(state: &State, invite: &InviteId, at: Timestamp) -> Result<(), JoinRefusal> {
-    state.check_invite(invite, at).map(drop).map_err(refusal)
-}
-
-pub(crate) fn refusal(problem: InviteProblem) -> JoinRefusal {
-    match problem {
-        InviteProblem::Unknown => JoinRefusal::UnknownInvite,
-        InviteProblem::Used => JoinRefusal::Used,
-        InviteProblem::Expired => JoinRefusal::Expired,
-        InviteProblem::Revoked => JoinRefusal::Revoked,
-    }
-}
 
 /// Answers a newcomer's questions.
 pub(crate) async fn serve(connection: Connection, core: CoreHandle) {

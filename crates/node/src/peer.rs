@@ -1,22 +1,16 @@
-//! Conversations with the other machines of the clan: who dials whom, and the `clan/peer/1` stream.
+//! Conversations with the other machines of the clan: dialling, and the `clan/peer/1` stream.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    time::Duration,
-};
+use std::time::Duration;
 
 use clan_os::channel::{recv_message, send_message};
+use clan_replica::LinkId;
 use clan_types::{MachineId, PeerAddr};
 use clan_wire::peer::{ALPN_PEER, MAX_MESSAGE, PeerMessage};
 use iroh::{
     Endpoint,
     endpoint::{Connection, RecvStream, SendStream},
 };
-use tokio::{
-    sync::mpsc,
-    task::JoinSet,
-    time::{Instant, timeout},
-};
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{core::CoreHandle, net};
@@ -25,78 +19,36 @@ use crate::{core::CoreHandle, net};
 const QUEUE: usize = 64;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
-/// The machine with the greater key leaves dialling to the other one for this long, so that two connections do not cross.
-const COURTESY: Duration = Duration::from_secs(6);
-const RETRY: Duration = Duration::from_secs(2);
-const RETRY_MAX: Duration = Duration::from_secs(30);
 
-/// Keeps a connection to every other machine in good standing.
-pub(crate) async fn dial(endpoint: Endpoint, core: CoreHandle, bootstrap: Vec<PeerAddr>, cancel: CancellationToken) {
-    let mut view = core.watch();
-    let mut waiting: BTreeMap<MachineId, Backoff> = BTreeMap::new();
-    let mut running: BTreeSet<MachineId> = BTreeSet::new();
+/// Tries to connect to the machines that come out of `dials`, and talks with those that it reaches.
+pub(crate) async fn dial(
+    endpoint: Endpoint,
+    core: CoreHandle,
+    mut dials: mpsc::Receiver<PeerAddr>,
+    cancel: CancellationToken,
+) {
     let mut attempts = JoinSet::new();
     loop {
-        let now = Instant::now();
-        let current = view.borrow_and_update().clone();
-        let mut wake = now + RETRY_MAX;
-        waiting.retain(|machine, _| current.state.machine_in_good_standing(machine).is_some());
-        for (machine, _) in current.state.good_machines() {
-            if *machine == current.machine || current.links.contains_key(machine) || running.contains(machine) {
-                if current.links.contains_key(machine) {
-                    waiting.remove(machine);
-                }
-                continue;
-            }
-            let backoff = waiting.entry(*machine).or_insert_with(|| Backoff::new(now, current.machine < *machine));
-            if backoff.due > now {
-                wake = wake.min(backoff.due);
-                continue;
-            }
-            backoff.failed(now);
-            let mut peer = current.addresses_of(machine);
-            for known in bootstrap.iter().filter(|p| p.machine == *machine) {
-                peer.addrs.extend(known.addrs.iter().copied());
-            }
-            peer.addrs.sort();
-            peer.addrs.dedup();
-            running.insert(*machine);
-            let (endpoint, core, machine) = (endpoint.clone(), core.clone(), *machine);
-            attempts.spawn(async move {
-                if let Some(connection) = connect(&endpoint, &peer).await {
-                    dialled(connection, core).await;
-                }
-                machine
-            });
-        }
         tokio::select! {
             () = cancel.cancelled() => break,
-            changed = view.changed() => if changed.is_err() { break },
+            peer = dials.recv() => {
+                let Some(peer) = peer else { break };
+                let (endpoint, core) = (endpoint.clone(), core.clone());
+                attempts.spawn(async move {
+                    if let Some(connection) = connect(&endpoint, &peer).await {
+                        dialled(connection, core).await;
+                    }
+                    peer.machine
+                });
+            }
             Some(done) = attempts.join_next() => {
                 if let Ok(machine) = done {
-                    running.remove(&machine);
+                    core.dial_ended(machine).await;
                 }
             }
-            () = tokio::time::sleep_until(wake) => {}
         }
     }
     attempts.shutdown().await;
-}
-
-struct Backoff {
-    due: Instant,
-    delay: Duration,
-}
-
-impl Backoff {
-    fn new(now: Instant, ours_to_dial: bool) -> Self {
-        Self { due: if ours_to_dial { now } else { now + COURTESY }, delay: RETRY }
-    }
-
-    fn failed(&mut self, now: Instant) {
-        self.due = now + self.delay;
-        self.delay = (self.delay * 2).min(RETRY_MAX);
-    }
 }
 
 async fn connect(endpoint: &Endpoint, peer: &PeerAddr) -> Option<Connection> {
@@ -154,18 +106,18 @@ async fn converse(connection: Connection, mut send: SendStream, mut recv: RecvSt
         return;
     }
     let (out, queue) = mpsc::channel(QUEUE);
-    if !core.linked(machine, connection.clone(), out, vector).await {
+    let Some(link) = core.linked(machine, connection.clone(), out, vector).await else {
         connection.close(2u32.into(), b"unknown machine");
         return;
-    }
+    };
     tokio::select! {
         () = write(send, queue) => {}
-        () = read(recv, machine, &core) => {}
+        () = read(recv, link, machine, &core) => {}
         _ = connection.closed() => {}
     }
     let reason = connection.close_reason();
     connection.close(0u32.into(), b"done");
-    core.unlinked(machine, connection.stable_id()).await;
+    core.unlinked(link).await;
     tracing::info!(%machine, reason = reason.map(|r| r.to_string()), "disconnected");
 }
 
@@ -177,16 +129,8 @@ async fn write(mut send: SendStream, mut queue: mpsc::Receiver<PeerMessage>) {
     }
 }
 
-async fn read(mut recv: RecvStream, machine: MachineId, core: &CoreHandle) {
+async fn read(mut recv: RecvStream, link: LinkId, machine: MachineId, core: &CoreHandle) {
     while let Ok(message) = recv_message::<PeerMessage, _>(&mut recv, MAX_MESSAGE).await {
-        match message {
-            PeerMessage::Entries(entries) => {
-                let _ = core.insert(Some(machine), entries).await;
-            }
-            PeerMessage::Vector(vector) => core.vector(machine, vector).await,
-            PeerMessage::Beacon(beacon) => core.beacon(machine, beacon).await,
-            // A second greeting means nothing.
-            PeerMessage::Hello { .. } => {}
-        }
+        core.message(link, machine, message).await;
     }
 }

@@ -56,7 +56,7 @@ impl Machine {
             ledger.insert(entry).unwrap();
         }
         let own = Own { quic: endpoint.bound_sockets(), ..Own::default() };
-        let (core, handle) = Core::new(key.clone(), ledger, store, own).unwrap();
+        let (core, handle, dials) = Core::new(key.clone(), ledger, store, own, bootstrap).unwrap();
         let cancel = CancellationToken::new();
         let images = Arc::new(ImageServer::new(Disks::at(
             &dir.path().join("root"),
@@ -66,7 +66,7 @@ impl Machine {
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
         tasks.spawn(net::accept(endpoint.clone(), handle.clone(), images.clone(), cancel.clone(), cancel.clone()));
-        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), bootstrap, cancel.clone()));
+        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
         Self { core: handle, endpoint, key, images, cancel, _tasks: tasks, dir }
     }
 
@@ -229,7 +229,7 @@ async fn a_revoked_machine_loses_its_connection_and_gets_no_other() {
     }
     let revoke = Body::RevokeMachine { machine: second.id(), last: ledger.head(AuthorId::from(second.id())) };
     let entry = ledger.author(&key(1), revoke, now()).unwrap();
-    founder.core.insert(None, vec![entry.encode()]).await.unwrap();
+    founder.core.insert(vec![entry.encode()]).await.unwrap();
     founder.until("the connection is gone", |v| v.links.is_empty()).await;
     let addr = net::endpoint_addr(&founder.addr()).unwrap();
     let connection = second.endpoint.connect(addr, clan_wire::peer::ALPN_PEER).await.unwrap();
@@ -258,7 +258,7 @@ async fn a_person_who_is_put_out_at_one_machine_is_cut_off_by_every_other() {
     for body in ledger.revocation_of_person(&person(4)) {
         let entry = ledger.author(&key(1), body, now()).unwrap();
         ledger.insert(entry.clone()).unwrap();
-        founder.core.insert(None, vec![entry.encode()]).await.unwrap();
+        founder.core.insert(vec![entry.encode()]).await.unwrap();
     }
     let everywhere = async {
         for machine in [&founder, &third] {

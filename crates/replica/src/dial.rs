@@ -1,0 +1,113 @@
+//! Who dials whom, and when.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use clan_types::MachineId;
+
+/// The machine with the greater key leaves dialling to the other one for this long, so that two connections do not cross.
+const COURTESY: Duration = Duration::from_secs(6);
+const RETRY: Duration = Duration::from_secs(2);
+const RETRY_MAX: Duration = Duration::from_secs(30);
+
+/// The attempts to reach the machines that are not linked.
+#[derive(Default)]
+pub(crate) struct Dialer {
+    waiting: BTreeMap<MachineId, Backoff>,
+    /// An attempt, or the connection that it led to, is under way.
+    running: BTreeSet<MachineId>,
+}
+
+struct Backoff {
+    due: Duration,
+    delay: Duration,
+}
+
+impl Backoff {
+    fn new(at: Duration, ours_to_dial: bool) -> Self {
+        Self { due: if ours_to_dial { at } else { at + COURTESY }, delay: RETRY }
+    }
+
+    fn failed(&mut self, at: Duration) {
+        self.due = at + self.delay;
+        self.delay = (self.delay * 2).min(RETRY_MAX);
+    }
+}
+
+impl Dialer {
+    /// Whom to dial now. `wanted` are those that we should be linked with; `linked` says whether we are.
+    pub(crate) fn poll(
+        &mut self,
+        at: Duration,
+        this: &MachineId,
+        wanted: &BTreeSet<MachineId>,
+        linked: impl Fn(&MachineId) -> bool,
+    ) -> Vec<MachineId> {
+        self.waiting.retain(|machine, _| wanted.contains(machine) && !linked(machine));
+        let mut due = Vec::new();
+        for machine in wanted {
+            if machine == this || linked(machine) || self.running.contains(machine) {
+                continue;
+            }
+            let backoff = self.waiting.entry(*machine).or_insert_with(|| Backoff::new(at, this < machine));
+            if backoff.due <= at {
+                backoff.failed(at);
+                self.running.insert(*machine);
+                due.push(*machine);
+            }
+        }
+        due
+    }
+
+    pub(crate) fn ended(&mut self, machine: &MachineId) {
+        self.running.remove(machine);
+    }
+
+    /// When the next attempt is due.
+    pub(crate) fn next(&self) -> Option<Duration> {
+        let idle = self.waiting.iter().filter(|(machine, _)| !self.running.contains(*machine));
+        idle.map(|(_, backoff)| backoff.due).min()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOW: MachineId = MachineId::from_bytes([1; 32]);
+    const HIGH: MachineId = MachineId::from_bytes([2; 32]);
+
+    fn poll(dialer: &mut Dialer, seconds: u64, this: MachineId, linked: bool) -> Vec<MachineId> {
+        dialer.poll(Duration::from_secs(seconds), &this, &[LOW, HIGH].into(), |_| linked)
+    }
+
+    #[test]
+    fn the_lesser_key_dials_first_and_the_greater_one_when_it_did_not() {
+        let (mut low, mut high) = (Dialer::default(), Dialer::default());
+        assert_eq!(poll(&mut low, 0, LOW, false), [HIGH]);
+        assert_eq!(poll(&mut high, 0, HIGH, false), []);
+        assert_eq!(high.next(), Some(COURTESY));
+        assert_eq!(poll(&mut high, 6, HIGH, false), [LOW]);
+    }
+
+    #[test]
+    fn attempts_become_rarer_and_begin_anew_after_a_link() {
+        let mut dialer = Dialer::default();
+        let mut gaps = Vec::new();
+        let mut last = 0;
+        for second in 0..200 {
+            if !poll(&mut dialer, second, LOW, false).is_empty() {
+                assert_eq!(poll(&mut dialer, second, LOW, false), [], "one attempt at a time");
+                dialer.ended(&HIGH);
+                gaps.push(second - last);
+                last = second;
+            }
+        }
+        assert_eq!(&gaps[..8], [0, 2, 4, 8, 16, 30, 30, 30]);
+        assert_eq!(poll(&mut dialer, 200, LOW, true), []);
+        assert_eq!(dialer.next(), None);
+        assert_eq!(poll(&mut dialer, 201, LOW, false), [HIGH], "a lost link is restored at once");
+    }
+}
