@@ -82,8 +82,8 @@ impl ManagerClient {
     }
 
     /// What a link leads to. Asks machines of the clan, and may take as long as they do.
-    pub async fn preview_join(&self, link: &str) -> Result<JoinPreview, ClientError> {
-        self.post("/joins/preview", &PreviewJoin { link: link.to_owned() }).await
+    pub async fn preview_join(&self, request: &PreviewJoin) -> Result<JoinPreview, ClientError> {
+        self.post("/joins/preview", request).await
     }
 
     /// Joins a clan.
@@ -426,7 +426,8 @@ mod tests {
             r#"{"type":"urn:clan:problem:invite_used","code":"invite_used","message":"this invite has been used already","hints":["ask for a new one"],"status":410}"#
         ))
         .await;
-        let Err(ClientError::Problem(problem)) = client.preview_join("clan://join/x").await else {
+        let question = PreviewJoin { link: "clan://join/x".into(), integrate: None };
+        let Err(ClientError::Problem(problem)) = client.preview_join(&question).await else {
             panic!("a problem was expected")
         };
         assert_eq!(problem.code, ErrorCode::InviteUsed);

@@ -19,12 +19,13 @@ pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use requests::{
-    CreateClan, CreateInvite, DeleteQuery, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, OpenedService,
-    PreviewJoin, Transfer,
+    CreateClan, CreateInvite, DeleteQuery, IntegratedPlan, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login,
+    OpenedService, PreviewJoin, Transfer, VmPlan,
 };
 pub use status::{
-    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo,
-    PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
+    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,
+    PathInfo, PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState,
+    VmStats,
 };
 pub use tasks::{
     StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep,

@@ -136,6 +136,8 @@ codes! {
     VmFailed = "vm_failed", 500;
     /// The VM is not running, or its controller does not answer yet.
     VmNotReady = "vm_not_ready", 503;
+    /// The controller of an integrated machine does not run, or is another clan's.
+    ControllerDown = "controller_down", 503;
     /// The service does not answer.
     ServiceDown = "service_down", 502;
     /// The person cancelled it.

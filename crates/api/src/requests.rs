@@ -4,7 +4,7 @@ use clan_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use crate::{AcceleratorInfo, ControlMode};
+use crate::{AcceleratorInfo, ApiProblem, ControlMode};
 
 /// Founds a clan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -30,6 +30,9 @@ pub struct CreateClan {
     /// Processors of the VM; default all up to 2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u32>,
+    /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub integrate: Option<String>,
 }
 
 /// Asks what a link leads to.
@@ -38,6 +41,9 @@ pub struct CreateClan {
 pub struct PreviewJoin {
     /// The invitation link.
     pub link: String,
+    /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub integrate: Option<String>,
 }
 
 /// What must be transferred before a VM can run.
@@ -49,6 +55,37 @@ pub struct Transfer {
     /// Bytes that are not here yet; zero if everything is here.
     #[schema(value_type = u64)]
     pub missing: ByteSize,
+}
+
+/// A VM that is to become a machine of a clan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmPlan {
+    /// The image that will run.
+    #[schema(value_type = String)]
+    pub image: ImageId,
+    /// Its title.
+    pub image_title: String,
+    /// What must be downloaded.
+    pub download: Transfer,
+    /// Memory that the VM will have.
+    #[schema(value_type = u64)]
+    pub memory: ByteSize,
+    /// Size that its data disk may grow to.
+    #[schema(value_type = u64)]
+    pub disk: ByteSize,
+    /// Processors that it will have.
+    pub cpus: u32,
+    /// How it will run here.
+    pub accelerator: AcceleratorInfo,
+}
+
+/// A computer that is to become a machine of a clan itself.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct IntegratedPlan {
+    /// Socket of the controller.
+    pub socket: String,
+    /// Why it cannot be used now, and what to do; absent if it can.
+    pub problem: Option<ApiProblem>,
 }
 
 /// What a link leads to, checked.
@@ -77,25 +114,12 @@ pub struct JoinPreview {
     /// Names of its machines: a newcomer's must differ.
     #[schema(value_type = Vec<String>)]
     pub machines: Vec<MachineName>,
-    /// The image that will run.
-    #[schema(value_type = String)]
-    pub image: ImageId,
-    /// Its title.
-    pub image_title: String,
-    /// What must be downloaded.
-    pub download: Transfer,
-    /// Memory that the VM will have.
-    #[schema(value_type = u64)]
-    pub memory: ByteSize,
-    /// Size that its data disk may grow to.
-    #[schema(value_type = u64)]
-    pub disk: ByteSize,
-    /// Processors that it will have.
-    pub cpus: u32,
+    /// The VM that will run; absent where this computer itself is to be the machine, or the clan names no image.
+    pub vm: Option<VmPlan>,
+    /// How this computer itself will be the machine, if that was asked for.
+    pub integrated: Option<IntegratedPlan>,
     /// Who may steer it.
     pub control_mode: ControlMode,
-    /// How it will run here.
-    pub accelerator: AcceleratorInfo,
     /// What to consider before joining, one sentence each.
     pub warnings: Vec<String>,
 }
@@ -123,6 +147,9 @@ pub struct JoinClan {
     /// Processors of the VM; default what the preview says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpus: Option<u32>,
+    /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub integrate: Option<String>,
 }
 
 /// Makes an invite.

@@ -254,7 +254,19 @@ pub enum ControlMode {
     Shared,
 }
 
-/// A VM on this computer.
+/// What a clan's machine is on this computer.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Flavour {
+    /// A virtual machine.
+    #[default]
+    Vm,
+    /// The computer itself, by a controller that runs on it.
+    Integrated,
+}
+
+/// A clan's machine on this computer: mostly a VM. Of an integrated one memory, disk, processors, image and ports are
+/// those of no VM: zero, and absent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmInfo {
     /// Id: that of its clan, as each clan has one VM here.
@@ -266,6 +278,12 @@ pub struct VmInfo {
     /// The machine that it is in the clan.
     #[schema(value_type = String)]
     pub machine: MachineName,
+    /// What it is.
+    #[serde(default)]
+    pub flavour: Flavour,
+    /// Where the controller of an integrated machine is found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<String>,
     /// What it does now.
     pub state: VmState,
     /// Why it is in this state, where that is not plain.

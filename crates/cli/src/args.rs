@@ -87,7 +87,7 @@ pub(crate) enum Command {
     Revoke(commands::revoke::Noun),
     /// Show who decided what in a clan
     Log(commands::log::Args),
-    /// This computer's virtual machines
+    /// This computer's machines in its clans
     #[command(subcommand)]
     Vm(commands::vm::Verb),
     /// What the clan's machines offer
@@ -95,12 +95,11 @@ pub(crate) enum Command {
     Service(commands::service::Verb),
     /// Open the web page
     Web(commands::web::Args),
-    /// Leave a clan and delete its virtual machine
+    /// Leave a clan, and delete its machine here
     Leave(commands::leave::Args),
     /// Run the manager: owns the virtual machines, serves the web page
     Manager(commands::manager::Args),
-    /// Run the controller; this happens inside a clan's virtual machine
-    #[command(hide = true)]
+    /// Run the controller: makes a computer a clan's machine without a virtual one
     Controller(commands::controller::Args),
     /// Print completions for a shell
     Completions(commands::completions::Args),

@@ -1,5 +1,5 @@
 //! The `clan` executable: the command line of a person's manager, the manager itself, and the controller that runs
-//! inside a clan's virtual machine.
+//! inside a clan's virtual machine, or on a computer itself.
 
 mod args;
 mod browser;
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
     match cli.command {
         Command::Completions(args) => return completions::run(&args, printer),
-        Command::Controller(args) => return controller::run(args),
+        Command::Controller(args) => return controller::run(args, printer),
         Command::Manager(args) => return manager::run(args, &cli.global, printer),
         _ => {}
     }

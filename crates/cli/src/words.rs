@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clan_api::{AcceleratorKind, ControlMode, PathInfo, PathKind, VmState};
+use clan_api::{AcceleratorKind, ControlMode, Flavour, PathInfo, PathKind, VmState};
 use clan_types::Timestamp;
 
 use crate::printer::Tone;
@@ -89,6 +89,14 @@ pub(crate) fn vm_state(state: VmState) -> (Tone, &'static str) {
         VmState::Running => (Tone::Good, "running"),
         VmState::Stopping => (Tone::Warn, "stopping"),
         VmState::Failed => (Tone::Bad, "failed"),
+    }
+}
+
+/// What a clan's machine is here.
+pub(crate) fn flavour(flavour: Flavour) -> &'static str {
+    match flavour {
+        Flavour::Vm => "VM",
+        Flavour::Integrated => "integrated",
     }
 }
 

@@ -46,8 +46,9 @@ fn task(state: &str, steps: Value) -> Value {
 
 fn preview() -> Value {
     json!({"clan": ClanId::from_bytes([1; 32]), "clan_name": "family", "fingerprint": "k3f9 2d8s 7qpa", "inviter": "anna", "role": "member", "expires": 4_000_000_000_000u64,
-        "people": ["anna"], "machines": ["laptop"], "image": clan_types::ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small", "download": {"total": 180u64 << 20, "missing": 180u64 << 20},
-        "memory": 512u64 << 20, "disk": 2u64 << 30, "cpus": 2, "control_mode": "shared", "accelerator": {"kind": "tcg", "reason": "there is no /dev/kvm"}, "warnings": ["your computer has little memory left"]})
+        "people": ["anna"], "machines": ["laptop"], "control_mode": "shared", "integrated": null,
+        "vm": {"image": clan_types::ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small", "download": {"total": 180u64 << 20, "missing": 180u64 << 20},
+            "memory": 512u64 << 20, "disk": 2u64 << 30, "cpus": 2, "accelerator": {"kind": "tcg", "reason": "there is no /dev/kvm"}}, "warnings": ["your computer has little memory left"]})
 }
 
 fn events(events: &[Value]) -> String {
@@ -308,7 +309,10 @@ fn a_service_is_opened_by_its_address() {
 #[test]
 fn leaving_without_terminal_needs_yes() {
     let computer = Computer::new();
-    let asked = computer.manager(&[("GET /api/v1/clans", 200, json!([clan("family", 1)]).to_string())]);
+    let asked = computer.manager(&[
+        ("GET /api/v1/clans", 200, json!([clan("family", 1)]).to_string()),
+        ("GET /api/v1/vms", 200, status(vec![])["vms"].to_string()),
+    ]);
     computer.clan(&["leave"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
 error: this needs your consent, and there is no terminal to ask on
 hint: add `--yes` to leave without being asked
@@ -319,4 +323,44 @@ hint: add `--yes` to leave without being asked
 
 fn leaked(text: String) -> &'static str {
     text.leak()
+}
+
+#[test]
+fn an_integrated_machine_is_told_from_a_virtual_one() {
+    let computer = Computer::new();
+    let mut vms = status(vec![])["vms"].clone();
+    vms[0]["flavour"] = json!("integrated");
+    vms[0]["socket"] = json!("/run/clan/controller.sock");
+    let asked = computer.manager(&[
+        ("GET /api/v1/clans", 200, json!([clan("family", 1)]).to_string()),
+        ("GET /api/v1/vms", 200, vms.to_string()),
+    ]);
+    let list = computer.clan(&["vm", "list"]).assert().success();
+    let text = String::from_utf8_lossy(&list.get_output().stdout).into_owned();
+    assert!(text.contains("integrated") && !text.contains("90 MiB"), "{text}");
+    computer.clan(&["vm", "delete", "family", "--force"]).assert().code(1);
+    assert!(!asked.all().iter().any(|a| a.starts_with("DELETE")));
+}
+
+#[test]
+fn joining_with_the_computer_itself_shows_what_that_means() {
+    let computer = Computer::new();
+    let mut integrated = preview();
+    integrated["vm"] = Value::Null;
+    integrated["integrated"] = json!({"socket": "/run/clan/controller.sock", "problem": {"type": "urn:clan:problem:controller_down", "code": "controller_down",
+        "message": "the clan's controller does not run on this computer", "hints": ["start it: `sudo clan controller --install`"], "status": 503}});
+    let asked = computer.manager(&[("POST /api/v1/joins/preview", 200, integrated.to_string())]);
+    let shown = computer.clan(&["join", &link(), "--integrate", "--dry-run"]).assert().success();
+    let text = String::from_utf8_lossy(&shown.get_output().stdout).into_owned();
+    for part in [
+        "no virtual machine: this computer itself",
+        "/run/clan/controller.sock: the clan's controller does not run",
+        "--install",
+    ] {
+        assert!(text.contains(part), "{part} is missing in: {text}");
+    }
+    assert!(!text.contains("Memory") && !text.contains("Image"), "{text}");
+    assert!(asked.all()[0].contains(r#""integrate":"/run/clan/controller.sock""#));
+    let wrong = computer.clan(&["join", &link(), "--integrate", "--memory", "1G"]).assert().code(2);
+    assert!(String::from_utf8_lossy(&wrong.get_output().stderr).contains("cannot be used with"));
 }

@@ -236,11 +236,12 @@ Commands:
   machines     Show a clan's machines and how they are reached
   revoke       Put a person or a machine out of a clan, or withdraw an invite
   log          Show who decided what in a clan
-  vm           This computer's virtual machines
+  vm           This computer's machines in its clans
   service      What the clan's machines offer
   web          Open the web page
-  leave        Leave a clan and delete its virtual machine
+  leave        Leave a clan, and delete its machine here
   manager      Run the manager: owns the virtual machines, serves the web page
+  controller   Run the controller: makes a computer a clan's machine without a virtual one
   completions  Print completions for a shell
 
 Options:

@@ -28,14 +28,17 @@ pub(crate) async fn data_disk(clan: &Clan, task: &TaskHandle) -> Result<(), ApiP
     create_data_disk(&path, clan.record.get().disk).await.map_err(|e| problem::vm(&e))
 }
 
-/// Starts the VM and waits for its agent, then, in the next step, for its controller.
+/// Starts the VM and waits for its agent, then, in the next step, for its controller. Of an integrated machine there is the
+/// controller only, and it is not for us to start.
 pub(crate) async fn bring_up(
     clan: &Clan,
     task: &TaskHandle,
     controller_step: usize,
 ) -> Result<(Channel, Identity), ApiProblem> {
     clan.keeper.want(true).await?;
-    wait(clan, clan.keeper.watch_agent(), "agent", AGENT).await?;
+    if !clan.record.get().is_integrated() {
+        wait(clan, clan.keeper.watch_agent(), "agent", AGENT).await?;
+    }
     task.begin(controller_step);
     let control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER).await?;
     let identity = identify(clan, control).await?;
@@ -85,6 +88,15 @@ pub(crate) async fn wait(
 }
 
 fn silent(clan: &Clan, who: &str, limit: Duration) -> ApiProblem {
+    if clan.record.get().is_integrated() {
+        let known = clan.keeper.view().problem;
+        return known.unwrap_or_else(|| {
+            ApiProblem::new(
+                ErrorCode::TimedOut,
+                format!("the controller on this computer did not answer within {} s", limit.as_secs()),
+            )
+        });
+    }
     let mut problem = ApiProblem::new(
         ErrorCode::TimedOut,
         format!("the {who} in the VM did not answer within {} s", limit.as_secs()),

@@ -16,10 +16,10 @@ use crate::{
     disk::DiskError,
     fetch::blocking,
     guest::{self, GuestError, Identity},
-    image, keeper, link,
+    image, integrated, keeper, link,
     manager::Shared,
     problem,
-    record::{ClanRecord, PersonLog, Phase, Staging, random},
+    record::{ClanRecord, Flavour, PersonLog, Phase, Ports, Staging, random},
     sign,
     tasks::{Task, TaskHandle, now},
 };
@@ -42,6 +42,7 @@ const STEPS: [&str; 5] = [
     "Wait for its controller",
     "Found the clan",
 ];
+const INTEGRATED_STEPS: [&str; 2] = ["Reach the controller", "Found the clan"];
 
 /// Memory, disk and processors of a new VM.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,34 +84,84 @@ pub(crate) fn default_cpus(shared: &Shared) -> u8 {
 
 /// Puts a new clan on disk and starts founding it.
 pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<Arc<Task>, ApiProblem> {
-    let cpus = match request.cpus {
-        None => default_cpus(shared),
-        Some(n) => u8::try_from(n)
-            .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+    let sizes = [request.memory.is_some(), request.disk.is_some(), request.cpus.is_some()];
+    let home = match &request.integrate {
+        Some(socket) => Home::integrated(shared, socket, sizes.contains(&true)).await?,
+        None => {
+            let cpus = match request.cpus {
+                None => default_cpus(shared),
+                Some(n) => u8::try_from(n)
+                    .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+            };
+            let (memory, disk) = (request.memory.unwrap_or(DEFAULT_MEMORY), request.disk.unwrap_or(DEFAULT_DISK));
+            Home::vm(shared, Size { memory, disk, cpus })?
+        }
     };
-    let size =
-        Size { memory: request.memory.unwrap_or(DEFAULT_MEMORY), disk: request.disk.unwrap_or(DEFAULT_DISK), cpus };
-    check_computer(shared, size)?;
     let _one = shared.admission.lock().await;
     shared.check_name_free(&request.name)?;
-    let ports = free_ports()?;
+    home.check_free(shared)?;
     let paths = shared.paths.clone();
-    let record = blocking(move || found(&paths, &request, size, ports)).await??;
+    let record = blocking(move || found(&paths, &request, &home)).await??;
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
     Ok(spawn(shared, clan))
 }
 
-pub(crate) fn free_ports() -> Result<crate::record::Ports, ApiProblem> {
+/// What a clan's machine will be on this computer, checked.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Home {
+    pub(crate) flavour: Flavour,
+    pub(crate) size: Size,
+    pub(crate) ports: Ports,
+}
+
+impl Home {
+    /// A VM.
+    pub(crate) fn vm(shared: &Shared, size: Size) -> Result<Self, ApiProblem> {
+        check_computer(shared, size)?;
+        Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()? })
+    }
+
+    /// The computer itself, by a controller that runs, obeys us and is free.
+    pub(crate) async fn integrated(shared: &Shared, socket: &str, sized: bool) -> Result<Self, ApiProblem> {
+        if sized {
+            return Err(ApiProblem::new(ErrorCode::BadRequest, "memory, disk and processors are for a VM")
+                .why("an integrated machine is this computer itself"));
+        }
+        let socket = integrated::socket_path(socket)?;
+        integrated::look(&socket).await?;
+        let nothing = ByteSize::from_bytes(0);
+        let home = Self {
+            flavour: Flavour::Integrated { socket },
+            size: Size { memory: nothing, disk: nothing, cpus: 0 },
+            ports: Ports { quic: 0, wireguard: 0 },
+        };
+        home.check_free(shared)?;
+        Ok(home)
+    }
+
+    /// No clan here, however far it has come, uses the same controller.
+    pub(crate) fn check_free(&self, shared: &Shared) -> Result<(), ApiProblem> {
+        let other = shared.clans().into_iter().find(|c| {
+            let record = c.record.get();
+            record.is_integrated() && record.flavour == self.flavour
+        });
+        match other {
+            None => Ok(()),
+            Some(other) => Err(ApiProblem::new(ErrorCode::Conflict, "a clan uses this controller already")
+                .why(format!("{}; a controller serves one clan", other.name()))
+                .hint(
+                    "run another: `sudo clan controller --install --name NAME`, and name its socket with `--socket`",
+                )),
+        }
+    }
+}
+
+fn free_ports() -> Result<Ports, ApiProblem> {
     keeper::free_ports()
         .map_err(|e| ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(e.to_string()))
 }
 
-fn found(
-    paths: &crate::Paths,
-    request: &CreateClan,
-    size: Size,
-    ports: crate::record::Ports,
-) -> Result<ClanRecord, ApiProblem> {
+fn found(paths: &crate::Paths, request: &CreateClan, home: &Home) -> Result<ClanRecord, ApiProblem> {
     let on_disk = |e: DiskError| problem::disk(&e);
     let staging = Staging::begin(paths).map_err(on_disk)?;
     let nonce = random(&paths.clans()).map_err(on_disk)?;
@@ -124,12 +175,13 @@ fn found(
         person: request.person.clone(),
         machine: request.machine.clone(),
         phase: Phase::Creating,
+        flavour: home.flavour.clone(),
         wanted: false,
         image: None,
-        memory: size.memory,
-        disk: size.disk,
-        cpus: size.cpus,
-        ports,
+        memory: home.size.memory,
+        disk: home.size.disk,
+        cpus: home.size.cpus,
+        ports: home.ports,
         made: now(),
     };
     staging.commit(paths, &record, &log, None).map_err(on_disk)?;
@@ -140,16 +192,37 @@ fn found(
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
+    let integrated = clan.record.get().is_integrated();
+    let steps: &[&str] = if integrated { &INTEGRATED_STEPS } else { &STEPS };
     shared.tasks.spawn(
         TaskKind::CreateClan,
         format!("Create the clan {name}"),
         Some(name),
-        &STEPS,
+        steps,
         move |task| async move {
-            let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
+            let outcome = if integrated {
+                task.unless_cancelled(run_integrated(&shared_, &clan, &task)).await
+            } else {
+                task.unless_cancelled(run(&shared_, &clan, &task)).await
+            };
             shared_.settle(&clan, outcome).await
         },
     )
+}
+
+/// With this computer itself as the first machine. There is no image, and so none is put in force: who joins with a VM
+/// needs one that an admin publishes.
+async fn run_integrated(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
+    let (_, identity) = boot::bring_up(clan, task, 0).await?;
+    task.begin(1);
+    let entries = {
+        let mut log = clan.log.lock().await;
+        let mut ledger = sign::fold(clan.id(), log.entries());
+        enrol(clan, &mut log, &mut ledger, &identity)?;
+        log.entries().map(<[u8]>::to_vec).collect()
+    };
+    provision(shared, clan, entries, None, Vec::new(), task).await?;
+    finish(clan)
 }
 
 async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {

@@ -53,7 +53,8 @@ pub(crate) struct Fetcher {
 /// What a link leads to, checked by ourselves.
 pub(crate) struct Found {
     pub(crate) ledger: Ledger,
-    pub(crate) description: VmDescription,
+    /// The VM that the clan's machines are to run, if it names one.
+    pub(crate) description: Option<VmDescription>,
 }
 
 impl Fetcher {
@@ -147,10 +148,7 @@ impl Fetcher {
         }
         state.check_invite(&self.invite(), now()).map_err(|p| problem::refusal(&refusal_of(p)))?;
         let published = state.published.as_ref();
-        let description = published.map(|p| p.description.clone()).ok_or_else(|| {
-            ApiProblem::new(ErrorCode::Untrusted, "the clan does not say what its machines are to run")
-                .hint("ask the person who invited you")
-        })?;
+        let description = published.map(|p| p.description.clone());
         Ok(Found { ledger, description })
     }
 

@@ -18,25 +18,25 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestError {
     /// No channel.
-    #[error("the {who} in the virtual machine does not answer yet")]
+    #[error("the {who} of this computer's machine does not answer yet")]
     NotConnected { who: &'static str },
     /// No answer in time.
-    #[error("the virtual machine did not answer within {} s: {what}", limit.as_secs())]
+    #[error("this computer's machine did not answer within {} s: {what}", limit.as_secs())]
     TimedOut { what: &'static str, limit: Duration },
     /// The channel went away.
-    #[error("the channel to the virtual machine is gone")]
+    #[error("the channel to this computer's machine is gone")]
     Channel(#[from] ChannelError),
     /// The stream went away, or what came makes no sense.
-    #[error("the virtual machine broke off: {what}")]
+    #[error("this computer's machine broke off: {what}")]
     Message { what: &'static str, source: MessageError },
     /// It says why not.
-    #[error("the virtual machine could not {what}: {why}")]
+    #[error("this computer's machine could not {what}: {why}")]
     Failed { what: &'static str, why: String },
     /// The clan does not admit this machine.
     #[error("the clan refused: {0}")]
     Refused(JoinRefusal),
     /// An answer to another question.
-    #[error("the virtual machine gave a wrong answer: {what}")]
+    #[error("this computer's machine gave a wrong answer: {what}")]
     Unexpected { what: &'static str },
 }
 
@@ -124,6 +124,7 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Connect { .. } => "connect to the service",
         ControlRequest::Journal { .. } => "give its journal",
         ControlRequest::Farewell { .. } => "say farewell",
+        ControlRequest::Forget => "forget the clan",
     }
 }
 

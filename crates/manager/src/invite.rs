@@ -5,7 +5,7 @@ use std::time::Duration;
 use clan_api::{ApiProblem, CreateInvite, ErrorCode, Invite};
 use clan_ledger::Body;
 use clan_types::{InviteId, InviteLink, InviteSecret, PeerAddr, Role};
-use clan_wire::control::ControlRequest;
+use clan_wire::control::{ControlRequest, ControlResponse};
 use ed25519_dalek::SigningKey;
 use zeroize::Zeroizing;
 
@@ -48,8 +48,11 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let record = clan.record.get();
     // What leads here from other computers first; what the machine itself knows after it.
     let mut addrs = crate::link::environment(&record, &shared.images).await.quic;
-    if let Some(told) = clan.told() {
-        addrs.extend(told.status.quic.iter().copied());
+    // Asked now: what it told last may be older than its addresses.
+    match guest::open(&control, &ControlRequest::Status, guest::PATIENCE).await {
+        Ok((_, ControlResponse::Status(status))) => addrs.extend(status.quic),
+        Ok(_) => return Err(problem::guest(&guest::GuestError::Unexpected { what: "give its state" })),
+        Err(error) => return Err(problem::guest(&error)),
     }
     let mut seen = std::collections::HashSet::new();
     addrs.retain(|a| seen.insert(*a));

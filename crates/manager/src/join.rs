@@ -2,7 +2,9 @@
 
 use std::sync::Arc;
 
-use clan_api::{ApiProblem, ControlMode, ErrorCode, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer};
+use clan_api::{
+    ApiProblem, ControlMode, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan,
+};
 use clan_ledger::{Body, VmDescription};
 use clan_types::{ByteSize, InviteLink, MachineName, PersonName};
 use clan_wire::{control::Redeem, image::Manifest};
@@ -11,9 +13,10 @@ use ed25519_dalek::SigningKey;
 use crate::{
     boot,
     clan::{Clan, fingerprint},
-    create::{self, Size},
+    create::{self, Home, Size},
     disk::{self, DiskError},
     fetch::{Fetcher, Found, blocking},
+    integrated,
     manager::Shared,
     problem,
     record::{ClanRecord, PersonLog, Phase, Staging},
@@ -29,6 +32,7 @@ const STEPS: [&str; 6] = [
     "Wait for its controller",
     "Be admitted to the clan",
 ];
+const INTEGRATED_STEPS: [&str; 3] = ["Ask the clan", "Reach the controller", "Be admitted to the clan"];
 
 fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
     let link: InviteLink = link.parse().map_err(|e| problem::link(&e))?;
@@ -43,31 +47,76 @@ fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
 }
 
 /// Fetches and checks what a link leads to.
-pub(crate) async fn preview(shared: &Shared, link: &str) -> Result<JoinPreview, ApiProblem> {
-    let fetcher = Fetcher::open(parse(shared, link)?).await?;
-    let outcome = look(shared, &fetcher).await;
+pub(crate) async fn preview(shared: &Shared, link: &str, integrate: Option<&str>) -> Result<JoinPreview, ApiProblem> {
+    let link = parse(shared, link)?;
+    if let Some(socket) = integrate {
+        integrated::socket_path(socket)?;
+    }
+    let fetcher = Fetcher::open(link).await?;
+    let outcome = look(shared, &fetcher, integrate).await;
     fetcher.close().await;
     outcome
 }
 
-async fn look(shared: &Shared, fetcher: &Fetcher) -> Result<JoinPreview, ApiProblem> {
+async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Result<JoinPreview, ApiProblem> {
     let found = fetcher.preview().await?;
-    let manifest = manifest(shared, fetcher, &found.description).await?;
     let state = found.ledger.state();
     let invite = state.invites.get(&fetcher.invite());
     let inviter = invite.and_then(|i| state.people.get(&i.by));
     let (Some(invite), Some(inviter), Some(clan_name)) = (invite, inviter, &state.clan_name) else {
         return Err(problem::refusal(&clan_wire::peer::JoinRefusal::UnknownInvite));
     };
-    let size = size(shared, &found.description, None, None, None)?;
-    let accelerator = crate::status::accelerator(shared).await;
-    let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
-    let host = crate::status::host(&shared.paths);
     let mut warnings = Vec::new();
     if shared.find_named(clan_name).is_some() {
         warnings
             .push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
     }
+    let (vm, integrated) = match (integrate, &found.description) {
+        (Some(socket), _) => (None, Some(integrated_plan(shared, socket, &mut warnings).await)),
+        (None, Some(description)) => (Some(vm_plan(shared, fetcher, description, &mut warnings).await?), None),
+        (None, None) => {
+            warnings.push(
+                "This clan names no image for virtual machines: join with this computer itself, `--integrate`.".into(),
+            );
+            (None, None)
+        }
+    };
+    Ok(JoinPreview {
+        clan: found.ledger.clan(),
+        clan_name: clan_name.clone(),
+        fingerprint: fingerprint(&found.ledger.clan()),
+        inviter: inviter.name.clone(),
+        role: invite.role,
+        expires: invite.expires,
+        people: state.people.keys().filter_map(|id| state.person(id)).map(|p| p.name.clone()).collect(),
+        machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
+        vm,
+        integrated,
+        control_mode: ControlMode::Local,
+        warnings,
+    })
+}
+
+async fn integrated_plan(shared: &Shared, socket: &str, warnings: &mut Vec<String>) -> IntegratedPlan {
+    warnings.push(
+        "Members of the clan will reach whatever listens on all addresses of this computer, as they would on its LAN."
+            .into(),
+    );
+    let problem = Home::integrated(shared, socket, false).await.err();
+    IntegratedPlan { socket: socket.to_owned(), problem }
+}
+
+async fn vm_plan(
+    shared: &Shared,
+    fetcher: &Fetcher,
+    description: &VmDescription,
+    warnings: &mut Vec<String>,
+) -> Result<VmPlan, ApiProblem> {
+    let manifest = manifest(shared, fetcher, description).await?;
+    let size = size(shared, description, None, None, None)?;
+    let accelerator = crate::status::accelerator(shared).await;
+    let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
+    let host = crate::status::host(&shared.paths);
     if host.memory_available < size.memory {
         warnings.push(format!("The VM may take {} of memory; {} are free now.", size.memory, host.memory_available));
     }
@@ -78,24 +127,14 @@ async fn look(shared: &Shared, fetcher: &Fetcher) -> Result<JoinPreview, ApiProb
     if accelerator.kind == clan_api::AcceleratorKind::Tcg {
         warnings.push(format!("The VM will be slow. {}", accelerator.reason));
     }
-    Ok(JoinPreview {
-        clan: found.ledger.clan(),
-        clan_name: clan_name.clone(),
-        fingerprint: fingerprint(&found.ledger.clan()),
-        inviter: inviter.name.clone(),
-        role: invite.role,
-        expires: invite.expires,
-        people: state.people.keys().filter_map(|id| state.person(id)).map(|p| p.name.clone()).collect(),
-        machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
-        image: found.description.image,
-        image_title: found.description.title.to_string(),
+    Ok(VmPlan {
+        image: description.image,
+        image_title: description.title.to_string(),
         download,
         memory: size.memory,
         disk: size.disk,
         cpus: u32::from(size.cpus),
-        control_mode: ControlMode::Local,
         accelerator,
-        warnings,
     })
 }
 
@@ -140,7 +179,16 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc
     let found = fetcher.preview().await;
     fetcher.close().await;
     let found = found?;
-    let size = size(shared, &found.description, request.memory, request.disk, request.cpus)?;
+    let home = match (&request.integrate, &found.description) {
+        (Some(socket), _) => {
+            let sized = request.memory.is_some() || request.disk.is_some() || request.cpus.is_some();
+            Home::integrated(shared, socket, sized).await?
+        }
+        (None, Some(description)) => {
+            Home::vm(shared, size(shared, description, request.memory, request.disk, request.cpus)?)?
+        }
+        (None, None) => return Err(no_image()),
+    };
     check_names(&found, &request.person, &request.machine)?;
     let _one = shared.admission.lock().await;
     // Another request may have been faster.
@@ -148,11 +196,17 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc
     if let Some(name) = &found.ledger.state().clan_name {
         shared.check_name_free(name)?;
     }
-    let ports = create::free_ports()?;
+    home.check_free(shared)?;
     let paths = shared.paths.clone();
-    let record = blocking(move || put(&paths, &request, &link, &found, size, ports)).await??;
+    let record = blocking(move || put(&paths, &request, &link, &found, &home)).await??;
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
     Ok(spawn(shared, clan))
+}
+
+fn no_image() -> ApiProblem {
+    ApiProblem::new(ErrorCode::Conflict, "the clan does not say what a virtual machine in it is to run")
+        .why("its machines are integrated ones: it has no image yet")
+        .hint("join with this computer itself: `clan join LINK --integrate`")
 }
 
 fn check_names(found: &Found, person: &PersonName, machine: &MachineName) -> Result<(), ApiProblem> {
@@ -175,8 +229,7 @@ fn put(
     request: &JoinClan,
     link: &InviteLink,
     found: &Found,
-    size: Size,
-    ports: crate::record::Ports,
+    home: &Home,
 ) -> Result<ClanRecord, ApiProblem> {
     let on_disk = |e: DiskError| problem::disk(&e);
     let name = found
@@ -200,12 +253,13 @@ fn put(
         person: request.person.clone(),
         machine: request.machine.clone(),
         phase: Phase::Joining,
+        flavour: home.flavour.clone(),
         wanted: false,
         image: None,
-        memory: size.memory,
-        disk: size.disk,
-        cpus: size.cpus,
-        ports,
+        memory: home.size.memory,
+        disk: home.size.disk,
+        cpus: home.size.cpus,
+        ports: home.ports,
         made: now(),
     };
     staging.commit(paths, &record, &log, Some(&link.to_string())).map_err(on_disk)?;
@@ -216,16 +270,11 @@ fn put(
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    shared.tasks.spawn(
-        TaskKind::JoinClan,
-        format!("Join the clan {name}"),
-        Some(name),
-        &STEPS,
-        move |task| async move {
-            let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
-            shared_.settle(&clan, outcome).await
-        },
-    )
+    let steps: &[&str] = if clan.record.get().is_integrated() { &INTEGRATED_STEPS } else { &STEPS };
+    shared.tasks.spawn(TaskKind::JoinClan, format!("Join the clan {name}"), Some(name), steps, move |task| async move {
+        let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
+        shared_.settle(&clan, outcome).await
+    })
 }
 
 async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
@@ -240,11 +289,18 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
     let peers = fetcher.peers().await;
     fetcher.close().await;
     let theirs = outcome?;
-    task.begin(2);
-    boot::data_disk(clan, task).await?;
-    task.begin(3);
-    let (_, identity) = boot::bring_up(clan, task, 4).await?;
-    task.begin(5);
+    let identity = if clan.record.get().is_integrated() {
+        let (_, identity) = boot::bring_up(clan, task, 1).await?;
+        task.begin(2);
+        identity
+    } else {
+        task.begin(2);
+        boot::data_disk(clan, task).await?;
+        task.begin(3);
+        let (_, identity) = boot::bring_up(clan, task, 4).await?;
+        task.begin(5);
+        identity
+    };
     if identity.clan == Some(clan.id()) {
         // An earlier attempt was admitted, and could not write it down.
         return create::finish(clan);
@@ -267,31 +323,33 @@ async fn prepare(
     task: &TaskHandle,
     fetcher: &Fetcher,
 ) -> Result<Vec<Vec<u8>>, ApiProblem> {
+    let record = clan.record.get();
+    let machine_may_be_in =
+        record.is_integrated() || (record.image.is_some() && clan.record.paths().data_disk().exists());
     let found = match fetcher.preview().await {
         Ok(found) => found,
         // After a restart: the invite may be used, by us.
-        Err(problem)
-            if problem.code == ErrorCode::InviteUsed
-                && clan.record.paths().data_disk().exists()
-                && clan.record.get().image.is_some() =>
-        {
+        Err(problem) if problem.code == ErrorCode::InviteUsed && machine_may_be_in => {
             task.log("the invite has been used, perhaps by this computer: asking the machine here");
             return Ok(Vec::new());
         }
         Err(problem) => return Err(problem),
     };
-    task.begin(1);
-    if shared.images.get(&found.description.image).is_some() {
-        task.skip();
-    } else {
-        let manifest = fetcher.manifest(&found.description.image).await?;
-        check_image(&manifest, clan)?;
-        let _one = shared.building.lock().await;
-        if shared.images.get(&found.description.image).is_none() {
-            fetcher.image(&shared.images, &manifest, task).await?;
+    if !record.is_integrated() {
+        let image = found.description.as_ref().ok_or_else(no_image)?.image;
+        task.begin(1);
+        if shared.images.get(&image).is_some() {
+            task.skip();
+        } else {
+            let manifest = fetcher.manifest(&image).await?;
+            check_image(&manifest, clan)?;
+            let _one = shared.building.lock().await;
+            if shared.images.get(&image).is_none() {
+                fetcher.image(&shared.images, &manifest, task).await?;
+            }
         }
+        clan.record.update(|r| r.image = Some(image)).map_err(|e| problem::disk(&e))?;
     }
-    clan.record.update(|r| r.image = Some(found.description.image)).map_err(|e| problem::disk(&e))?;
     Ok(found.ledger.entries().map(clan_ledger::Entry::encode).collect())
 }
 

@@ -34,9 +34,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     clan::RecordCell,
     guest,
+    integrated::Integrated,
     link::{self, Outlets, Stats, Told},
     problem,
-    record::Ports,
+    record::{Flavour, Ports},
     tasks::now,
 };
 
@@ -79,7 +80,7 @@ pub(crate) struct KeeperConfig {
     pub(crate) keep_vms: bool,
 }
 
-enum Command {
+pub(crate) enum Command {
     /// The VM shall run, or not; on disk once answered.
     Want { run: bool, reply: oneshot::Sender<Result<(), ApiProblem>> },
     /// Ends the VM without asking it, and the keeper; answered when both are over.
@@ -104,6 +105,11 @@ impl Keeper {
         let (publish, view) = watch::channel(view);
         let (vm_publish, vm) = watch::channel(None);
         let out = Outlets::new();
+        if let Flavour::Integrated { socket } = record.get().flavour {
+            let owner = Integrated { record, socket, commands, publish, out: out.clone(), cancel };
+            let task = tokio::spawn(owner.run());
+            return Self { commands: sender, view, vm, out, task: Mutex::new(Some(task)) };
+        }
         let owner = Loop {
             record,
             config,

@@ -12,12 +12,13 @@ use crate::{
     guest,
     manager::Shared,
     problem,
-    record::Phase,
+    record::{Flavour, Phase},
     sign,
     tasks::{Task, TaskHandle},
 };
 
 const FAREWELL_STEPS: [&str; 3] = ["Tell the clan", "Stop the virtual machine", "Remove its files"];
+const INTEGRATED_STEPS: [&str; 2] = ["Tell the clan", "Forget it on this computer"];
 const STARTED: Duration = Duration::from_secs(180);
 const STOPPED: Duration = Duration::from_secs(180);
 
@@ -25,8 +26,11 @@ const STOPPED: Duration = Duration::from_secs(180);
 pub(crate) fn begin(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     shared.check_idle(&clan)?;
     if clan.record.get().phase == Phase::Ready {
-        clan.control().map_err(|e| {
-            problem::guest(&e).hint("start it: `clan vm start`; or give it up: `clan vm delete --force`")
+        clan.control().map_err(|e| match clan.keeper.view().problem {
+            Some(known) if clan.record.get().is_integrated() => {
+                known.hint("or give this machine up, and the clan keeps its entry: `clan vm delete --force`")
+            }
+            _ => problem::guest(&e).hint("start it: `clan vm start`; or give it up: `clan vm delete --force`"),
         })?;
         clan.record.update(|r| r.phase = Phase::Leaving).map_err(|e| problem::disk(&e))?;
     }
@@ -37,11 +41,13 @@ pub(crate) fn begin(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, 
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
+    let integrated = clan.record.get().is_integrated();
+    let steps: &[&str] = if integrated { &INTEGRATED_STEPS } else { &FAREWELL_STEPS };
     shared.tasks.spawn(
         TaskKind::LeaveClan,
         format!("Leave the clan {name}"),
         Some(name),
-        &FAREWELL_STEPS,
+        steps,
         move |task| async move {
             task.begin(0);
             if let Err(problem) = task.unless_cancelled(farewell(&clan)).await {
@@ -55,8 +61,10 @@ pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
             // The clan knows: from here on there is no way back, and a restart only removes.
             clan.record.update(|r| r.phase = Phase::Removing).map_err(|e| problem::disk(&e))?;
             task.begin(1);
-            stop(&clan).await?;
-            task.begin(2);
+            if !integrated {
+                stop(&clan).await?;
+                task.begin(2);
+            }
             shared_.discard(&clan).await?;
             Ok(TaskResult::Nothing)
         },
@@ -107,8 +115,25 @@ pub(crate) async fn start(clan: &Clan) -> Result<(), ApiProblem> {
     boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await.map(drop)
 }
 
+/// Only a VM is for the manager to start and to stop.
+fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
+    match clan.record.get().flavour {
+        Flavour::Vm => Ok(()),
+        Flavour::Integrated { socket } => {
+            let problem =
+                ApiProblem::new(ErrorCode::Conflict, format!("the clan `{}` has no virtual machine here", clan.name()))
+                    .why(format!(
+                        "this computer itself is its machine, by the controller that listens on {}",
+                        socket.display()
+                    ));
+            Err(problem.hint(format!("if the controller is a service: `sudo systemctl {verb} clan-controller`")))
+        }
+    }
+}
+
 /// Starts a VM, as a task.
 pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    is_vm(&clan, "start")?;
     vm_task(shared, clan, TaskKind::StartVm, "Start", "Start the virtual machine", |clan, task| async move {
         task.unless_cancelled(start(&clan)).await
     })
@@ -116,6 +141,7 @@ pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Ta
 
 /// Stops a VM, as a task.
 pub(crate) fn stop_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    is_vm(&clan, "stop")?;
     vm_task(shared, clan, TaskKind::StopVm, "Stop", "Stop the virtual machine", |clan, task| async move {
         task.unless_cancelled(stop(&clan)).await
     })
@@ -125,18 +151,23 @@ pub(crate) fn stop_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Tas
 pub(crate) fn delete_task(shared: &Arc<Shared>, clan: Arc<Clan>, force: bool) -> Result<Arc<Task>, ApiProblem> {
     if !force && clan.record.get().phase == Phase::Ready {
         let name = clan.name();
-        return Err(ApiProblem::new(ErrorCode::Conflict, format!("the VM is a machine of the clan `{name}`"))
+        return Err(ApiProblem::new(ErrorCode::Conflict, format!("it is a machine of the clan `{name}`"))
             .why("the others would go on waiting for it, and your key in the clan would be lost with it")
             .hint(format!("leave the clan: `clan leave {name}`"))
             .hint("or delete it all the same with `--force`"));
     }
     let shared_ = shared.clone();
+    let step = if clan.record.get().is_integrated() {
+        "Forget the clan on this computer"
+    } else {
+        "Delete the virtual machine and its disk"
+    };
     vm_task(
         shared,
         clan,
         TaskKind::DeleteVm,
         "Delete",
-        "Delete the virtual machine and its disk",
+        step,
         move |clan, _task| async move { shared_.discard(&clan).await },
     )
 }
@@ -154,7 +185,8 @@ where
 {
     shared.check_idle(&clan)?;
     let name = clan.name();
-    let task = shared.tasks.spawn(kind, format!("{verb} the VM of {name}"), Some(name), &[step], move |task| {
+    let what = if clan.record.get().is_integrated() { "machine" } else { "VM" };
+    let task = shared.tasks.spawn(kind, format!("{verb} the {what} of {name}"), Some(name), &[step], move |task| {
         task.begin(0);
         let work = work(clan, task);
         async move { work.await.map(|()| TaskResult::Nothing) }

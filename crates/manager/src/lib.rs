@@ -5,6 +5,7 @@
 //!  CLI ──Unix socket──┐             ┌─ tasks: create, join, leave, … ── image (clan-build, fetch)
 //!  browser ──TCP──────┴─▶ http ─▶ Shared ─▶ one Clan each: record on disk, person's key and log
 //!                          │                   └─ keeper: the VM's only owner ─▶ QEMU (clan-vm)
+//!                          │                      or integrated: in touch with the controller on this computer
 //!                          └─ proxy ────────────────── agent and controller channels (clan-os) ─▶ guest
 //! ```
 //!
@@ -22,6 +23,7 @@ mod fetch;
 mod guest;
 mod http;
 mod image;
+mod integrated;
 mod invite;
 mod join;
 mod keeper;

@@ -155,6 +155,18 @@ async fn keep<C, S>(
     out.send_replace(None);
 }
 
+/// Takes in what a controller tells until it is silent for too long. Where it has nothing to report, as it has no place in
+/// the clan yet, it is asked again.
+pub(crate) async fn watch_until_silent(channel: &Channel, out: &Outlets) {
+    loop {
+        match watch_control(channel, out).await {
+            Err(GuestError::TimedOut { .. }) => return,
+            ended => tracing::debug!(?ended, "the controller does not report now"),
+        }
+        sleep(RETRY_WATCH).await;
+    }
+}
+
 async fn serve_control(channel: Channel, record: Arc<RecordCell>, images: ImageStore, out: Outlets) {
     while channel.started().await.is_ok() {
         out.control.send_replace(Some(channel.clone()));
@@ -213,6 +225,10 @@ async fn tell_environment(channel: &Channel, record: &RecordCell, images: &Image
 
 /// What a clan's machine cannot see from inside: its ports are forwarded for IPv4.
 pub(crate) async fn environment(record: &ClanRecord, images: &ImageStore) -> Environment {
+    if record.is_integrated() {
+        // It sees everything for itself.
+        return Environment::default();
+    }
     let addresses = match clan_os::addresses::local().await {
         Ok(addresses) => addresses,
         Err(error) => {

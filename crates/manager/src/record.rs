@@ -32,6 +32,20 @@ pub(crate) enum Phase {
     Removing,
 }
 
+/// What the clan's machine is on this computer.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Flavour {
+    /// A VM.
+    #[default]
+    Vm,
+    /// The computer itself.
+    Integrated {
+        /// Where its controller is found.
+        socket: PathBuf,
+    },
+}
+
 /// UDP ports of the base OS that lead to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ports {
@@ -47,6 +61,9 @@ pub(crate) struct ClanRecord {
     pub(crate) person: PersonName,
     pub(crate) machine: MachineName,
     pub(crate) phase: Phase,
+    /// A record of an earlier version has none: it is a VM's.
+    #[serde(default)]
+    pub(crate) flavour: Flavour,
     /// Whether the VM shall run.
     pub(crate) wanted: bool,
     pub(crate) image: Option<ImageId>,
@@ -58,6 +75,10 @@ pub(crate) struct ClanRecord {
 }
 
 impl ClanRecord {
+    pub(crate) fn is_integrated(&self) -> bool {
+        self.flavour != Flavour::Vm
+    }
+
     pub(crate) fn load(paths: &ClanPaths) -> Result<Self, DiskError> {
         let path = paths.record();
         disk::read_json(&path)?.ok_or_else(|| disk::missing(&path))
@@ -218,6 +239,7 @@ pub(crate) mod tests {
             person: "anna".parse().unwrap(),
             machine: "laptop".parse().unwrap(),
             phase,
+            flavour: Flavour::Vm,
             wanted: false,
             image: None,
             memory: ByteSize::from_mib(512),
@@ -290,6 +312,19 @@ pub(crate) mod tests {
         let clan = paths.clan(&ClanId::from_bytes([1; 32]));
         std::fs::remove_file(clan.log()).unwrap();
         assert!(PersonLog::load(&clan).is_err());
+    }
+
+    #[test]
+    fn a_record_of_an_earlier_version_is_a_vms() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        put(&paths, &record(1, Phase::Ready), None);
+        let clan = paths.clan(&ClanId::from_bytes([1; 32]));
+        let text = std::fs::read_to_string(clan.record()).unwrap();
+        let older = text.replace("  \"flavour\": \"vm\",\n", "");
+        assert_ne!(older, text);
+        std::fs::write(clan.record(), older).unwrap();
+        assert_eq!(ClanRecord::load(&clan).unwrap(), record(1, Phase::Ready));
     }
 
     #[test]

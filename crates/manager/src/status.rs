@@ -1,8 +1,9 @@
 //! Everything that the web page shows, from what is known now.
 
 use clan_api::{
-    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, HealthProblem, HostInfo, MachineInfo, PathInfo,
-    PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState, VmStats,
+    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,
+    PathInfo, PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState,
+    VmStats,
 };
 use clan_types::{ByteSize, PersonId, Timestamp};
 use clan_vm::{AccelKind, probe};
@@ -14,7 +15,7 @@ use crate::{
     manager::Shared,
     paths::Paths,
     problem,
-    record::Phase,
+    record::{self, Phase},
     tasks::now,
 };
 
@@ -67,7 +68,10 @@ fn clan_problems(clan: &Clan) -> Vec<HealthProblem> {
         problems.push(HealthProblem {
             severity,
             clan: Some(name.clone()),
-            message: format!("{name}: {}.", problem.message),
+            message: match problem.why {
+                Some(why) if clan.record.get().is_integrated() => format!("{}: {why}", problem.message),
+                _ => problem.message,
+            },
             hints: problem.hints,
         });
     }
@@ -208,6 +212,11 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
         task: shared.tasks.running_on(&record.name).map(|t| t.id),
         clan: record.name,
         machine: record.machine,
+        flavour: if matches!(record.flavour, record::Flavour::Vm) { Flavour::Vm } else { Flavour::Integrated },
+        socket: match record.flavour {
+            record::Flavour::Vm => None,
+            record::Flavour::Integrated { socket } => Some(socket.display().to_string()),
+        },
         state: view.state,
         reason: view.problem.map(|p| match p.why {
             Some(why) => format!("{}: {why}", p.message),

@@ -6,7 +6,7 @@ use std::{path::PathBuf, time::Duration};
 
 use clan_api::{
     ClanLogQuery, ClientError, CreateClan, CreateInvite, DeleteQuery, ErrorCode, JoinClan, LogQuery, ManagerClient,
-    RevocationKind, Revoke, TaskEvent, TaskState,
+    PreviewJoin, RevocationKind, Revoke, TaskEvent, TaskState,
 };
 use clan_manager::{Manager, Options};
 use clan_vm::Qemu;
@@ -75,6 +75,10 @@ fn problem<T: std::fmt::Debug>(outcome: Result<T, ClientError>) -> clan_api::Api
     }
 }
 
+fn preview(link: &str) -> PreviewJoin {
+    PreviewJoin { link: link.to_owned(), integrate: None }
+}
+
 fn create() -> CreateClan {
     CreateClan {
         name: "family".parse().unwrap(),
@@ -83,6 +87,7 @@ fn create() -> CreateClan {
         memory: None,
         disk: None,
         cpus: None,
+        integrate: None,
     }
 }
 
@@ -141,8 +146,8 @@ async fn a_service_without_a_session_is_locked() {
 async fn what_cannot_be_done_is_said_with_a_reason() {
     let manager = Running::start().await;
     let client = &manager.client;
-    assert_eq!(problem(client.preview_join("https://example.org").await).code, ErrorCode::LinkInvalid);
-    assert_eq!(problem(client.preview_join("clan://join/AAAA").await).code, ErrorCode::LinkInvalid);
+    assert_eq!(problem(client.preview_join(&preview("https://example.org")).await).code, ErrorCode::LinkInvalid);
+    assert_eq!(problem(client.preview_join(&preview("clan://join/AAAA")).await).code, ErrorCode::LinkInvalid);
     assert_eq!(problem(client.invite("family", &CreateInvite::default()).await).code, ErrorCode::NotFound);
     assert_eq!(problem(client.vm_logs("family", LogQuery::default()).await).code, ErrorCode::NotFound);
     assert_eq!(problem(client.vm_console("family").await).code, ErrorCode::NotFound);
@@ -174,6 +179,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
         memory: None,
         disk: None,
         cpus: None,
+        integrate: None,
     };
     let problem = problem(timeout(LIMIT, manager.client.join(&join)).await.expect("an answer in time"));
     assert_eq!(problem.code, ErrorCode::Unreachable);
@@ -225,5 +231,19 @@ async fn authority_over_a_clan_that_is_not_here_is_told_as_such() {
         assert_eq!(problem.code, ErrorCode::NotFound);
         assert!(problem.message.contains("nowhere"), "{problem:?}");
     }
+    manager.stop().await;
+}
+
+#[tokio::test]
+async fn a_computer_without_a_controller_cannot_be_integrated_and_nothing_is_begun() {
+    let manager = Running::start().await;
+    let mut integrated = create();
+    integrated.integrate = Some("/nonexistent/clan.sock".into());
+    let down = problem(manager.client.create_clan(&integrated).await);
+    assert_eq!(down.code, ErrorCode::ControllerDown);
+    assert!(down.why.as_deref().unwrap().contains("/nonexistent/clan.sock"), "{down:?}");
+    integrated.memory = Some(clan_types::ByteSize::from_mib(512));
+    assert_eq!(problem(manager.client.create_clan(&integrated).await).code, ErrorCode::BadRequest);
+    assert!(manager.client.tasks().await.unwrap().is_empty(), "no task was begun");
     manager.stop().await;
 }

@@ -387,7 +387,6 @@ function askJoin() {
 }
 
 function confirmJoin(link, p) {
-  const missing = p.download.missing;
   ask({
     title: `Join ${p.clan_name}?`,
     text: `${p.inviter} invites you as ${p.role}. Compare the fingerprint with what ${p.inviter} sees.`,
@@ -395,11 +394,11 @@ function confirmJoin(link, p) {
     fields: () => [
       h("dl", { class: "facts panel" }, facts([
         ["Fingerprint", h("code", null, p.fingerprint)],
-        ["Will run", p.image_title],
-        ["Needs", `${bytes(p.memory)} of memory, up to ${bytes(p.disk)} of disk`],
-        ["Download", missing ? bytes(missing) : "nothing, it is here already"],
+        ["Will run", p.vm && p.vm.image_title],
+        ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk`],
+        ["Download", p.vm && (p.vm.download.missing ? bytes(p.vm.download.missing) : "nothing, it is here already")],
         ["Control", CONTROL_WORD[p.control_mode]],
-        ["Runs by", `${ACCELERATOR_WORD[p.accelerator.kind]}: ${p.accelerator.reason}`],
+        ["Runs by", p.vm && `${ACCELERATOR_WORD[p.vm.accelerator.kind]}: ${p.vm.accelerator.reason}`],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
       field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
@@ -529,7 +528,8 @@ function statsSection(clan, vm) {
   const points = (state.history.get(vm.id) ?? []).filter((p) => state.status.now - p.at <= WINDOW_MS);
   const [tone, word] = VM_WORD[vm.state];
   const busy = state.busy.has(`vm ${vm.id}`) || Boolean(vm.task);
-  const button = vm.state === "stopped" || vm.state === "failed"
+  // The controller of an integrated machine is a service of the computer, and not for the manager to start or stop.
+  const button = vm.flavour === "integrated" ? null : vm.state === "stopped" || vm.state === "failed"
     ? h("button", { type: "button", key: "start", class: "button small", disabled: busy, onclick: () => startVm(vm) }, ICON.start(), "Start")
     : h("button", { type: "button", key: "stop", class: "button small", disabled: busy, onclick: () => stopVm(vm) }, ICON.stop(), "Stop");
   const head = h("div", { class: "section-head" },
@@ -547,7 +547,7 @@ function statsSection(clan, vm) {
   const busiest = Math.max(8192, ...received.map((r) => r[1]), ...sent.map((r) => r[1]));
   return h("section", { key: `stats ${vm.id}`, "aria-label": "This computer’s machine" }, head,
     h("div", { class: "stats" },
-      stat("cpu", "Processor", percent < 10 ? percent.toFixed(1) : percent.toFixed(0), "%", count(vm.cpus, "processor"),
+      stat("cpu", "Processor", percent < 10 ? percent.toFixed(1) : percent.toFixed(0), "%", vm.cpus ? count(vm.cpus, "processor") : "of this computer",
         `Processor use, ${over}: now ${percent.toFixed(0)} %`, [points.map((p) => [p.at, p.cpu_permille])], 1000),
       stat("memory", "Memory", bytes(now.memory_used), "", `of ${bytes(now.memory_total)}`,
         `Memory use, ${over}: now ${bytes(now.memory_used)} of ${bytes(now.memory_total)}`, [points.map((p) => [p.at, p.memory_used])], now.memory_total),
@@ -680,8 +680,9 @@ function machinePage(clan, machine) {
         ["Last heard of", !machine.this && (machine.last_seen ? ago(machine.last_seen) : "never")],
         ["Version", machine.version],
         ["Runs by", vm && vm.accelerator && `${ACCELERATOR_WORD[vm.accelerator]}: ${state.status.accelerator.reason}`],
-        ["Memory", vm && bytes(vm.memory)],
-        ["Disk", vm && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
+        ["Kind", vm && (vm.flavour === "integrated" ? `This computer itself, by the controller at ${vm.socket}` : "A virtual machine")],
+        ["Memory", vm && vm.flavour !== "integrated" && bytes(vm.memory)],
+        ["Disk", vm && vm.flavour !== "integrated" && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
         ["Control", vm && CONTROL_WORD[vm.control_mode]],
         ["Restarts", vm && vm.restarts > 0 && String(vm.restarts)],
         ["System units", units.length > 0 && units.map((u) => `${u.name}: ${u.state}`).join(", ")],

@@ -1,43 +1,50 @@
-//! The manager's side of the controller: the channel over virtio-serial, and the life of the node behind it.
+//! The manager's side of the controller: the channel to it, and the life of the node behind it.
 
 use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     path::PathBuf,
-    process::Stdio,
-    sync::Arc,
+    sync::{Arc, Mutex as SyncMutex, PoisonError},
     time::Duration,
 };
 
 use clan_ledger::Ledger;
 use clan_os::{
     addresses,
-    channel::{Channel, Stream, open_virtio_port, recv_message, send_message},
+    channel::{Channel, ChannelError, LocalListener, Stream, open_virtio_port, recv_message, send_message},
     tun::Tun,
     wireguard::Wireguard,
 };
 use clan_store::LedgerStore;
-use clan_types::{ClanId, MachineName, ServiceName, mesh_address};
+use clan_types::ClanId;
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use iroh::Endpoint;
-use tokio::{io::copy_bidirectional, net::TcpStream, process::Command, sync::Mutex, task::JoinSet, time::timeout};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{Mutex, Semaphore},
+    task::JoinSet,
+    time::timeout,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
-    NodeError, Options, QUIC_PORT,
+    Host, NodeError, Options,
     core::{Core, CoreHandle, Own},
+    host::{self, Ports},
     identity::Identity,
-    image::{Disks, ImageServer},
+    image::ImageServer,
     join::{self, RedeemError},
-    mesh::{self, Mesh},
-    net, peer, services,
-    state::Place,
+    mesh::{self, Mesh, MeshPlan},
+    net, own, peer,
+    report::{Scope, chain},
+    services,
+    state::{self, Place},
     stats::Sampler,
-    status,
+    status, streams,
 };
 
 const PORT_PATIENCE: Duration = Duration::from_secs(60);
-const NETWORK_PATIENCE: Duration = Duration::from_secs(30);
-const CONNECT_LIMIT: Duration = Duration::from_secs(15);
+/// Managers, old and new, that may be connected to a socket at once.
+const MAX_MANAGERS: usize = 8;
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Time for the peers to take a farewell; a peer that misses it learns from another one.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -45,37 +52,40 @@ const FAREWELL: Duration = Duration::from_millis(500);
 /// Serves the manager until cancelled, and runs the node once there is a place for it.
 pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result<(), NodeError> {
     clan_store::create_private_dir(&options.state_dir)?;
+    let _lock = host::lock(&options.state_dir)?;
+    // Before anything takes its time: a manager that connects meanwhile waits, instead of finding nobody.
+    let door = match &options.host {
+        Host::Guest => None,
+        Host::Computer(computer) => {
+            Some(LocalListener::bind(&computer.socket, computer.user).await.map_err(NodeError::Socket)?)
+        }
+    };
     let identity = Identity::load_or_create(&options.state_dir)?;
     tracing::info!(machine = %identity.machine(), "controller starts");
     let controller = Arc::new(Controller {
         dir: options.state_dir,
-        identity,
-        images: Arc::new(ImageServer::new(Disks::of_this_machine())),
+        images: Arc::new(ImageServer::new(options.host.disks())),
+        host: options.host,
+        identity: SyncMutex::new(Arc::new(identity)),
         environment: Mutex::new(Environment::default()),
         node: Mutex::new(None),
         cancel: cancel.clone(),
     });
     controller.resume().await?;
-
-    let port = open_virtio_port(PORT, PORT_PATIENCE).await.map_err(NodeError::Port)?;
-    let (_channel, mut incoming, driver) = Channel::guest(port, env!("CARGO_PKG_VERSION"), cancel.clone());
-    let streams = TaskTracker::new();
-    let driver = tokio::spawn(driver);
-    loop {
-        let stream = tokio::select! {
-            () = cancel.cancelled() => break,
-            stream = incoming.accept() => stream,
-        };
-        let Some(stream) = stream else { break };
-        let controller = controller.clone();
-        streams.spawn(async move { controller.converse(stream).await });
-    }
+    let outcome = match door {
+        Some(door) => {
+            controller.serve_socket(&door).await;
+            Ok(())
+        }
+        None => {
+            let port = open_virtio_port(PORT, PORT_PATIENCE).await.map_err(NodeError::Port)?;
+            controller.clone().serve_channel(port).await
+        }
+    };
     cancel.cancel();
-    streams.close();
-    streams.wait().await;
     controller.stop().await;
-    match driver.await {
-        Ok(Err(error)) if !matches!(error, clan_os::channel::ChannelError::Closed) => {
+    match outcome {
+        Err(error) if !matches!(error, ChannelError::Closed) => {
             Err(NodeError::network("the channel to the manager", error))
         }
         _ => Ok(()),
@@ -84,7 +94,9 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
 
 struct Controller {
     dir: PathBuf,
-    identity: Identity,
+    host: Host,
+    /// Made anew when the machine forgets its clan.
+    identity: SyncMutex<Arc<Identity>>,
     images: Arc<ImageServer>,
     environment: Mutex<Environment>,
     /// Locked while a node starts, so that it starts once.
@@ -97,25 +109,79 @@ struct Node {
     place: Place,
     core: CoreHandle,
     endpoint: Endpoint,
-    wireguard: Arc<Wireguard>,
-    mesh: Mesh,
+    /// Absent where the computer does not let the controller carry packets.
+    mesh: Option<Mesh>,
     tasks: JoinSet<()>,
     cancel: CancellationToken,
 }
 
 /// A machine's two ways out: the interface of the mesh, and the endpoint on the base network.
 struct Ways {
-    tun: Tun,
+    /// Or why there is none.
+    tun: Result<Tun, NodeError>,
     endpoint: Endpoint,
+    ports: Ports,
 }
 
 /// What most requests need of a node, without holding its lock.
-struct Access {
-    core: CoreHandle,
-    wireguard: Arc<Wireguard>,
+pub(crate) struct Access {
+    pub(crate) core: CoreHandle,
+    wireguard: Option<Arc<Wireguard>>,
+    /// The node ends.
+    over: CancellationToken,
 }
 
 impl Controller {
+    /// Serves whoever connects, until cancelled.
+    async fn serve_socket(self: &Arc<Self>, door: &LocalListener) {
+        let managers = TaskTracker::new();
+        let room = Arc::new(Semaphore::new(MAX_MANAGERS));
+        loop {
+            let entered = async {
+                let permit = room.clone().acquire_owned().await;
+                (permit, door.accept().await)
+            };
+            let (permit, stream) = tokio::select! {
+                () = self.cancel.cancelled() => break,
+                entered = entered => entered,
+            };
+            let serving = self.clone().serve_channel(stream);
+            managers.spawn(async move {
+                let ended = serving.await;
+                tracing::debug!(?ended, "a manager is gone");
+                drop(permit);
+            });
+        }
+        managers.close();
+        managers.wait().await;
+    }
+
+    /// Serves one byte stream until it ends or until cancelled.
+    async fn serve_channel<I>(self: Arc<Self>, io: I) -> Result<(), ChannelError>
+    where
+        I: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let (_channel, mut incoming, driver) = Channel::guest(io, env!("CARGO_PKG_VERSION"), self.cancel.clone());
+        let streams = TaskTracker::new();
+        let driver = tokio::spawn(driver);
+        loop {
+            let stream = tokio::select! {
+                () = self.cancel.cancelled() => break,
+                stream = incoming.accept() => stream,
+            };
+            let Some(stream) = stream else { break };
+            let controller = self.clone();
+            streams.spawn(async move { controller.converse(stream).await });
+        }
+        streams.close();
+        streams.wait().await;
+        driver.await.unwrap_or(Err(ChannelError::Closed))
+    }
+
+    fn identity(&self) -> Arc<Identity> {
+        self.identity.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Takes up the place that the machine had before a restart.
     async fn resume(&self) -> Result<(), NodeError> {
         if let Some(place) = Place::load(&self.dir)? {
@@ -134,7 +200,11 @@ impl Controller {
 
     async fn access(&self) -> Option<Access> {
         let node = self.node.lock().await;
-        node.as_ref().map(|n| Access { core: n.core.clone(), wireguard: n.wireguard.clone() })
+        node.as_ref().map(|n| Access {
+            core: n.core.clone(),
+            wireguard: n.mesh.as_ref().map(Mesh::wireguard),
+            over: n.cancel.clone(),
+        })
     }
 
     async fn converse(&self, mut stream: Stream) {
@@ -146,13 +216,14 @@ impl Controller {
                 self.set_environment(environment).await;
                 ControlResponse::Done
             }
+            ControlRequest::Forget => self.forget().await,
             other => match self.access().await {
                 Some(access) => return self.converse_as_member(stream, other, access).await,
                 None => ControlResponse::Failed("this machine has no place in a clan yet".to_owned()),
             },
         };
         if send_message(&mut stream, &response, MAX_MESSAGE).await.is_ok() {
-            finish(stream).await;
+            streams::finish(stream).await;
         }
     }
 
@@ -165,37 +236,66 @@ impl Controller {
             },
             ControlRequest::Entries => ControlResponse::Entries(access.core.entries().await),
             ControlRequest::Status => {
-                ControlResponse::Status(Box::new(status::report(&access.core.view(), Some(&access.wireguard)).await))
+                ControlResponse::Status(Box::new(status::report(&access.core.view(), access.wireguard()).await))
             }
             ControlRequest::Farewell { entry } => self.farewell(&access, entry).await,
             ControlRequest::Watch => return self.report(stream, &access).await,
             ControlRequest::Connect { service, machine } => {
-                return connect(stream, &access, &service, machine.as_ref()).await;
+                return streams::connect(stream, &access, &service, machine.as_ref()).await;
             }
-            ControlRequest::Journal { lines, follow } => return journal(stream, lines, follow).await,
-            ControlRequest::Identify | ControlRequest::Provision(_) | ControlRequest::SetEnvironment(_) => {
-                ControlResponse::Failed("handled elsewhere".to_owned())
+            ControlRequest::Journal { lines, follow } => {
+                let scope = if self.host.is_guest() { Scope::Everything } else { Scope::Own };
+                return streams::journal(stream, &scope, lines, follow).await;
             }
+            ControlRequest::Identify
+            | ControlRequest::Provision(_)
+            | ControlRequest::SetEnvironment(_)
+            | ControlRequest::Forget => ControlResponse::Failed("handled elsewhere".to_owned()),
         };
         if send_message(&mut stream, &response, MAX_MESSAGE).await.is_ok() {
-            finish(stream).await;
+            streams::finish(stream).await;
         }
     }
 
     async fn identify(&self) -> ControlResponse {
+        let identity = self.identity();
         ControlResponse::Identity {
-            machine: self.identity.machine(),
-            wireguard: self.identity.wireguard_public(),
+            machine: identity.machine(),
+            wireguard: identity.wireguard_public(),
             clan: self.node.lock().await.as_ref().map(|n| n.place.clan),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
     }
 
-    async fn set_environment(&self, environment: Environment) {
+    async fn set_environment(&self, mut environment: Environment) {
+        if !self.host.is_guest() {
+            // The machine sees for itself where it may be reached: see `own`.
+            environment = Environment { quic: Vec::new(), wireguard: Vec::new(), ..environment };
+        }
         self.images.set_manifest(&environment.manifest);
         *self.environment.lock().await = environment.clone();
-        if let Some(node) = self.node.lock().await.as_ref() {
+        if let Some(node) = self.node.lock().await.as_ref()
+            && self.host.is_guest()
+        {
             node.take_environment(environment).await;
+        }
+    }
+
+    /// Ends the node, and makes the machine one that never was in a clan.
+    async fn forget(&self) -> ControlResponse {
+        let mut slot = self.node.lock().await;
+        if let Some(node) = slot.take() {
+            node.stop().await;
+        }
+        let fresh =
+            state::forget(&self.dir).map_err(NodeError::from).and_then(|()| Ok(Identity::load_or_create(&self.dir)?));
+        match fresh {
+            Ok(fresh) => {
+                tracing::info!(machine = %fresh.machine(), "the clan is forgotten; a machine with new keys waits for another");
+                *self.identity.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(fresh);
+                ControlResponse::Done
+            }
+            Err(error) => ControlResponse::Failed(chain(&error)),
         }
     }
 
@@ -210,7 +310,9 @@ impl Controller {
             };
         }
         self.images.set_manifest(&provision.environment.manifest);
-        *self.environment.lock().await = provision.environment.clone();
+        if self.host.is_guest() {
+            *self.environment.lock().await = provision.environment.clone();
+        }
         match self.take_place(provision).await {
             Ok(node) => {
                 let entries = node.core.entries().await;
@@ -230,8 +332,10 @@ impl Controller {
             entries.extend(join::redeem(&ways.endpoint, &redeem).await?);
             peers = redeem.peers;
         }
-        let place = Place { clan: provision.clan, name: provision.name, offers: provision.offers, peers };
-        let machine = self.identity.machine();
+        // The services are those of the image; a computer's own are not for the clan to start.
+        let offers = if self.host.is_guest() { provision.offers } else { Vec::new() };
+        let place = Place { clan: provision.clan, name: provision.name, offers, peers };
+        let machine = self.identity().machine();
         let node = self
             .start_node(place.clone(), ways, |ledger| {
                 for entry in &entries {
@@ -250,19 +354,25 @@ impl Controller {
     }
 
     async fn ways(&self, clan: &ClanId) -> Result<Ways, NodeError> {
-        let tun = mesh::interface(clan, &self.identity.machine()).await?;
-        let address = timeout(NETWORK_PATIENCE, base_address()).await.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let identity = self.identity();
+        let ports = self.host.ports(&self.dir)?;
+        let tun = mesh::interface(&self.host.interface(clan), clan, &identity.machine()).await;
+        let patience = self.host.network_patience();
+        let address = timeout(patience, base_address()).await.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let external = self.environment.lock().await.quic.clone();
-        let bind = SocketAddr::new(address, QUIC_PORT);
-        let endpoint = net::endpoint(self.identity.endpoint_key(), bind, &external).await?;
-        Ok(Ways { tun, endpoint })
+        let bind = SocketAddr::new(address, ports.quic);
+        let endpoint = net::endpoint(identity.endpoint_key(), bind, &external).await?;
+        match tun {
+            Err(error) if self.host.is_guest() => Err(error),
+            tun => Ok(Ways { tun, endpoint, ports }),
+        }
     }
 
     /// Starts everything that a machine in a clan runs. `prepare` may add to the ledger before anybody sees it.
     async fn start_node(
         &self,
         place: Place,
-        Ways { tun, endpoint }: Ways,
+        Ways { tun, endpoint, ports }: Ways,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
         let store = LedgerStore::open(self.dir.join("ledger.redb"), &place.clan).map_err(NodeError::from)?;
@@ -273,25 +383,42 @@ impl Controller {
             store.append_all(ledger.entries()).map_err(NodeError::from)?;
         }
         let environment = self.environment.lock().await.clone();
-        let own = Own {
-            quic: environment.quic,
-            wireguard: environment.wireguard,
-            manifest: environment.manifest,
-            ..Own::default()
-        };
+        let seen = if self.host.is_guest() { None } else { own::look(&endpoint, ports).await };
+        let (quic, wireguard) = seen.unwrap_or((environment.quic, environment.wireguard));
+        let own = Own { quic, wireguard, manifest: environment.manifest, ..Own::default() };
         let cancel = self.cancel.child_token();
-        let (core, handle, dials) = Core::new(self.identity.signing().clone(), ledger, store, own, place.peers.clone())
+        let identity = self.identity();
+        let bootstrap = place.peers.clone();
+        let (core, handle, dials) = Core::new(identity.signing().clone(), ledger, store, own, bootstrap)
             .ok_or_else(|| ProvisionOrNodeError::Reason("the ledger lacks its founding entry".to_owned()))?;
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
-        let mesh = match Mesh::start(&self.identity, tun, &handle, &cancel).await {
-            Ok(mesh) => mesh,
+        let plan = MeshPlan {
+            port: ports.wireguard,
+            names: self.host.names(&place.clan),
+            names_may_fail: !self.host.is_guest(),
+        };
+        let mesh = match tun {
+            Ok(tun) => Mesh::start(&identity, tun, &plan, &handle, &cancel).await,
+            Err(error) => Err(error),
+        };
+        let mesh = match mesh {
+            Ok(mesh) => Some(mesh),
+            // The ledger can be kept, and the clan be managed, on a computer that carries no packets.
+            Err(error) if !self.host.is_guest() => {
+                tracing::warn!(why = chain(&error), "no packets flow between this computer and the clan");
+                handle.problem("data plane", Some(host::no_packets(&error))).await;
+                None
+            }
             Err(error) => {
                 cancel.cancel();
                 while tasks.join_next().await.is_some() {}
                 return Err(error.into());
             }
         };
+        if !self.host.is_guest() {
+            tasks.spawn(own::follow(endpoint.clone(), ports, mesh.is_some(), handle.clone(), cancel.clone()));
+        }
         // Without its endpoint the machine is deaf: the whole controller ends, and systemd starts it afresh.
         tasks.spawn(net::accept(
             endpoint.clone(),
@@ -302,7 +429,7 @@ impl Controller {
         ));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
         tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
-        Ok(Node { place, core: handle, endpoint, wireguard: mesh.wireguard(), mesh, tasks, cancel })
+        Ok(Node { place, core: handle, endpoint, mesh, tasks, cancel })
     }
 
     async fn farewell(&self, access: &Access, entry: Vec<u8>) -> ControlResponse {
@@ -315,16 +442,16 @@ impl Controller {
 
     /// Status when it changes, statistics always, once a second, until the manager has enough.
     async fn report(&self, mut stream: Stream, access: &Access) {
-        let mut sampler = Sampler::default();
+        let mut sampler = Sampler::new(self.host.measured(&self.dir));
         let mut tick = tokio::time::interval(REPORT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = None;
         loop {
             tokio::select! {
-                () = self.cancel.cancelled() => return,
+                () = access.over.cancelled() => return,
                 _ = tick.tick() => {}
             }
-            let status = status::report(&access.core.view(), Some(&access.wireguard)).await;
+            let status = status::report(&access.core.view(), access.wireguard()).await;
             if last.as_ref() != Some(&status) {
                 let response = ControlResponse::Status(Box::new(status.clone()));
                 if send_message(&mut stream, &response, MAX_MESSAGE).await.is_err() {
@@ -337,6 +464,12 @@ impl Controller {
                 return;
             }
         }
+    }
+}
+
+impl Access {
+    pub(crate) fn wireguard(&self) -> Option<&Wireguard> {
+        self.wireguard.as_deref()
     }
 }
 
@@ -357,7 +490,9 @@ impl Node {
     async fn stop(mut self) {
         self.cancel.cancel();
         while self.tasks.join_next().await.is_some() {}
-        self.mesh.stop().await;
+        if let Some(mesh) = self.mesh {
+            mesh.stop().await;
+        }
         self.endpoint.close().await;
     }
 }
@@ -424,80 +559,4 @@ async fn base_address() -> IpAddr {
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
-}
-
-/// Joins the stream to a service in the clan.
-async fn connect(mut stream: Stream, access: &Access, service: &ServiceName, machine: Option<&MachineName>) {
-    let view = access.core.view();
-    let status = status::report(&view, Some(&access.wireguard)).await;
-    let mut offers: Vec<_> =
-        status.services.iter().filter(|s| s.name == *service && machine.is_none_or(|m| *m == s.machine)).collect();
-    offers.sort_by_key(|s| !s.healthy);
-    let target = offers.first().and_then(|s| {
-        let owner = status.machines.iter().find(|m| m.name == s.machine)?;
-        Some(SocketAddr::new(IpAddr::V6(mesh_address(&view.clan, &owner.id)), s.port))
-    });
-    let Some(target) = target else {
-        let failed = ControlResponse::Failed(format!("nobody in the clan offers `{service}`"));
-        let _ = send_message(&mut stream, &failed, MAX_MESSAGE).await;
-        return finish(stream).await;
-    };
-    let mut tcp = match timeout(CONNECT_LIMIT, TcpStream::connect(target)).await {
-        Ok(Ok(tcp)) => tcp,
-        Ok(Err(error)) => {
-            let failed = ControlResponse::Failed(format!("`{service}` does not answer: {error}"));
-            let _ = send_message(&mut stream, &failed, MAX_MESSAGE).await;
-            return finish(stream).await;
-        }
-        Err(_) => {
-            let failed = ControlResponse::Failed(format!("`{service}` does not answer"));
-            let _ = send_message(&mut stream, &failed, MAX_MESSAGE).await;
-            return finish(stream).await;
-        }
-    };
-    let _ = tcp.set_nodelay(true);
-    if send_message(&mut stream, &ControlResponse::Connected, MAX_MESSAGE).await.is_ok() {
-        let _ = copy_bidirectional(&mut stream, &mut tcp).await;
-    }
-}
-
-async fn journal(mut stream: Stream, lines: u32, follow: bool) {
-    let mut command = Command::new("journalctl");
-    command.args(["--no-pager", "--output=short-iso", "--lines", &lines.min(100_000).to_string()]);
-    if follow {
-        command.arg("--follow");
-    }
-    let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).kill_on_drop(true).spawn();
-    let Some(mut text) = child.ok().and_then(|mut c| c.stdout.take().map(|out| (c, out))) else {
-        let failed = ControlResponse::Failed("the journal cannot be read".to_owned());
-        let _ = send_message(&mut stream, &failed, MAX_MESSAGE).await;
-        return finish(stream).await;
-    };
-    if send_message(&mut stream, &ControlResponse::Raw, MAX_MESSAGE).await.is_ok() {
-        let (mut from_manager, mut to_manager) = tokio::io::split(stream);
-        // The manager's side ending means that nobody follows any more.
-        let mut nothing = tokio::io::sink();
-        tokio::select! {
-            _ = tokio::io::copy(&mut text.1, &mut to_manager) => {}
-            _ = tokio::io::copy(&mut from_manager, &mut nothing), if follow => {}
-        }
-        let _ = tokio::io::AsyncWriteExt::shutdown(&mut to_manager).await;
-    }
-}
-
-/// Ends our direction and waits until the manager ended its own: what was written has then arrived.
-async fn finish(mut stream: Stream) {
-    let _ = tokio::io::AsyncWriteExt::shutdown(&mut stream).await;
-    let _ = timeout(CONNECT_LIMIT, tokio::io::copy(&mut stream, &mut tokio::io::sink())).await;
-}
-
-/// An error and its causes, in one sentence for the manager.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }

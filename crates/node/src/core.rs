@@ -31,6 +31,8 @@ use tokio_util::sync::CancellationToken;
 const QUEUE: usize = 256;
 /// Machines that wait to be dialled; the replica asks again for those that find no place.
 const DIALS: usize = 256;
+/// What problems with the ledger's file are about.
+const DISK: &str = "disk";
 
 /// What this machine knows, at one moment.
 #[derive(Clone)]
@@ -96,6 +98,10 @@ enum Command {
         reply: oneshot::Sender<Vec<EncodedEntry>>,
     },
     ChangeOwn(Box<dyn FnOnce(&mut Own) + Send>),
+    Problem {
+        about: &'static str,
+        what: Option<String>,
+    },
 }
 
 /// A way to ask the core.
@@ -166,6 +172,11 @@ impl CoreHandle {
         let _ = self.commands.send(Command::ChangeOwn(Box::new(change))).await;
     }
 
+    /// Says what needs attention about something, or that nothing does.
+    pub(crate) async fn problem(&self, about: &'static str, what: Option<String>) {
+        let _ = self.commands.send(Command::Problem { about, what }).await;
+    }
+
     async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(command(reply)).await.ok()?;
@@ -192,8 +203,8 @@ pub(crate) struct Core {
     store: LedgerStore,
     /// What the disk said to the last write that failed.
     refused: Option<StoreError>,
-    /// The same, for people, until a write succeeds.
-    disk_problem: Option<String>,
+    /// What needs attention, by what it is about; of the disk, until a write succeeds.
+    problems: BTreeMap<&'static str, String>,
     started: Instant,
     links: BTreeMap<LinkId, Link>,
     asked: BTreeMap<Ticket, Asked>,
@@ -223,13 +234,13 @@ impl Core {
         let replica = Replica::new(config, ledger, Now { at: Duration::ZERO, wall: now() });
         let (sender, commands) = mpsc::channel(QUEUE);
         let (dials, to_dial) = mpsc::channel(DIALS);
-        let (publish, view) = watch::channel(Arc::new(view(&replica, &clan_name, BTreeMap::new(), None)));
+        let (publish, view) = watch::channel(Arc::new(view(&replica, &clan_name, BTreeMap::new(), &BTreeMap::new())));
         let core = Self {
             replica,
             clan_name,
             store,
             refused: None,
-            disk_problem: None,
+            problems: BTreeMap::new(),
             started: Instant::now(),
             links: BTreeMap::new(),
             asked: BTreeMap::new(),
@@ -307,6 +318,15 @@ impl Core {
                 change(&mut own);
                 self.replica.handle_own(own, now);
             }
+            Command::Problem { about, what } => {
+                let before = match what.clone() {
+                    Some(what) => self.problems.insert(about, what),
+                    None => self.problems.remove(about),
+                };
+                if before != what {
+                    self.publish();
+                }
+            }
         }
     }
 
@@ -342,20 +362,20 @@ impl Core {
 
     /// Says whether there is anything new to tell about the disk.
     fn persist(&mut self, write: WriteId, entries: &[clan_ledger::Entry]) -> bool {
-        let before = self.disk_problem.is_some();
+        let before = self.problems.contains_key(DISK);
         match self.store.append_all(entries) {
             Ok(()) => {
-                self.disk_problem = None;
+                self.problems.remove(DISK);
                 self.replica.handle_persisted(write, self.now());
             }
             Err(error) => {
                 tracing::error!(error = &error as &dyn std::error::Error, "the ledger cannot be written");
-                self.disk_problem = Some(format!("nothing can be recorded: {error}"));
+                self.problems.insert(DISK, format!("nothing can be recorded: {error}"));
                 self.refused = Some(error);
                 self.replica.handle_not_persisted(write, self.now());
             }
         }
-        before != self.disk_problem.is_some()
+        before != self.problems.contains_key(DISK)
     }
 
     fn close(&mut self, link: LinkId, why: Close) {
@@ -391,7 +411,7 @@ impl Core {
     fn publish(&self) {
         let connection = |link: &LinkId| self.links.get(link).map(|known| known.connection.clone());
         let links = self.replica.links().iter().filter_map(|(machine, link)| Some((*machine, connection(link)?)));
-        let view = view(&self.replica, &self.clan_name, links.collect(), self.disk_problem.clone());
+        let view = view(&self.replica, &self.clan_name, links.collect(), &self.problems);
         self.publish.send_replace(Arc::new(view));
     }
 }
@@ -400,7 +420,7 @@ fn view(
     replica: &Replica,
     clan_name: &ClanName,
     links: BTreeMap<MachineId, Connection>,
-    disk_problem: Option<String>,
+    problems: &BTreeMap<&'static str, String>,
 ) -> View {
     View {
         clan: replica.clan(),
@@ -411,7 +431,7 @@ fn view(
         vector: replica.vector().clone(),
         beacons: replica.beacons().clone(),
         links: Arc::new(links),
-        problems: replica.problems().into_iter().chain(disk_problem).collect(),
+        problems: replica.problems().into_iter().chain(problems.values().cloned()).collect(),
     }
 }
 

@@ -70,19 +70,25 @@ struct Extent {
 
 /// Serves the parts of one image.
 pub(crate) struct ImageServer {
-    disks: Disks,
+    /// None on a machine that did not boot from an image.
+    disks: Option<Disks>,
     manifest: Mutex<Option<(Vec<u8>, Manifest)>>,
 }
 
 impl ImageServer {
-    pub(crate) fn new(disks: Disks) -> Self {
+    pub(crate) fn new(disks: Option<Disks>) -> Self {
         Self { disks, manifest: Mutex::new(None) }
     }
 
     /// Says which image the disks hold. Bytes that are no manifest mean: none.
     pub(crate) fn set_manifest(&self, encoded: &[u8]) {
-        let manifest = Manifest::decode(encoded, None).ok().map(|m| (encoded.to_vec(), m));
+        let manifest = Manifest::decode(encoded, None).ok().filter(|_| self.disks.is_some());
+        let manifest = manifest.map(|m| (encoded.to_vec(), m));
         *self.manifest.lock().unwrap_or_else(PoisonError::into_inner) = manifest;
+    }
+
+    fn locate(&self, manifest: &Manifest, hash: &FileHash) -> Option<Extent> {
+        self.disks.as_ref()?.locate(manifest, hash)
     }
 
     pub(crate) async fn serve(self: Arc<Self>, connection: Connection, core: CoreHandle) {
@@ -112,7 +118,7 @@ impl ImageServer {
                 send_message(&mut send, &ImageResponse::Bytes(encoded.len() as u64), MAX_MESSAGE).await.ok()?;
                 send.write_all(&encoded).await.ok()?;
             }
-            (ImagePart::File { hash, offset }, Some((_, manifest))) => match self.disks.locate(&manifest, &hash) {
+            (ImagePart::File { hash, offset }, Some((_, manifest))) => match self.locate(&manifest, &hash) {
                 Some(extent) if offset <= extent.size => {
                     send_message(&mut send, &ImageResponse::Bytes(extent.size - offset), MAX_MESSAGE).await.ok()?;
                     stream(&extent, offset, &mut send).await?;

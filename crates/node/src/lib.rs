@@ -1,27 +1,32 @@
 //! The controller: one machine's part in a clan.
 //!
 //! ```text
-//!  manager ──virtio-serial──▶ control ─┐                         ┌─▶ mesh (WireGuard, names)
+//!  manager ─────channel─────▶ control ─┐                         ┌─▶ mesh (WireGuard, names)
 //!  newcomers ──clan/join/1──▶ join ────┼──▶ Core (one task: ─────┼─▶ peers (clan/peer/1: ledger, beacons, packets)
 //!  machines ──clan/peer/1───▶ peer ────┘     ledger, beacons)    └─▶ status, statistics
 //!  newcomers ──clan/image/1─▶ image (reads the disks the machine booted from)
 //! ```
 //!
 //! One task, [`core`], owns the ledger, the beacons and what is known of peers; everything else asks it. A machine that
-//! has no place in a clan yet only answers its manager; [`control`] starts the rest once it was provisioned.
+//! has no place in a clan yet only answers its manager; [`control`] starts the rest once it was provisioned. What
+//! differs between a clan's own VM and a computer that has other business too is decided in [`host`].
 
 mod control;
 mod core;
+mod host;
 mod identity;
 mod image;
 mod join;
 mod mesh;
 mod net;
+mod own;
 mod peer;
+mod report;
 mod services;
 mod state;
 mod stats;
 mod status;
+mod streams;
 #[cfg(test)]
 mod tests;
 
@@ -29,20 +34,18 @@ use std::path::PathBuf;
 
 use tokio_util::sync::CancellationToken;
 
+pub use host::{Computer, DEFAULT_PORT, Host, Names};
 pub use identity::IdentityError;
 pub use state::StateError;
 
 /// How a controller is run.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where the machine keeps its keys, its ledger and its place in the clan; on the data disk.
+    /// Where the machine keeps its keys, its ledger and its place in the clan; of a VM, on the data disk.
     pub state_dir: PathBuf,
+    /// What it runs on.
+    pub host: Host,
 }
-
-/// UDP port of the QUIC endpoint inside the machine.
-pub const QUIC_PORT: u16 = 41640;
-/// UDP port of the WireGuard socket inside the machine.
-pub const WIREGUARD_PORT: u16 = 41641;
 
 /// Why the controller stopped.
 #[derive(Debug, thiserror::Error)]
@@ -59,6 +62,18 @@ pub enum NodeError {
     /// The port to the manager is missing.
     #[error("cannot open the port to the manager")]
     Port(#[source] std::io::Error),
+    /// The socket for the manager is not to be had.
+    #[error("cannot listen for the manager")]
+    Socket(#[source] clan_os::channel::LocalError),
+    /// A UDP port is not to be had.
+    #[error("UDP port {port} is not free")]
+    Udp {
+        /// The port.
+        port: u16,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
     /// The network could not be set up.
     #[error("cannot set up {what}")]
     Network {

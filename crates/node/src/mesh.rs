@@ -2,8 +2,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -27,43 +25,80 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    NodeError, WIREGUARD_PORT,
+    NodeError,
     core::{CoreHandle, View},
+    host::NamesPlan,
     identity::Identity,
+    report::chain,
 };
 
-const INTERFACE: &str = "clan0";
 /// The least that IPv6 allows; with WireGuard's and QUIC's own bytes it fits every path.
 const MTU: u16 = 1280;
 /// Packets that wait for the QUIC carrier, each way.
 const CARRIER_QUEUE: usize = 1024;
 /// Keeps the path's address mappings open, and its state known, while nobody talks.
 const KEEPALIVE: Duration = Duration::from_secs(25);
-const DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 53);
-/// The name server of QEMU's user-mode network.
-const UPSTREAM_DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 2, 3)), 53);
 
 /// Makes the interface that applications reach the clan through.
 ///
 /// Before the QUIC endpoint is opened: the endpoint binds its socket anew when interfaces come and go, and does not
 /// survive if the port is not free at that moment.
-pub(crate) async fn interface(clan: &ClanId, machine: &MachineId) -> Result<Tun, NodeError> {
+pub(crate) async fn interface(name: &str, clan: &ClanId, machine: &MachineId) -> Result<Tun, NodeError> {
     let address = mesh_address(clan, machine);
-    Tun::create(INTERFACE, MTU, address).await.map_err(|e| NodeError::network("the mesh interface", e))
+    Tun::create(name, MTU, address).await.map_err(|e| NodeError::network("the mesh interface", e))
 }
 
 /// The running data plane.
 pub(crate) struct Mesh {
     wireguard: Arc<Wireguard>,
-    dns: DnsServer,
-    resolv: Undo,
+    names: Option<NameService>,
     tasks: JoinSet<()>,
+}
+
+/// The clan's names on this machine.
+struct NameService {
+    server: DnsServer,
+    file: Option<Undo>,
+}
+
+impl NameService {
+    async fn start(plan: &NamesPlan, view: &View, names: watch::Receiver<Arc<Zone>>) -> Result<Self, NodeError> {
+        let server = DnsServer::start(plan.bind, names, plan.upstream)
+            .await
+            .map_err(|e| NodeError::network("the name server", e))?;
+        let search = [format!("{}.clan", view.clan_name), "clan".to_owned()];
+        let file = plan.file.as_deref().map(|file| ResolvConf::install(file, plan.bind.ip(), &search)).transpose();
+        match file {
+            Ok(file) => Ok(Self { server, file }),
+            Err(error) => {
+                server.stop().await;
+                Err(NodeError::network("name resolution", error))
+            }
+        }
+    }
+
+    async fn stop(self) {
+        self.server.stop().await;
+        if let Some(Err(error)) = self.file.map(Undo::undo) {
+            tracing::warn!(%error, "name resolution could not be put back");
+        }
+    }
+}
+
+/// What the data plane is to be.
+pub(crate) struct MeshPlan {
+    /// UDP port of WireGuard.
+    pub(crate) port: u16,
+    pub(crate) names: NamesPlan,
+    /// Whether packets are worth having where names are not to be had.
+    pub(crate) names_may_fail: bool,
 }
 
 impl Mesh {
     pub(crate) async fn start(
         identity: &Identity,
         tun: Tun,
+        plan: &MeshPlan,
         core: &CoreHandle,
         cancel: &CancellationToken,
     ) -> Result<Self, NodeError> {
@@ -73,7 +108,7 @@ impl Mesh {
             local: view.machine,
             private_key: identity.wireguard_secret(),
             tun,
-            udp_port: WIREGUARD_PORT,
+            udp_port: plan.port,
             carrier,
         })
         .await
@@ -81,17 +116,26 @@ impl Mesh {
         let wireguard = Arc::new(wireguard);
 
         let (zone, names) = watch::channel(Arc::new(zone_of(&view)));
-        let dns = DnsServer::start(DNS, names, Some(UPSTREAM_DNS))
-            .await
-            .map_err(|e| NodeError::network("the name server", e))?;
-        let search = vec![format!("{}.clan", view.clan_name), "clan".to_owned()];
-        let resolv = ResolvConf::install(Path::new("/etc/resolv.conf"), DNS.ip(), &search)
-            .map_err(|e| NodeError::network("name resolution", e))?;
+        let names = match NameService::start(&plan.names, &view, names).await {
+            Ok(names) => {
+                core.problem("names", None).await;
+                Some(names)
+            }
+            Err(error) if plan.names_may_fail => {
+                core.problem("names", Some(format!("The clan's names are not to be had here: {}.", chain(&error))))
+                    .await;
+                None
+            }
+            Err(error) => {
+                wireguard.stop().await;
+                return Err(error);
+            }
+        };
 
         let mut tasks = JoinSet::new();
         tasks.spawn(follow(core.clone(), wireguard.clone(), zone, cancel.clone()));
         tasks.spawn(carry(core.clone(), ends, cancel.clone()));
-        Ok(Self { wireguard, dns, resolv, tasks })
+        Ok(Self { wireguard, names, tasks })
     }
 
     pub(crate) fn wireguard(&self) -> Arc<Wireguard> {
@@ -100,9 +144,8 @@ impl Mesh {
 
     pub(crate) async fn stop(mut self) {
         while self.tasks.join_next().await.is_some() {}
-        self.dns.stop().await;
-        if let Err(error) = self.resolv.undo() {
-            tracing::warn!(%error, "name resolution could not be put back");
+        if let Some(names) = self.names {
+            names.stop().await;
         }
         self.wireguard.stop().await;
     }

@@ -1,6 +1,9 @@
 //! The machine's place in its clan, on disk.
 
-use std::path::{Path, PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 use clan_types::{ClanId, MachineName, PeerAddr, ServiceName};
 use serde::{Deserialize, Serialize};
@@ -24,6 +27,45 @@ pub enum StateError {
     /// The file cannot be read or written, or is damaged.
     #[error(transparent)]
     Store(#[from] clan_store::StoreError),
+    /// Another controller works with the same state.
+    #[error("another controller uses {}", path.display())]
+    InUse {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The folder's lock cannot be taken.
+    #[error("cannot lock {}", path.display())]
+    Lock {
+        /// The lock.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// What is to be forgotten cannot be removed.
+    #[error("cannot remove {}", path.display())]
+    Forget {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Files that make a machine the one it is in its clan; the place first, as without it the rest says nothing.
+const TRACES: [&str; 4] = ["place.json", "ledger.redb", "machine.key", "wireguard.key"];
+
+/// Removes everything that a machine knows of its clan, and its keys with it.
+pub(crate) fn forget(dir: &Path) -> Result<(), StateError> {
+    for name in TRACES {
+        let path = dir.join(name);
+        match std::fs::remove_file(&path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => return Err(StateError::Forget { path, source }),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 impl Place {

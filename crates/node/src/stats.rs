@@ -1,6 +1,6 @@
 //! What the machine measures of itself, read from `/proc` and the file system.
 
-use std::{fs, time::Duration};
+use std::{fs, path::PathBuf, time::Duration};
 
 use clan_types::ByteSize;
 use clan_wire::control::{GuestStats, UnitStatus};
@@ -8,13 +8,21 @@ use tokio::{process::Command, time::Instant};
 
 use crate::core::now;
 
-const UNITS: [&str; 2] = ["clan-controller.service", "nginx.service"];
 /// Asking systemd costs a process; units change seldom.
 const UNITS_EVERY: Duration = Duration::from_secs(15);
 
+/// What is measured, where machines differ.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Measured {
+    /// A path in the file system that counts.
+    pub(crate) disk: PathBuf,
+    /// Systemd units of interest.
+    pub(crate) units: &'static [&'static str],
+}
+
 /// Takes measurements; keeps what is needed to tell the share of busy time between two of them.
-#[derive(Default)]
 pub(crate) struct Sampler {
+    measured: Measured,
     busy: u64,
     total: u64,
     units: Vec<UnitStatus>,
@@ -22,16 +30,20 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
+    pub(crate) fn new(measured: Measured) -> Self {
+        Self { measured, busy: 0, total: 0, units: Vec::new(), units_at: None }
+    }
+
     pub(crate) async fn sample(&mut self) -> GuestStats {
         let (busy, total) = parse_cpu(&read("/proc/stat"));
         let cpu_permille = share(busy.saturating_sub(self.busy), total.saturating_sub(self.total));
         (self.busy, self.total) = (busy, total);
         if self.units_at.is_none_or(|at| at.elapsed() >= UNITS_EVERY) {
-            self.units = units().await;
+            self.units = units(self.measured.units).await;
             self.units_at = Some(Instant::now());
         }
         let (memory_total, memory_available) = parse_memory(&read("/proc/meminfo"));
-        let (disk_total, disk_used) = disk("/data");
+        let (disk_total, disk_used) = disk(&self.measured.disk);
         let (net_received, net_sent) = parse_net(&read("/proc/net/dev"));
         GuestStats {
             at: now(),
@@ -81,7 +93,7 @@ fn parse_net(text: &str) -> (ByteSize, ByteSize) {
     let (mut received, mut sent) = (0u64, 0u64);
     for line in text.lines().skip(2) {
         let Some((name, counters)) = line.split_once(':') else { continue };
-        if matches!(name.trim(), "lo" | "clan0") {
+        if matches!(name.trim(), "lo" | "clan0") || name.trim().starts_with("clan-") {
             continue;
         }
         let counters: Vec<u64> = counters.split_whitespace().filter_map(|n| n.parse().ok()).collect();
@@ -91,16 +103,19 @@ fn parse_net(text: &str) -> (ByteSize, ByteSize) {
     (ByteSize::from_bytes(received), ByteSize::from_bytes(sent))
 }
 
-fn disk(path: &str) -> (ByteSize, ByteSize) {
+fn disk(path: &std::path::Path) -> (ByteSize, ByteSize) {
     let Ok(stat) = rustix::fs::statvfs(path) else { return Default::default() };
     let of = |blocks: u64| ByteSize::from_bytes(blocks.saturating_mul(stat.f_frsize));
     (of(stat.f_blocks), of(stat.f_blocks.saturating_sub(stat.f_bfree)))
 }
 
-async fn units() -> Vec<UnitStatus> {
-    let Ok(output) = Command::new("systemctl").arg("is-active").args(UNITS).output().await else { return Vec::new() };
+async fn units(names: &[&str]) -> Vec<UnitStatus> {
+    if names.is_empty() {
+        return Vec::new();
+    }
+    let Ok(output) = Command::new("systemctl").arg("is-active").args(names).output().await else { return Vec::new() };
     let states = String::from_utf8_lossy(&output.stdout).into_owned();
-    UNITS
+    names
         .iter()
         .zip(states.lines())
         .map(|(name, state)| UnitStatus { name: (*name).to_owned(), state: state.to_owned() })

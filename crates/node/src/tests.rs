@@ -58,11 +58,11 @@ impl Machine {
         let own = Own { quic: endpoint.bound_sockets(), ..Own::default() };
         let (core, handle, dials) = Core::new(key.clone(), ledger, store, own, bootstrap).unwrap();
         let cancel = CancellationToken::new();
-        let images = Arc::new(ImageServer::new(Disks::at(
+        let images = Arc::new(ImageServer::new(Some(Disks::at(
             &dir.path().join("root"),
             &dir.path().join("layer"),
             &dir.path().join("boot"),
-        )));
+        ))));
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
         tasks.spawn(net::accept(endpoint.clone(), handle.clone(), images.clone(), cancel.clone(), cancel.clone()));

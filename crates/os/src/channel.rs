@@ -1,13 +1,15 @@
 //! Multiplexed streams ([`clan_wire::mux`]) over one byte stream, driven by tokio: a virtio-serial port in the guest, the
-//! socket that is its other end on the base OS.
+//! socket that is its other end on the base OS; or a Unix socket, where the controller runs on the base OS itself.
 //!
 //! The driver is the only one that touches the byte stream. Streams meet it in one mutex, held for copies only.
 
+mod local;
 mod message;
 mod port;
 #[cfg(test)]
 mod tests;
 
+pub use local::{LocalError, LocalListener};
 pub use message::{MessageError, recv_message, send_message};
 pub use port::{VirtioPort, open_virtio_port};
 

@@ -1,4 +1,5 @@
-//! What the manager says to its controller, over the virtio-serial port [`PORT`], in streams of [`crate::mux`].
+//! What the manager says to its controller, in streams of [`crate::mux`]: over the virtio-serial port [`PORT`] of a VM, or
+//! over a Unix socket, where the controller runs on the base OS itself.
 //!
 //! Each stream carries one length-prefixed [`ControlRequest`], then one or more length-prefixed [`ControlResponse`]s;
 //! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes.
@@ -60,6 +61,9 @@ pub enum ControlRequest {
         /// The person's entry that removes the machine (and the person, if it was their last one).
         entry: EncodedEntry,
     },
+    /// Forgets the clan, with the machine's keys and everything it knew, whether it left or never quite came in: what the
+    /// removal of its disk is to a VM. Answered by [`ControlResponse::Done`]; the machine can then join a clan anew.
+    Forget,
 }
 
 /// A new machine's place in a clan.

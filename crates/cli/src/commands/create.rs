@@ -1,5 +1,7 @@
 //! `clan create`: founds a clan.
 
+use std::path::PathBuf;
+
 use clan_api::CreateClan;
 use clan_types::{ByteSize, ClanName, MachineName, PersonName};
 
@@ -7,7 +9,10 @@ use crate::{commands::join::names, context::Context, error::CliError, printer::T
 
 /// Arguments of `clan create`.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  clan create family --person anna --machine laptop --memory 1G")]
+#[command(after_help = "\
+Examples:
+  clan create family --person anna --machine laptop --memory 1G
+  clan create family --integrate        this computer itself, without a virtual machine: see `clan controller --help`")]
 pub(crate) struct Args {
     /// Name of the clan: a-z, 0-9 and inner hyphens
     name: ClanName,
@@ -19,6 +24,32 @@ pub(crate) struct Args {
     machine: Option<MachineName>,
     #[command(flatten)]
     size: Size,
+    #[command(flatten)]
+    integrate: Integrate,
+}
+
+/// Whether this computer itself is to be the machine.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Integrate {
+    /// Make this computer itself the clan's machine, by the controller that runs on it, instead of a virtual one
+    #[arg(long, conflicts_with_all = ["memory", "disk", "cpus"])]
+    integrate: bool,
+    /// Where that controller listens
+    #[arg(long, value_name = "FILE", requires = "integrate", default_value = "/run/clan/controller.sock")]
+    socket: PathBuf,
+}
+
+impl Integrate {
+    /// The controller's socket, if the computer itself is to be the machine.
+    pub(crate) fn controller(&self) -> Result<Option<String>, CliError> {
+        if !self.integrate {
+            return Ok(None);
+        }
+        let wrong = |why: &str| CliError::refused("socket", "that is no path of a controller's socket").why(why);
+        // The manager has another working folder.
+        let path = std::path::absolute(&self.socket).map_err(|e| wrong(&e.to_string()))?;
+        path.into_os_string().into_string().map(Some).map_err(|_| wrong("it is not Unicode"))
+    }
 }
 
 /// How large the virtual machine is.
@@ -40,7 +71,8 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let person = names::person(args.person, &[])?;
     let machine = names::machine(args.machine, &[])?;
     let Size { memory, disk, cpus } = args.size;
-    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus };
+    let integrate = args.integrate.controller()?;
+    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate };
     let task = context.ask(context.client.create_clan(&request)).await?;
     let task = progress::follow(context, task).await?;
     if context.printer.is_json() {

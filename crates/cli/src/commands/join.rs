@@ -1,10 +1,10 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
-use clan_api::{JoinClan, JoinPreview};
+use clan_api::{JoinClan, JoinPreview, PreviewJoin, VmPlan};
 use clan_types::{InviteLink, MachineName, PersonName};
 
 use crate::{
-    commands::create::Size,
+    commands::create::{Integrate, Size},
     context::{Context, read_line},
     error::CliError,
     printer::{Printer, Tone, harmless},
@@ -27,6 +27,8 @@ pub(crate) struct Args {
     machine: Option<MachineName>,
     #[command(flatten)]
     size: Size,
+    #[command(flatten)]
+    integrate: Integrate,
     /// Only show where the link leads
     #[arg(long)]
     dry_run: bool,
@@ -46,8 +48,10 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     };
     // A damaged link is told here, before anybody is asked.
     let link = link.parse::<InviteLink>()?.to_string();
+    let integrate = args.integrate.controller()?;
+    let question = PreviewJoin { link: link.clone(), integrate: integrate.clone() };
     let preview =
-        progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&link))).await?;
+        progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&question))).await?;
     if args.dry_run {
         return if printer.is_json() {
             printer.json(&preview)
@@ -65,7 +69,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         "join without being asked; `--dry-run` shows where the link leads",
     )?;
     let Size { memory, disk, cpus } = args.size;
-    let request = JoinClan { link, person, machine, memory, disk, cpus };
+    let request = JoinClan { link, person, machine, memory, disk, cpus, integrate };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {
@@ -94,18 +98,16 @@ fn show(preview: &JoinPreview, size: &Size, printer: &Printer) {
     for warning in &preview.warnings {
         printer.talk(&format!("{} {}", printer.err_style(Tone::Warn, "warning:"), harmless(warning)));
     }
-    printer
-        .talk("Compare the fingerprint with what the inviter sees. The virtual machine has no access to your files.");
+    printer.talk(match preview.integrated {
+        None => "Compare the fingerprint with what the inviter sees. The virtual machine has no access to your files.",
+        Some(_) => {
+            "Compare the fingerprint with what the inviter sees. This computer itself will be in the clan's network."
+        }
+    });
 }
 
 fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
-    let download = match preview.download.missing.as_bytes() {
-        0 => format!("nothing: its {} are here already", preview.download.total),
-        missing if missing == preview.download.total.as_bytes() => preview.download.missing.to_string(),
-        _ => format!("{} of {}; the rest is here", preview.download.missing, preview.download.total),
-    };
-    let cpus = size.cpus.unwrap_or(preview.cpus) as usize;
-    table::facts(&[
+    let mut facts = vec![
         ("Clan", preview.clan_name.to_string()),
         ("Fingerprint", preview.fingerprint.clone()),
         ("Invited by", preview.inviter.to_string()),
@@ -115,15 +117,44 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
             "Members",
             format!("{}, {}", words::people(preview.people.len()), words::count(preview.machines.len(), "machine")),
         ),
-        ("Will run", format!("a virtual machine: {}", preview.image_title)),
-        ("Image", preview.image.short()),
-        ("Memory", size.memory.unwrap_or(preview.memory).to_string()),
-        ("Disk", format!("up to {}", size.disk.unwrap_or(preview.disk))),
+    ];
+    if let Some(vm) = &preview.vm {
+        vm_facts(vm, size, &mut facts);
+    }
+    if let Some(integrated) = &preview.integrated {
+        facts.push(("Will run", "no virtual machine: this computer itself becomes the clan's machine".to_owned()));
+        let state = match &integrated.problem {
+            None => "it runs, and is free".to_owned(),
+            Some(problem) => match problem.hints.first() {
+                Some(hint) => format!("{}; {hint}", problem.message),
+                None => problem.message.clone(),
+            },
+        };
+        facts.push(("Controller", format!("{}: {state}", integrated.socket)));
+    }
+    facts.push(("Control", words::control_mode(preview.control_mode).to_owned()));
+    if let Some(vm) = &preview.vm {
+        let accelerator = &vm.accelerator;
+        facts.push(("Runs by", format!("{}: {}", words::accelerator(accelerator.kind), accelerator.reason)));
+    }
+    table::facts(&facts)
+}
+
+fn vm_facts(vm: &VmPlan, size: &Size, facts: &mut Vec<(&'static str, String)>) {
+    let download = match vm.download.missing.as_bytes() {
+        0 => format!("nothing: its {} are here already", vm.download.total),
+        missing if missing == vm.download.total.as_bytes() => vm.download.missing.to_string(),
+        _ => format!("{} of {}; the rest is here", vm.download.missing, vm.download.total),
+    };
+    let cpus = size.cpus.unwrap_or(vm.cpus) as usize;
+    facts.extend([
+        ("Will run", format!("a virtual machine: {}", vm.image_title)),
+        ("Image", vm.image.short()),
+        ("Memory", size.memory.unwrap_or(vm.memory).to_string()),
+        ("Disk", format!("up to {}", size.disk.unwrap_or(vm.disk))),
         ("Processors", cpus.to_string()),
         ("Download", download),
-        ("Control", words::control_mode(preview.control_mode).to_owned()),
-        ("Runs by", format!("{}: {}", words::accelerator(preview.accelerator.kind), preview.accelerator.reason)),
-    ])
+    ]);
 }
 
 /// Names to take where none was given.

@@ -1,5 +1,7 @@
 //! `clan leave`: leaves a clan.
 
+use clan_api::Flavour;
+
 use crate::{context::Context, error::CliError, progress};
 
 /// Arguments of `clan leave`.
@@ -18,10 +20,15 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         .iter()
         .find(|c| c.name.as_str() == named || c.id.to_string() == named)
         .map_or(named.as_str(), |c| c.name.as_str());
-    context.confirm(
-        &format!("Leave {shown}? Its virtual machine and everything on it will be deleted."),
-        "leave without being asked",
-    )?;
+    let vms = context.ask(context.client.vms()).await?;
+    let integrated =
+        vms.iter().any(|v| (v.clan.as_str() == named || v.id.to_string() == named) && v.flavour == Flavour::Integrated);
+    let loss = if integrated {
+        "This computer forgets it, with its keys; the controller on it then waits for another clan."
+    } else {
+        "Its virtual machine and everything on it will be deleted."
+    };
+    context.confirm(&format!("Leave {shown}? {loss}"), "leave without being asked")?;
     let task = context.ask(context.client.leave(&named)).await?;
     let task = progress::follow(context, task).await?;
     if context.printer.is_json() {

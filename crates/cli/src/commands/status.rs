@@ -108,7 +108,10 @@ fn show_rest(status: &Status, printer: &Printer) -> Result<(), CliError> {
         .clans
         .iter()
         .flat_map(|c| c.problems.iter().map(move |p| (Severity::Warning, format!("{}: {p}", c.name), [].as_slice())));
-    for (at, (severity, message, hints)) in own.chain(told).enumerate() {
+    let mut said = std::collections::BTreeSet::new();
+    // The manager passes on what the controllers say.
+    let all = own.chain(told).filter(|(_, message, _)| said.insert(message.clone()));
+    for (at, (severity, message, hints)) in all.enumerate() {
         if at == 0 {
             printer.data("")?;
         }

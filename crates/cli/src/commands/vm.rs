@@ -1,8 +1,8 @@
-//! `clan vm`: this computer's virtual machines.
+//! `clan vm`: this computer's machines: virtual ones, and itself where it is integrated.
 
 use std::{io, time::Duration};
 
-use clan_api::{ByteStream, Console, DeleteQuery, LogQuery, LogSource, TaskInfo, VmInfo};
+use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, VmInfo};
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -28,7 +28,7 @@ pub(crate) struct Which {
 /// Verbs of `clan vm`.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Verb {
-    /// Show the virtual machines
+    /// Show this computer's machines
     #[command(alias = "ls")]
     List,
     /// Start one
@@ -86,14 +86,15 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
         Verb::Delete { which, force } => {
             let named = context.clan(which.clan).await?;
             let vms = context.ask(context.client.vms()).await?;
-            let shown = vms
-                .iter()
-                .find(|v| v.clan.as_str() == named || v.id.to_string() == named)
-                .map_or_else(|| named.clone(), |v| format!("{} ({})", v.machine, v.clan));
-            context.confirm(
-                &format!("Delete the virtual machine {shown} and everything on its disk?"),
-                "delete without being asked",
-            )?;
+            let vm = vms.iter().find(|v| v.clan.as_str() == named || v.id.to_string() == named);
+            let shown = vm.map_or_else(|| named.clone(), |v| format!("{} ({})", v.machine, v.clan));
+            let question = match vm.map(|v| v.flavour) {
+                Some(Flavour::Integrated) => {
+                    format!("Have this computer forget that it is {shown}, with its keys in the clan?")
+                }
+                _ => format!("Delete the virtual machine {shown} and everything on its disk?"),
+            };
+            context.confirm(&question, "delete without being asked")?;
             follow(context, context.ask(context.client.delete_vm(&named, DeleteQuery { force })).await?).await
         }
     }
@@ -110,21 +111,29 @@ async fn list(context: &Context) -> Result<(), CliError> {
         return context.printer.json(&vms);
     }
     if vms.is_empty() {
-        context.printer.talk("No virtual machine yet: `clan create NAME` or `clan join LINK` makes one.");
+        context.printer.talk("No machine of a clan is here yet: `clan create NAME` or `clan join LINK` makes one.");
         return Ok(());
     }
-    let mut table = Table::new(&["CLAN", "MACHINE", "STATE", "SINCE", "CPU", "MEMORY", "DISK", "WHY"]);
+    let mut table = Table::new(&["CLAN", "MACHINE", "KIND", "STATE", "SINCE", "CPU", "MEMORY", "DISK", "WHY"]);
     for vm in &vms {
         let (tone, state) = words::vm_state(vm.state);
         let stats = vm.stats.as_ref();
         table.row([
             vm.clan.as_str().into(),
             vm.machine.as_str().into(),
+            words::flavour(vm.flavour).into(),
             Cell::toned(tone, state),
             since(vm).into(),
             stats.map_or_else(String::new, |s| format!("{} %", s.cpu_permille / 10)).into(),
-            stats.map_or_else(|| vm.memory.to_string(), |s| format!("{} / {}", s.memory_used, s.memory_total)).into(),
-            vm.disk_used.to_string().into(),
+            match (stats, vm.flavour) {
+                (Some(stats), _) => format!("{} / {}", stats.memory_used, stats.memory_total).into(),
+                (None, Flavour::Vm) => vm.memory.to_string().into(),
+                (None, Flavour::Integrated) => "".into(),
+            },
+            match vm.flavour {
+                Flavour::Vm => vm.disk_used.to_string().into(),
+                Flavour::Integrated => "".into(),
+            },
             vm.reason.as_deref().unwrap_or_default().into(),
         ]);
     }

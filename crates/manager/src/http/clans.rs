@@ -35,7 +35,7 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, body: Bytes) -> An
 
 pub(super) async fn preview(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<JoinPreview>> {
     let request: PreviewJoin = parse(&body)?;
-    Ok(Json(StatusCode::OK, joins::preview(&shared, &request.link).await?))
+    Ok(Json(StatusCode::OK, joins::preview(&shared, &request.link, request.integrate.as_deref()).await?))
 }
 
 pub(super) async fn join(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<TaskInfo>> {

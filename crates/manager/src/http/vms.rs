@@ -61,6 +61,13 @@ pub(super) fn understood<T>(query: Result<Query<T>, QueryRejection>) -> Result<T
         .map_err(|e| ApiProblem::new(ErrorCode::BadRequest, "the request is not understood").why(e.body_text()))
 }
 
+/// What an integrated machine does not have.
+fn no_console() -> ApiProblem {
+    ApiProblem::new(ErrorCode::Conflict, "there is no console")
+        .why("this computer itself is the clan's machine: there is no virtual one")
+        .hint("its controller's log: `clan vm logs`")
+}
+
 pub(super) async fn logs(
     State(shared): State<Arc<Shared>>,
     Path(vm): Path<String>,
@@ -70,6 +77,7 @@ pub(super) async fn logs(
     let lines = query.lines.min(MAX_LINES);
     let clan = shared.find(&vm)?;
     let body = match query.source {
+        LogSource::Console if clan.record.get().is_integrated() => return Err(no_console().into()),
         LogSource::Console => {
             let (path, lines) = (clan.record.paths().console_log(), usize::try_from(lines).unwrap_or(usize::MAX));
             if query.follow {
@@ -82,8 +90,11 @@ pub(super) async fn logs(
             }
         }
         LogSource::Journal => {
-            let hint =
-                |e: GuestError| problem::guest(&e).hint("the console is there even when the guest is not: `--console`");
+            let integrated = clan.record.get().is_integrated();
+            let hint = |e: GuestError| match problem::guest(&e) {
+                problem if integrated => problem,
+                problem => problem.hint("the console is there even when the guest is not: `--console`"),
+            };
             let control = clan.control().map_err(hint)?;
             let request = ControlRequest::Journal { lines, follow: query.follow };
             match guest::open(&control, &request, guest::PATIENCE).await.map_err(hint)? {
@@ -118,6 +129,9 @@ pub(super) async fn console(
         .into());
     }
     let clan = shared.find(&vm)?;
+    if clan.record.get().is_integrated() {
+        return Err(no_console().into());
+    }
     let running = clan.keeper.vm().ok_or_else(|| {
         ApiProblem::new(ErrorCode::VmNotReady, "the VM does not run").hint("start it: `clan vm start`")
     })?;
