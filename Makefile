@@ -7,7 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Lets cargo-nextest run the lab's tests with root's rights where it has none itself.
 RUNNER := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env")
 
-.PHONY: run stop web clean-lab test lint bench install deps build help
+.PHONY: run lab stop web clean-lab test lint bench install deps build help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -15,7 +15,10 @@ help:  ## this list
 run: deps build  ## two people, two computers, one clan; Ctrl-C ends it
 	@$(SUDO) $(BIN)/clan-lab run
 
-stop:  ## end what `make run` started, whatever state it is in
+lab: deps build  ## five computers without virtual machines, behind routers; a table of how fast; Ctrl-C ends it
+	@$(SUDO) $(BIN)/clan-lab five
+
+stop:  ## end what `make run` and `make lab` started, whatever state it is in
 	@if [ -x $(BIN)/clan-lab ]; then $(SUDO) $(BIN)/clan-lab stop; else echo 'Nothing was built, so nothing runs.'; fi
 
 web:  ## print a fresh link to the founder's web page

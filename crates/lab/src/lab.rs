@@ -397,10 +397,7 @@ impl Person {
     /// When it fails, or prints something else.
     pub fn clan_json(&self, arguments: &[&str]) -> Result<serde_json::Value, LabError> {
         let arguments: Vec<&str> = arguments.iter().copied().chain(["--json"]).collect();
-        let finished = self.clan_quietly(&arguments)?.success()?;
-        serde_json::from_str(&finished.stdout).map_err(|error| {
-            LabError::Promise(format!("`{}` prints no JSON: {error}\n{}", finished.command, finished.stdout))
-        })
+        self.clan_quietly(&arguments)?.success()?.json()
     }
 
     fn run(
@@ -472,7 +469,7 @@ fn people(config: &LabConfig) -> impl Iterator<Item = &'static (&'static str, Ip
 }
 
 /// A command line without what must stay secret.
-fn shown(arguments: &[&str]) -> String {
+pub(crate) fn shown(arguments: &[&str]) -> String {
     let words = arguments.iter().map(|word| match word.split_once("/join/") {
         Some((scheme, payload)) => format!("'{scheme}/join/{}…'", payload.chars().take(6).collect::<String>()),
         None => (*word).to_owned(),
@@ -480,7 +477,7 @@ fn shown(arguments: &[&str]) -> String {
     std::iter::once("clan".to_owned()).chain(words).collect::<Vec<_>>().join(" ")
 }
 
-fn last_lines(path: &Path, lines: usize) -> String {
+pub(crate) fn last_lines(path: &Path, lines: usize) -> String {
     let text = fs::read(path).map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).unwrap_or_default();
     let all: Vec<&str> = text.lines().collect();
     all[all.len().saturating_sub(lines)..].iter().map(|line| format!("{line}\n")).collect()
@@ -493,7 +490,7 @@ fn listen(port: u16, any: bool) -> Result<TcpListener, LabError> {
 }
 
 /// The user must be able to run them even if the checkout is where they may not look.
-fn copy_programs(from: &Path, record: &Record, account: &Account) -> Result<(), LabError> {
+pub(crate) fn copy_programs(from: &Path, record: &Record, account: &Account) -> Result<(), LabError> {
     own_folder(&record.state_root, account)?;
     own_folder(&record.logs(), account)?;
     let to = record.programs();
@@ -518,7 +515,7 @@ fn copy_programs(from: &Path, record: &Record, account: &Account) -> Result<(), 
 }
 
 /// Makes a folder, and those above it, that belong to the account.
-fn own_folder(path: &Path, account: &Account) -> Result<(), LabError> {
+pub(crate) fn own_folder(path: &Path, account: &Account) -> Result<(), LabError> {
     if path.is_dir() {
         return Ok(());
     }

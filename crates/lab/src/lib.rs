@@ -11,6 +11,8 @@ mod account;
 mod capture;
 mod console;
 mod error;
+pub mod five;
+pub mod fleet;
 mod http;
 mod lab;
 pub mod nat;

@@ -7,7 +7,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clan_lab::{Interrupt, Lab, LabConfig, LabError, Record, Screen, story, sweep};
+use clan_lab::{
+    Interrupt, Lab, LabConfig, LabError, Record, Screen, five,
+    fleet::{self, Fleet, Place},
+    story, sweep,
+};
 use clap::{Parser, Subcommand};
 use rustix::process::Signal;
 
@@ -44,6 +48,21 @@ enum Verb {
         /// End when the story is through, even on a terminal
         #[arg(long)]
         once: bool,
+    },
+    /// Five machines without virtual ones, behind routers: found, invite, join, reach, and a table of how fast. On a terminal
+    /// it stays up until Ctrl-C
+    Five {
+        /// End when the table is printed, even on a terminal
+        #[arg(long)]
+        once: bool,
+    },
+    /// A shell, or a command, on a computer of `five`, as its ordinary user
+    On {
+        /// The computer
+        name: String,
+        /// The command; a shell if there is none
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
     },
     /// End a lab, whatever state it is in; images and caches stay
     Stop,
@@ -87,7 +106,16 @@ fn dispatch(cli: &Cli, screen: &Screen) -> Result<(), LabError> {
             config.fresh_second = *fresh_second;
             run(&config, screen, *once)
         }
-        Verb::Stop => stop(&config, screen),
+        Verb::Five { once } => five(&apart(config), screen, *once),
+        Verb::On { name, command } => on(&apart(config), name, command),
+        Verb::Stop => {
+            stop(&config, screen)?;
+            let apart = apart(config);
+            if Record::load(&apart.prefix)?.is_some() {
+                stop(&apart, screen)?;
+            }
+            apart.state.as_deref().map_or(Ok(()), fleet::clear)
+        }
         Verb::Web { person } => web(&config, screen, person),
         Verb::Where => {
             screen.line(&config.state_root()?.display().to_string());
@@ -136,6 +164,87 @@ fn run(config: &LabConfig, screen: &Screen, once: bool) -> Result<(), LabError> 
     ended.map_err(|()| {
         LabError::Promise(format!("The story was not told to its end; the logs are in {}", record.logs().display()))
     })
+}
+
+/// The five are a lab of their own, beside that of the story.
+fn apart(mut config: LabConfig) -> LabConfig {
+    config.prefix.push('5');
+    // Without an account there is nothing, and the lab says so.
+    if let Ok(root) = config.state_root() {
+        config.state = Some(root.join("five"));
+    }
+    config
+}
+
+fn five(config: &LabConfig, screen: &Screen, once: bool) -> Result<(), LabError> {
+    let interrupt = config.interrupt.clone();
+    on_signals(interrupt.clone())?;
+    screen.heading("Clan: five machines, no virtual ones, one private network");
+    let mut fleet = Fleet::up(config, &five::specs(), screen)?;
+    let told = five::tell(&mut fleet);
+    match &told {
+        Ok(report) => {
+            report.print(screen);
+            if screen.is_terminal() && !once {
+                play(&mut fleet, &interrupt, screen);
+            }
+        }
+        Err(LabError::Interrupted) => {}
+        Err(error) => {
+            screen.failed(&error.chain());
+            for computer in fleet.computers() {
+                for kind in ["controller", "manager"] {
+                    screen.heading(&format!("The end of the log of {}'s {kind}", computer.name()));
+                    computer.log_tail(kind, 15).lines().for_each(|line| screen.said(line));
+                }
+            }
+        }
+    }
+    screen.line("Taking the lab down …");
+    let logs = fleet.record().logs();
+    fleet.down()?;
+    screen.line("Nothing runs any more.");
+    match told {
+        Ok(_) | Err(LabError::Interrupted) => Ok(()),
+        Err(_) => Err(LabError::Promise(format!("It was not told to its end; the logs are in {}", logs.display()))),
+    }
+}
+
+/// Keeps everything up to play with.
+fn play(fleet: &mut Fleet, interrupt: &Interrupt, screen: &Screen) {
+    let names: Vec<String> = fleet.computers().map(|computer| computer.name().to_owned()).collect();
+    let first = names.last().cloned().unwrap_or_default();
+    let program = std::env::current_exe().map_or_else(|_| "clan-lab".into(), |exe| exe.display().to_string());
+    screen.heading("It stays up to play with");
+    screen.line(&format!("   computers   {}", names.join(", ")));
+    screen.line(&format!("   a shell     {program} on {first}"));
+    screen.line(&format!("   a command   {program} on {first} clan status"));
+    screen.line(&format!("   by name     {program} on {first} ping {}", five::host_name(five::FOUNDER)));
+    screen.line(&format!("   logs        {}", fleet.record().logs().display()));
+    screen.line("   to stop     Ctrl-C here, or `make stop` anywhere");
+    while !interrupt.is_set() {
+        thread::sleep(Duration::from_millis(100));
+    }
+    screen.line("");
+}
+
+/// Becomes a program on a computer.
+fn on(config: &LabConfig, name: &str, command: &[String]) -> Result<(), LabError> {
+    use std::os::unix::process::CommandExt;
+    let record = Record::load(&config.prefix)?.filter(Record::is_running);
+    let record = record.ok_or_else(|| LabError::Promise("the five are not up: start them with `make lab`".into()))?;
+    let place = Place::find(&record, config, name)?;
+    let (program, arguments) = match command.split_first() {
+        Some((program, arguments)) => (program.as_str(), arguments),
+        None => ("/bin/bash", command),
+    };
+    let mut command = place.command(program)?;
+    command.args(arguments).env("PS1", format!("{name}$ "));
+    if let Some(terminal) = std::env::var_os("TERM") {
+        command.env("TERM", terminal);
+    }
+    let source = command.exec();
+    Err(LabError::Io { what: format!("run {program} on {name}"), source })
 }
 
 /// Keeps everything up, and shows that it is.

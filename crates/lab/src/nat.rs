@@ -278,6 +278,11 @@ impl World {
         &self.internet
     }
 
+    /// What was made, for whoever looks for leftovers.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
     /// Where its owner keeps files.
     pub fn state(&self) -> &Path {
         &self.record.state_root

@@ -1,11 +1,14 @@
 //! Programs run as one of the lab's people.
 
 use std::{
-    ffi::OsStr,
+    ffi::{CString, OsStr},
     fs::{self, File},
     io::{self, BufRead, BufReader, Read},
-    os::{fd::AsRawFd, unix::process::CommandExt},
-    path::PathBuf,
+    os::{
+        fd::AsRawFd,
+        unix::{ffi::OsStrExt, process::CommandExt},
+    },
+    path::{Path, PathBuf},
     process::{Child, Command, ExitStatus, Stdio},
     sync::{Arc, Mutex},
     thread,
@@ -46,6 +49,15 @@ impl Finished {
         Err(LabError::Command { output: self.output(), status: self.status.to_string(), command: self.command })
     }
 
+    /// What it printed, as JSON.
+    ///
+    /// # Errors
+    /// When it is none.
+    pub fn json(&self) -> Result<serde_json::Value, LabError> {
+        serde_json::from_str(&self.stdout)
+            .map_err(|error| LabError::Promise(format!("`{}` prints no JSON: {error}\n{}", self.command, self.stdout)))
+    }
+
     /// Both streams.
     pub fn output(&self) -> String {
         format!("{}{}", self.stdout, self.stderr)
@@ -55,23 +67,52 @@ impl Finished {
 /// A command that will run inside `namespace` as `account`, in a session of its own and with nothing of the lab's
 /// environment. The caller adds arguments, variables and streams.
 pub(crate) fn command_as(account: &Account, namespace: &Namespace, program: &OsStr) -> Result<Command, LabError> {
-    let entrance = namespace.open()?;
-    let (uid, gid, groups) = (account.uid, account.gid, account.groups.clone());
-    let mut command = Command::new(program);
-    command.env_clear().env("LANG", "C.UTF-8");
-    command.env("USER", &account.name).env("LOGNAME", &account.name);
-    // SAFETY: between fork and exec only system calls are made on memory that was allocated before. no_new_privs stays
-    // unset on purpose: the image builder runs newuidmap, which is setuid.
-    unsafe {
-        command.pre_exec(move || {
-            check(libc::setsid())?;
-            check(libc::setns(entrance.as_raw_fd(), libc::CLONE_NEWNET))?;
-            check(libc::setgroups(groups.len(), groups.as_ptr()))?;
-            check(libc::setresgid(gid, gid, gid))?;
-            check(libc::setresuid(uid, uid, uid))
-        });
+    Seat { account: Some(account), namespace, etc: None }.command(program)
+}
+
+/// Where a program runs, and as whom.
+pub(crate) struct Seat<'a> {
+    /// Root if absent.
+    pub(crate) account: Option<&'a Account>,
+    pub(crate) namespace: &'a Namespace,
+    /// A folder that is `/etc` for the program; this machine's own if absent.
+    pub(crate) etc: Option<&'a Path>,
+}
+
+impl Seat<'_> {
+    /// The command, in a session of its own and with nothing of the lab's environment.
+    pub(crate) fn command(&self, program: &OsStr) -> Result<Command, LabError> {
+        let entrance = self.namespace.open()?;
+        let user = self.account.map(|account| (account.uid, account.gid, account.groups.clone()));
+        let complain = |why: std::ffi::NulError| LabError::io("name a computer's /etc")(why.into());
+        let etc = self.etc.map(|etc| CString::new(etc.as_os_str().as_bytes())).transpose().map_err(complain)?;
+        let mut command = Command::new(program);
+        command.env_clear().env("LANG", "C.UTF-8");
+        let name = self.account.map_or("root", |account| &account.name);
+        command.env("USER", name).env("LOGNAME", name);
+        // SAFETY: between fork and exec only system calls are made on memory that was allocated before. no_new_privs stays
+        // unset on purpose: the image builder runs newuidmap, which is setuid.
+        unsafe {
+            command.pre_exec(move || {
+                check(libc::setsid())?;
+                check(libc::setns(entrance.as_raw_fd(), libc::CLONE_NEWNET))?;
+                if let Some(etc) = &etc {
+                    let (none, root) = (std::ptr::null(), c"/".as_ptr());
+                    check(libc::unshare(libc::CLONE_NEWNS))?;
+                    // What is mounted here stays here.
+                    check(libc::mount(none, root, none, libc::MS_REC | libc::MS_PRIVATE, none.cast()))?;
+                    check(libc::mount(etc.as_ptr(), c"/etc".as_ptr(), none, libc::MS_BIND, none.cast()))?;
+                }
+                if let Some((uid, gid, groups)) = &user {
+                    check(libc::setgroups(groups.len(), groups.as_ptr()))?;
+                    check(libc::setresgid(*gid, *gid, *gid))?;
+                    check(libc::setresuid(*uid, *uid, *uid))?;
+                }
+                Ok(())
+            });
+        }
+        Ok(command)
     }
-    Ok(command)
 }
 
 fn check(result: libc::c_int) -> io::Result<()> {

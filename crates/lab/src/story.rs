@@ -340,7 +340,7 @@ pub fn post_mortem(lab: &mut Lab) {
 /// # Errors
 /// When something cannot be removed.
 pub fn clean(state_root: &Path) -> Result<(), LabError> {
-    ["bin", "logs", "founder", "second", "stranger"]
+    ["bin", "logs", "founder", "second", "stranger", "five"]
         .iter()
         .try_for_each(|name| sweep::remove(&state_root.join(name)))?;
     // Somebody may have put something else there; that stays.

@@ -1,0 +1,277 @@
+//! A clan of five machines, told through the real commands and measured: who is let in how fast, and how each reaches each.
+
+use std::{
+    collections::BTreeMap,
+    process::{Child, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use serde_json::Value;
+
+use crate::{
+    LabError, Screen,
+    fleet::{Computer, Fleet},
+    nat::{Nat, SiteSpec},
+    process::end,
+    screen::seconds,
+    story::until,
+};
+
+/// The clan that is founded.
+pub const CLAN: &str = "village";
+/// Who founds it.
+pub const FOUNDER: &str = "ann";
+
+/// How long a newcomer may take to reach the founder's machine by name.
+const FIRST_PING: Duration = Duration::from_secs(20);
+/// How long any two machines may take to meet.
+const MEET: Duration = Duration::from_secs(40);
+/// How long the best path may take to appear; what there is then counts.
+const SETTLE: Duration = Duration::from_secs(10);
+/// How long a throughput is measured.
+const MEASURE: Duration = Duration::from_secs(2);
+const PINGS: &str = "5";
+
+/// The computers: the founder's has a public address, the others are behind a router each.
+pub fn specs() -> Vec<SiteSpec> {
+    [(FOUNDER, Nat::Open), ("bob", Nat::Open), ("cleo", Nat::Open), ("dan", Nat::Open), ("eve", Nat::Open)]
+        .map(|(name, nat)| SiteSpec::new(name, nat))
+        .into()
+}
+
+/// A newcomer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Joined {
+    /// Who.
+    pub name: String,
+    /// From the moment that the link was typed until the clan let them in.
+    pub admitted: Duration,
+    /// The same until the founder's machine answered the first ping, by name.
+    pub first_ping: Duration,
+}
+
+/// Two machines.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Pair {
+    /// The names.
+    pub ends: [String; 2],
+    /// The kind of path that each uses to the other.
+    pub paths: [String; 2],
+    /// Median round trip of pings by name.
+    pub rtt: Duration,
+    /// Of one TCP stream, bits per second.
+    pub throughput: f64,
+}
+
+/// What was seen.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Report {
+    /// What stands before each computer.
+    pub routers: BTreeMap<String, Nat>,
+    /// The newcomers.
+    pub joined: Vec<Joined>,
+    /// All pairs.
+    pub pairs: Vec<Pair>,
+}
+
+/// Tells it all on a fleet whose daemons run.
+///
+/// # Errors
+/// At the first promise that is not kept.
+pub fn tell(fleet: &mut Fleet) -> Result<Report, LabError> {
+    let screen = fleet.screen().clone();
+    let names: Vec<String> = fleet.computers().map(|computer| computer.name().to_owned()).collect();
+    let mut report = Report { routers: routers(fleet), ..Report::default() };
+
+    let began = Instant::now();
+    screen.step(1, &format!("{FOUNDER} founds a clan"));
+    fleet.computer(FOUNDER).found(CLAN)?;
+    screen.seen(&format!("{FOUNDER}.{CLAN}.clan is its first machine"), began.elapsed());
+
+    let began = Instant::now();
+    screen.step(2, "Everybody is invited, and joins");
+    for name in names.iter().filter(|name| *name != FOUNDER) {
+        let link = fleet.computer(FOUNDER).invite("member")?;
+        report.joined.push(join(fleet.computer(name), &link)?);
+    }
+    screen.seen(&format!("{} machines are in the clan", names.len()), began.elapsed());
+
+    let began = Instant::now();
+    screen.step(3, "Everybody reaches everybody by name");
+    for from in &names {
+        for to in names.iter().filter(|to| *to != from) {
+            until(MEET, &format!("an answer of {to} to {from}"), || ping_once(fleet.computer(from), to))?;
+        }
+    }
+    screen.seen(&format!("{} ways, each with a ping by name", names.len() * (names.len() - 1)), began.elapsed());
+
+    let began = Instant::now();
+    screen.step(4, "How they reach each other");
+    let servers = names.iter().map(|name| serve(fleet.computer(name))).collect::<Result<Vec<_>, _>>()?;
+    for (at, one) in names.iter().enumerate() {
+        for other in &names[at + 1..] {
+            report.pairs.push(measure(fleet, one, other)?);
+        }
+    }
+    drop(servers);
+    screen
+        .seen(&format!("{} pairs measured, {} s of TCP each", report.pairs.len(), MEASURE.as_secs()), began.elapsed());
+    Ok(report)
+}
+
+impl Report {
+    /// The tables that end it.
+    pub fn print(&self, screen: &Screen) {
+        screen.heading("Who was let in");
+        screen.line(&format!(
+            "   {:<10} {:<20} {:>16} {:>18}",
+            "MACHINE", "BEHIND", "LINK → ADMITTED", "LINK → FIRST PING"
+        ));
+        for joined in &self.joined {
+            let router = self.routers.get(&joined.name).map_or("?", |nat| nat.name());
+            screen.line(&format!(
+                "   {:<10} {router:<20} {:>16} {:>18}",
+                joined.name,
+                seconds(joined.admitted),
+                seconds(joined.first_ping)
+            ));
+        }
+        screen.heading("How they reach each other");
+        screen.line(&format!("   {:<20} {:<24} {:>10} {:>14}", "MACHINES", "PATH", "ROUND TRIP", "TCP"));
+        for pair in &self.pairs {
+            let [one, other] = &pair.paths;
+            let path = if one == other { one.clone() } else { format!("{one} / {other}") };
+            screen.line(&format!(
+                "   {:<20} {path:<24} {:>7.2} ms {:>9.0} Mbit/s",
+                pair.ends.join(" – "),
+                pair.rtt.as_secs_f64() * 1e3,
+                pair.throughput / 1e6
+            ));
+        }
+    }
+}
+
+fn routers(fleet: &Fleet) -> BTreeMap<String, Nat> {
+    let of = |site: &crate::nat::Site| Some((site.name().to_owned(), site.uplinks().first()?.nat));
+    fleet.world().sites().iter().filter_map(of).collect()
+}
+
+fn join(computer: &Computer, link: &str) -> Result<Joined, LabError> {
+    let began = Instant::now();
+    computer.join(link)?.success()?;
+    let admitted = began.elapsed();
+    let first = format!("an answer of {FOUNDER} to {}", computer.name());
+    until(FIRST_PING, &first, || ping_once(computer, FOUNDER))?;
+    Ok(Joined { name: computer.name().to_owned(), admitted, first_ping: began.elapsed() })
+}
+
+/// The name of a machine in the clan.
+pub fn host_name(machine: &str) -> String {
+    format!("{machine}.{CLAN}.clan")
+}
+
+/// Whether a machine answers one ping, by name.
+///
+/// # Errors
+/// When ping cannot be run.
+pub fn ping_once(from: &Computer, to: &str) -> Result<Option<()>, LabError> {
+    let finished = from.run_as_root("ping", &["-c", "1", "-W", "1", &host_name(to)], Duration::from_secs(15))?;
+    Ok(finished.status.success().then_some(()))
+}
+
+/// The kind of path that `machine` is reached by, as a manager's status has it.
+///
+/// # Errors
+/// When the manager does not answer.
+pub fn path_kind(from: &Computer, machine: &str) -> Result<Option<String>, LabError> {
+    let machines = from.clan_json(&["machines"])?;
+    let all = machines.as_array().map(Vec::as_slice).unwrap_or_default();
+    let kind = all.iter().find(|m| m["name"] == machine).and_then(|m| m["path"]["kind"].as_str());
+    Ok(kind.map(str::to_owned))
+}
+
+fn measure(fleet: &mut Fleet, one: &str, other: &str) -> Result<Pair, LabError> {
+    // Something has to flow for the path to be looked after.
+    let best = || Ok((path_kind(fleet.computer(one), other)?.as_deref() == Some("direct")).then_some(()));
+    let _ = until(SETTLE, "a direct path", best);
+    let path = |fleet: &mut Fleet, from: &str, to: &str| {
+        let what = format!("a path from {from} to {to}");
+        until(MEET, &what, || path_kind(fleet.computer(from), to))
+    };
+    let rtt = pings(fleet.computer(one), other)?;
+    let throughput = stream(fleet.computer(one), other)?;
+    let paths = [path(fleet, one, other)?, path(fleet, other, one)?];
+    Ok(Pair { ends: [one.to_owned(), other.to_owned()], paths, rtt, throughput })
+}
+
+fn pings(from: &Computer, to: &str) -> Result<Duration, LabError> {
+    let finished =
+        from.run_as_root("ping", &["-c", PINGS, "-i", "0.2", "-W", "2", &host_name(to)], Duration::from_secs(30))?;
+    median_of_pings(&finished.stdout)
+        .ok_or_else(|| LabError::Promise(format!("{to} does not answer: {}", finished.output())))
+}
+
+fn median_of_pings(output: &str) -> Option<Duration> {
+    let time = |line: &str| line.split("time=").nth(1)?.split(' ').next()?.parse::<f64>().ok();
+    let mut times: Vec<f64> = output.lines().filter_map(time).collect();
+    times.sort_by(f64::total_cmp);
+    Some(Duration::from_secs_f64(times.get(times.len() / 2)? / 1e3))
+}
+
+/// Bits per second that one TCP stream carries.
+fn stream(from: &Computer, to: &str) -> Result<f64, LabError> {
+    let span = MEASURE.as_secs().to_string();
+    let arguments = ["-c", &host_name(to), "-t", &span, "-J", "--connect-timeout", "5000"];
+    let finished = from.run_as_root("iperf3", &arguments, MEASURE + Duration::from_secs(20))?;
+    let answer: Value = finished.json()?;
+    answer["end"]["sum_received"]["bits_per_second"]
+        .as_f64()
+        .ok_or_else(|| LabError::Promise(format!("no stream from {} to {to}: {}", from.name(), answer["error"])))
+}
+
+/// An iperf3 server, until it is dropped.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        end(&mut self.0);
+    }
+}
+
+fn serve(computer: &Computer) -> Result<Server, LabError> {
+    let mut command = computer.place().root_command("iperf3")?;
+    command.arg("-s").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = command.spawn().map_err(LabError::io("start iperf3 (package iperf3)"))?;
+    let began = Instant::now();
+    while !listens(child.id(), 5201) {
+        if !matches!(child.try_wait(), Ok(None)) || began.elapsed() > Duration::from_secs(10) {
+            end(&mut child);
+            return Err(LabError::Promise(format!("iperf3 does not listen on {}", computer.name())));
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(Server(child))
+}
+
+/// Whether anything in a process's network listens on a TCP port.
+fn listens(pid: u32, port: u16) -> bool {
+    let table = std::fs::read_to_string(format!("/proc/{pid}/net/tcp6")).unwrap_or_default();
+    let (port, listening) = (format!(":{port:04X}"), "0A");
+    table.lines().map(|line| line.split_whitespace().collect::<Vec<_>>()).any(
+        |fields| matches!(fields.as_slice(), [_, local, _, state, ..] if local.ends_with(&port) && *state == listening),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_middle_ping_counts() {
+        let output =
+            "64 bytes from x: icmp_seq=1 ttl=64 time=9.00 ms\n64 bytes: time=1.00 ms\n64 bytes: time=2.50 ms\n";
+        assert_eq!(median_of_pings(output), Some(Duration::from_micros(2500)));
+        assert_eq!(median_of_pings("nothing"), None);
+    }
+}
