@@ -3,7 +3,7 @@
 //! ```text
 //! edges        cli
 //! services     manager  node
-//! cores        replica  ledger  tunnel   adapters   os  vm  build  store
+//! cores        replica  ledger  tunnel  pairing   adapters   os  vm  build  store
 //! vocabulary   wire  api           agent (a guest's first program) sees wire and types only
 //!              types               lab, xtask are beside all this
 //! ```
@@ -45,6 +45,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("clan-api", Layer::Contract),
     ("clan-ledger", Layer::Core),
     ("clan-replica", Layer::Core),
+    ("clan-pairing", Layer::Core),
     ("clan-tunnel", Layer::Core),
     ("clan-os", Layer::Adapter),
     ("clan-vm", Layer::Adapter),

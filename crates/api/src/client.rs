@@ -16,9 +16,10 @@ use tokio::{
 };
 
 use crate::{
-    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite, DeleteQuery, Invite,
-    InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin,
-    Revocation, Revoke, ServiceInfo, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats,
+    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite, DeleteQuery,
+    FindInvitation, FoundInvitation, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login,
+    MachineInfo, OpenedService, PersonInfo, PreviewJoin, Revocation, Revoke, ServiceInfo, Status, TaskEvent, TaskId,
+    TaskInfo, VmInfo, VmStats,
 };
 
 /// Largest answer that is read into memory.
@@ -79,6 +80,11 @@ impl ManagerClient {
     /// Founds a clan.
     pub async fn create_clan(&self, request: &CreateClan) -> Result<TaskInfo, ClientError> {
         self.post("/clans", request).await
+    }
+
+    /// The link in a pasted text, or the one that four words stand for, which may take as long as a search of the LAN.
+    pub async fn find_invitation(&self, text: &str) -> Result<FoundInvitation, ClientError> {
+        self.post("/joins/invitation", &FindInvitation { text: text.to_owned() }).await
     }
 
     /// What a link leads to. Asks machines of the clan, and may take as long as they do.

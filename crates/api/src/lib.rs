@@ -19,8 +19,8 @@ pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use requests::{
-    CreateClan, CreateInvite, DeleteQuery, IntegratedPlan, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login,
-    OpenedService, PreviewJoin, Transfer, VmPlan,
+    CreateClan, CreateInvite, DeleteQuery, FindInvitation, FoundInvitation, IntegratedPlan, Invite, JoinClan,
+    JoinPreview, LogQuery, LogSource, Login, OpenedService, PreviewJoin, Transfer, VmPlan,
 };
 pub use status::{
     AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,

@@ -17,7 +17,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 #[openapi(
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
-        status, clans, create_clan, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, clan_log, members, machines, services, leave,
+        status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, clan_log, members, machines, services, leave,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
@@ -51,6 +51,10 @@ fn clans() {}
 /// Found a clan
 #[utoipa::path(post, path = "/api/v1/clans", request_body = CreateClan, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn create_clan() {}
+
+/// The link in a pasted text, or the one that four words stand for
+#[utoipa::path(post, path = "/api/v1/joins/invitation", request_body = FindInvitation, responses((status = 200, body = FoundInvitation), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn find_invitation() {}
 
 /// What a link leads to
 #[utoipa::path(post, path = "/api/v1/joins/preview", request_body = PreviewJoin, responses((status = 200, body = JoinPreview), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

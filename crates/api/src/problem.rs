@@ -104,6 +104,16 @@ codes! {
     LinkInvalid = "link_invalid", 400;
     /// The link was made by a newer Clan.
     LinkNewer = "link_newer", 400;
+    /// The text is not four words of the list.
+    WordsInvalid = "words_invalid", 400;
+    /// Nobody on this network waits for these words.
+    WordsUnknown = "words_unknown", 410;
+    /// Wrong words were given: nobody gets another guess.
+    WordsVoid = "words_void", 410;
+    /// The words have been used.
+    WordsUsed = "words_used", 410;
+    /// The words have expired.
+    WordsExpired = "words_expired", 410;
     /// The clan does not know the invite.
     InviteUnknown = "invite_unknown", 410;
     /// The invite has been used.

@@ -46,6 +46,21 @@ pub struct PreviewJoin {
     pub integrate: Option<String>,
 }
 
+/// Looks for an invitation in what a person pasted or typed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FindInvitation {
+    /// A link, with whatever is around and in it; or four words, whose machine is looked for on the local network.
+    pub text: String,
+}
+
+/// An invitation.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct FoundInvitation {
+    /// The link. Words work once: keep it until it was used.
+    pub link: String,
+}
+
 /// What must be transferred before a VM can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Transfer {
@@ -189,6 +204,13 @@ pub struct Invite {
     /// When it expires.
     #[schema(value_type = u64)]
     pub expires: Timestamp,
+    /// Four words that lead to the link on the local network, once; absent if the machine here cannot wait for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words: Option<String>,
+    /// When the words expire.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub words_expire: Option<Timestamp>,
 }
 
 /// Where log lines come from.

@@ -91,11 +91,17 @@ impl Context {
 
 /// One line of stdin, without blanks around it.
 pub(crate) fn read_line() -> Result<String, CliError> {
+    Ok(next_line()?.unwrap_or_default().trim().to_owned())
+}
+
+/// One line of stdin with its end; `None` if there is no more.
+pub(crate) fn next_line() -> Result<Option<String>, CliError> {
     let mut line = String::new();
     // A person's line is short; whatever is longer is none.
     let mut limited = std::io::Read::take(std::io::stdin().lock(), 16 << 10);
-    limited.read_line(&mut line).map_err(|e| CliError::refused("stdin", "the answer cannot be read").why(e))?;
-    Ok(line.trim().to_owned())
+    let read = limited.read_line(&mut line);
+    let read = read.map_err(|e| CliError::refused("stdin", "the answer cannot be read").why(e))?;
+    Ok((read > 0).then_some(line))
 }
 
 /// The data folder that the flags and the environment name.

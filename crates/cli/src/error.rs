@@ -5,7 +5,7 @@ use std::error::Error;
 use std::{fmt::Display, io, process::ExitCode, time::Duration};
 
 use clan_api::{ApiProblem, ClientError, ErrorCode};
-use clan_types::LinkError;
+use clan_types::{LinkError, WordsError};
 use clap::error::{ContextKind, ContextValue};
 use serde::Serialize;
 
@@ -274,5 +274,18 @@ impl From<LinkError> for CliError {
             LinkError::NewerVersion(_) => ("link_newer", "update Clan on this computer, then try again"),
         };
         Self::refused(code, error.to_string()).hint(hint)
+    }
+}
+
+impl From<WordsError> for CliError {
+    fn from(error: WordsError) -> Self {
+        let said = Self::refused("words_invalid", error.to_string());
+        match error {
+            WordsError::Unknown { nearest: Some(word), .. } => said.hint(format!("did you mean `{word}`?")),
+            WordsError::Unknown { nearest: None, .. } => said.hint("ask for the words again, letter by letter"),
+            WordsError::Count(_) => {
+                said.hint("type all four, with blanks between them: `clan join one two three four`")
+            }
+        }
     }
 }

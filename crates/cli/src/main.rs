@@ -6,9 +6,11 @@ mod browser;
 mod commands;
 mod context;
 mod error;
+mod invitation;
 mod preflight;
 mod printer;
 mod progress;
+mod qr;
 mod table;
 mod words;
 

@@ -106,6 +106,12 @@ impl Printer {
             .or(Some(80))
     }
 
+    /// Columns of the terminal that reads stderr; as many as are usual where none does.
+    pub(crate) fn err_width(&self) -> usize {
+        let size = rustix::termios::tcgetwinsize(io::stderr()).ok();
+        size.map(|s| usize::from(s.ws_col)).filter(|w| *w > 0).unwrap_or(80)
+    }
+
     /// A word for stdout.
     pub(crate) fn out_style(&self, tone: Tone, text: &str) -> String {
         styled(self.stdout_colour, tone, text)

@@ -43,6 +43,52 @@ const CHUNK: usize = 256 << 10;
 /// Addresses that discovery may add to those of a link, for each machine.
 const MAX_FOUND: usize = 8;
 
+/// A passing identity on the network, as which a newcomer asks.
+pub(crate) struct Passing {
+    secret: SecretKey,
+    lookup: Option<MdnsAddressLookup>,
+}
+
+impl Passing {
+    /// A fresh one. A machine of a link may have moved to another address of the same LAN, or wait for words there: it
+    /// announces itself, and we only listen.
+    pub(crate) fn new() -> Result<Self, ApiProblem> {
+        let mut secret = [0; 32];
+        getrandom::fill(&mut secret).map_err(|e| no_endpoint(&e))?;
+        let secret = SecretKey::from_bytes(&secret);
+        // Where there is no multicast, a link's addresses have to do.
+        let lookup = MdnsAddressLookup::builder()
+            .advertise(false)
+            .build(secret.public())
+            .inspect_err(|error| tracing::debug!(%error, "no discovery on this network"))
+            .ok();
+        Ok(Self { secret, lookup })
+    }
+
+    /// What machines announce on this LAN, if it can be heard.
+    pub(crate) fn lookup(&self) -> Option<&MdnsAddressLookup> {
+        self.lookup.as_ref()
+    }
+
+    /// The endpoint.
+    pub(crate) async fn bind(self) -> Result<Endpoint, ApiProblem> {
+        let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
+        let mut builder = Endpoint::builder(presets::Minimal)
+            .crypto_provider(Arc::new(portable_crypto()))
+            .secret_key(self.secret)
+            .relay_mode(RelayMode::Disabled)
+            .transport_config(transport);
+        if let Some(lookup) = self.lookup {
+            builder = builder.address_lookup(lookup);
+        }
+        builder.bind().await.map_err(|e| no_endpoint(&e))
+    }
+}
+
+fn no_endpoint(why: &dyn std::fmt::Display) -> ApiProblem {
+    ApiProblem::new(ErrorCode::Internal, "cannot open a network endpoint").why(why.to_string())
+}
+
 /// Fetches by right of an invitation link.
 pub(crate) struct Fetcher {
     endpoint: Endpoint,
@@ -60,27 +106,7 @@ pub(crate) struct Found {
 impl Fetcher {
     /// Opens an endpoint of a passing identity.
     pub(crate) async fn open(link: InviteLink) -> Result<Self, ApiProblem> {
-        let failed = |why: String| ApiProblem::new(ErrorCode::Internal, "cannot open a network endpoint").why(why);
-        let mut secret = [0; 32];
-        getrandom::fill(&mut secret).map_err(|e| failed(e.to_string()))?;
-        let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
-        let builder = || {
-            Endpoint::builder(presets::Minimal)
-                .crypto_provider(Arc::new(portable_crypto()))
-                .secret_key(SecretKey::from_bytes(&secret))
-                .relay_mode(RelayMode::Disabled)
-                .transport_config(transport.clone())
-        };
-        // A machine of the link may have moved to another address of the same LAN: it announces itself there. We only
-        // listen. Where there is no multicast, the link's addresses have to do.
-        let listening = builder().address_lookup(MdnsAddressLookup::builder().advertise(false));
-        let endpoint = match listening.bind().await {
-            Ok(endpoint) => endpoint,
-            Err(error) => {
-                tracing::debug!(%error, "no discovery on this network");
-                builder().bind().await.map_err(|e| failed(e.to_string()))?
-            }
-        };
+        let endpoint = Passing::new()?.bind().await?;
         let invite_key = SigningKey::from_bytes(link.secret.expose());
         Ok(Self { endpoint, link, invite_key })
     }

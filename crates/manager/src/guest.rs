@@ -125,6 +125,7 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Journal { .. } => "give its journal",
         ControlRequest::Farewell { .. } => "say farewell",
         ControlRequest::Forget => "forget the clan",
+        ControlRequest::OpenWords { .. } => "wait for the words of an invitation",
     }
 }
 

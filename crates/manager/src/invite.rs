@@ -62,6 +62,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         secret: InviteSecret::from_bytes(*secret),
         peers: vec![PeerAddr { machine, addrs }],
     };
+    let (words, words_expire) = crate::words::open(&control, &link).await.unzip();
     tracing::info!(clan = %record.name, invite = %invite.short(), %role, uses, "made an invite");
     Ok(Invite {
         link: link.to_string(),
@@ -71,5 +72,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         role,
         uses,
         expires,
+        words: words.map(|words| words.to_string()),
+        words_expire,
     })
 }

@@ -37,6 +37,7 @@ mod record;
 mod sign;
 mod status;
 mod tasks;
+mod words;
 
 pub use manager::{Manager, ManagerError, Options};
 pub use paths::Paths;

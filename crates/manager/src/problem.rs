@@ -4,9 +4,9 @@ use std::{error::Error, io, path::Path};
 
 use clan_api::{ApiProblem, ErrorCode};
 use clan_build::{BuildError, StoreError};
-use clan_types::{ByteSize, LinkError, NameError};
+use clan_types::{ByteSize, LinkError, NameError, WordsError};
 use clan_vm::VmError;
-use clan_wire::peer::JoinRefusal;
+use clan_wire::{peer::JoinRefusal, words::WordsRefusal};
 
 use crate::{disk::DiskError, guest::GuestError};
 
@@ -172,6 +172,34 @@ pub(crate) fn link(error: &LinkError) -> ApiProblem {
             .why("characters are missing or changed")
             .hint("copy the whole link, in quotes: `clan join '…'`"),
         LinkError::NewerVersion(_) => plain(ErrorCode::LinkNewer, error).hint("update Clan"),
+    }
+}
+
+pub(crate) fn words(error: &WordsError) -> ApiProblem {
+    let problem = plain(ErrorCode::WordsInvalid, error);
+    match error {
+        WordsError::Unknown { nearest: Some(word), .. } => problem.hint(format!("did you mean `{word}`?")),
+        WordsError::Unknown { nearest: None, .. } => problem.hint("ask for the words again, letter by letter"),
+        WordsError::Count(_) => problem.hint("type all four, with blanks between them"),
+    }
+}
+
+pub(crate) fn words_refusal(refusal: WordsRefusal) -> ApiProblem {
+    const NEW_WORDS: &str = "ask for new words: `clan invite` gives them with every link";
+    match refusal {
+        WordsRefusal::NotOpen => plain(ErrorCode::WordsUnknown, &refusal)
+            .why("no machine on this network announces their first word")
+            .hint("the inviter's machine must run, and be on the same network as this computer")
+            .hint("words are valid for ten minutes; after that, or from elsewhere, ask for the link"),
+        WordsRefusal::Void => plain(ErrorCode::WordsVoid, &refusal).hint(NEW_WORDS),
+        WordsRefusal::Used => plain(ErrorCode::WordsUsed, &refusal).hint(NEW_WORDS),
+        WordsRefusal::Expired => plain(ErrorCode::WordsExpired, &refusal).hint(NEW_WORDS),
+        WordsRefusal::Busy => {
+            plain(ErrorCode::Unreachable, &refusal).hint("try again in a moment, or ask for the link")
+        }
+        WordsRefusal::Malformed => {
+            plain(ErrorCode::Internal, &refusal).hint("it may run another version of Clan: ask for the link")
+        }
     }
 }
 

@@ -368,6 +368,7 @@ function askInvite(clan) {
         h("p", { class: "muted" }, "They will see this fingerprint; it must be the same on both screens: ", h("code", null, invite.fingerprint)),
         field("Link", h("textarea", { readonly: true, rows: "6", onfocus: (event) => event.target.select() }, invite.link)),
         h("button", { type: "button", class: "button", onclick: () => copy(invite.link) }, ICON.link(), "Copy the link"),
+        invite.words && h("p", { class: "muted" }, "On the same network these words do as well, once, within ten minutes: ", h("code", null, invite.words)),
       ];
     },
   });
@@ -378,8 +379,9 @@ function askJoin() {
     title: "Join a clan",
     text: "You will see where the link leads before anything happens.",
     verb: "Go on",
-    fields: () => [field("Invitation link", h("textarea", { name: "link", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" }))],
-    done: async ({ link }) => {
+    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" }))],
+    done: async ({ text }) => {
+      const { link } = await call("POST", "/joins/invitation", { text });
       const preview = await call("POST", "/joins/preview", { link });
       setTimeout(() => confirmJoin(link, preview));
     },

@@ -40,6 +40,7 @@ use crate::{
     state::{self, Place},
     stats::Sampler,
     status, streams,
+    words::{self, WordsDesk},
 };
 
 const PORT_PATIENCE: Duration = Duration::from_secs(60);
@@ -109,6 +110,7 @@ struct Node {
     place: Place,
     core: CoreHandle,
     endpoint: Endpoint,
+    words: Arc<WordsDesk>,
     /// Absent where the computer does not let the controller carry packets.
     mesh: Option<Mesh>,
     tasks: JoinSet<()>,
@@ -126,6 +128,7 @@ struct Ways {
 /// What most requests need of a node, without holding its lock.
 pub(crate) struct Access {
     pub(crate) core: CoreHandle,
+    words: Arc<WordsDesk>,
     wireguard: Option<Arc<Wireguard>>,
     /// The node ends.
     over: CancellationToken,
@@ -202,6 +205,7 @@ impl Controller {
         let node = self.node.lock().await;
         node.as_ref().map(|n| Access {
             core: n.core.clone(),
+            words: n.words.clone(),
             wireguard: n.mesh.as_ref().map(Mesh::wireguard),
             over: n.cancel.clone(),
         })
@@ -238,6 +242,10 @@ impl Controller {
             ControlRequest::Status => {
                 ControlResponse::Status(Box::new(status::report(&access.core.view(), access.wireguard()).await))
             }
+            ControlRequest::OpenWords { words, link } => match access.words.open(&words, link.expose()) {
+                Ok(()) => ControlResponse::Done,
+                Err(error) => ControlResponse::Failed(chain(&error)),
+            },
             ControlRequest::Farewell { entry } => self.farewell(&access, entry).await,
             ControlRequest::Watch => return self.report(stream, &access).await,
             ControlRequest::Connect { service, machine } => {
@@ -419,17 +427,20 @@ impl Controller {
         if !self.host.is_guest() {
             tasks.spawn(own::follow(endpoint.clone(), ports, mesh.is_some(), handle.clone(), cancel.clone()));
         }
+        let words = Arc::new(WordsDesk::new(identity.machine()));
         // Without its endpoint the machine is deaf: the whole controller ends, and systemd starts it afresh.
         tasks.spawn(net::accept(
             endpoint.clone(),
             handle.clone(),
             self.images.clone(),
+            words.clone(),
             cancel.clone(),
             self.cancel.clone(),
         ));
+        tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
         tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
-        Ok(Node { place, core: handle, endpoint, mesh, tasks, cancel })
+        Ok(Node { place, core: handle, endpoint, words, mesh, tasks, cancel })
     }
 
     async fn farewell(&self, access: &Access, entry: Vec<u8>) -> ControlResponse {

@@ -5,6 +5,7 @@
 //!  newcomers ──clan/join/1──▶ join ────┼──▶ Core (one task: ─────┼─▶ peers (clan/peer/1: ledger, beacons, packets)
 //!  machines ──clan/peer/1───▶ peer ────┘     ledger, beacons)    └─▶ status, statistics
 //!  newcomers ──clan/image/1─▶ image (reads the disks the machine booted from)
+//!  newcomers ──clan/words/1─▶ words (gives an invitation link for four words)
 //! ```
 //!
 //! One task, [`core`], owns the ledger, the beacons and what is known of peers; everything else asks it. A machine that
@@ -29,6 +30,7 @@ mod status;
 mod streams;
 #[cfg(test)]
 mod tests;
+mod words;
 
 use std::path::PathBuf;
 

@@ -3,7 +3,10 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use clan_types::{MachineId, PeerAddr};
-use clan_wire::peer::{ALPN_IMAGE, ALPN_JOIN, ALPN_PEER};
+use clan_wire::{
+    peer::{ALPN_IMAGE, ALPN_JOIN, ALPN_PEER},
+    words::ALPN_WORDS,
+};
 use iroh::{
     Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, presets},
@@ -11,7 +14,7 @@ use iroh::{
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{NodeError, core::CoreHandle, image::ImageServer, join, peer};
+use crate::{NodeError, core::CoreHandle, image::ImageServer, join, peer, words::WordsDesk};
 
 /// How often machines on a LAN tell where they are.
 const DISCOVERY: Duration = Duration::from_secs(3);
@@ -23,7 +26,7 @@ const MAX_CONNECTIONS: usize = 256;
 pub(crate) async fn endpoint(key: SecretKey, bind: SocketAddr, external: &[SocketAddr]) -> Result<Endpoint, NodeError> {
     let mut builder = Endpoint::builder(presets::Minimal)
         .secret_key(key)
-        .alpns(vec![ALPN_PEER.to_vec(), ALPN_JOIN.to_vec(), ALPN_IMAGE.to_vec()])
+        .alpns(vec![ALPN_PEER.to_vec(), ALPN_JOIN.to_vec(), ALPN_IMAGE.to_vec(), ALPN_WORDS.to_vec()])
         .relay_mode(RelayMode::Disabled)
         .transport_config(transport())
         .clear_ip_transports()
@@ -54,6 +57,7 @@ pub(crate) async fn accept(
     endpoint: Endpoint,
     core: CoreHandle,
     images: Arc<ImageServer>,
+    words: Arc<WordsDesk>,
     cancel: CancellationToken,
     fatal: CancellationToken,
 ) {
@@ -72,13 +76,13 @@ pub(crate) async fn accept(
             incoming.refuse();
             continue;
         }
-        let (core, images, cancel) = (core.clone(), images.clone(), cancel.clone());
+        let (core, images, words, cancel) = (core.clone(), images.clone(), words.clone(), cancel.clone());
         tasks.spawn(async move {
             let greeted = tokio::time::timeout(Duration::from_secs(10), async { incoming.accept().ok()?.await.ok() });
             let Ok(Some(connection)) = greeted.await else { return };
             tokio::select! {
                 () = cancel.cancelled() => {}
-                () = dispatch(connection, core, images) => {}
+                () = dispatch(connection, core, images, words) => {}
             }
         });
     }
@@ -86,12 +90,13 @@ pub(crate) async fn accept(
     tasks.wait().await;
 }
 
-async fn dispatch(connection: Connection, core: CoreHandle, images: Arc<ImageServer>) {
+async fn dispatch(connection: Connection, core: CoreHandle, images: Arc<ImageServer>, words: Arc<WordsDesk>) {
     let remote = machine_of(&connection);
     match connection.alpn() {
         alpn if alpn == ALPN_PEER => peer::accepted(connection, core).await,
         alpn if alpn == ALPN_JOIN => join::serve(connection, core).await,
         alpn if alpn == ALPN_IMAGE => images.serve(connection, core).await,
+        alpn if alpn == ALPN_WORDS => words.serve(connection).await,
         _ => tracing::debug!(%remote, "connection with an unknown protocol"),
     }
 }

@@ -22,7 +22,10 @@ use crate::{
     image::{Disks, ImageServer},
     join::{self, RedeemError},
     mesh, net, peer,
+    words::{self as desk, WordsDesk},
 };
+
+mod words;
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// Whoever is put out is cut off by every machine that can be reached within this time.
@@ -33,6 +36,7 @@ struct Machine {
     endpoint: Endpoint,
     key: SigningKey,
     images: Arc<ImageServer>,
+    words: Arc<WordsDesk>,
     cancel: CancellationToken,
     _tasks: JoinSet<()>,
     dir: tempfile::TempDir,
@@ -65,9 +69,18 @@ impl Machine {
         ))));
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
-        tasks.spawn(net::accept(endpoint.clone(), handle.clone(), images.clone(), cancel.clone(), cancel.clone()));
+        let words = Arc::new(WordsDesk::new(handle.view().machine));
+        tasks.spawn(net::accept(
+            endpoint.clone(),
+            handle.clone(),
+            images.clone(),
+            words.clone(),
+            cancel.clone(),
+            cancel.clone(),
+        ));
+        tasks.spawn(desk::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
-        Self { core: handle, endpoint, key, images, cancel, _tasks: tasks, dir }
+        Self { core: handle, endpoint, key, images, words, cancel, _tasks: tasks, dir }
     }
 
     fn id(&self) -> MachineId {

@@ -7,9 +7,11 @@ mod addr;
 mod ids;
 mod link;
 mod name;
+mod pasted;
 mod role;
 mod size;
 mod time;
+mod words;
 
 pub use addr::{clan_prefix, mesh_address, service_url_host};
 pub use ids::{ClanId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey};
@@ -18,3 +20,4 @@ pub use name::{ClanName, MachineName, NameError, PersonName, ServiceName};
 pub use role::{Role, RoleError};
 pub use size::{ByteSize, SizeError};
 pub use time::{Hlc, Timestamp};
+pub use words::{Channel, Words, WordsError};

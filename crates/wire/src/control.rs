@@ -4,11 +4,14 @@
 //! Each stream carries one length-prefixed [`ControlRequest`], then one or more length-prefixed [`ControlResponse`]s;
 //! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::{
+    fmt,
+    net::{Ipv6Addr, SocketAddr},
+};
 
 use clan_types::{
     ByteSize, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, Role, ServiceName, Timestamp,
-    WgPublicKey,
+    WgPublicKey, Words,
 };
 use serde::{Deserialize, Serialize};
 
@@ -64,6 +67,36 @@ pub enum ControlRequest {
     /// Forgets the clan, with the machine's keys and everything it knew, whether it left or never quite came in: what the
     /// removal of its disk is to a VM. Answered by [`ControlResponse::Done`]; the machine can then join a clan anew.
     Forget,
+    /// Waits for a newcomer who was told these words, and gives them the link, once. Never logged.
+    /// Answered by [`ControlResponse::Done`].
+    OpenWords {
+        /// The words.
+        words: Words,
+        /// What to give.
+        link: SecretText,
+    },
+}
+
+/// Text that is not to be logged.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SecretText(String);
+
+impl SecretText {
+    /// Wraps a secret.
+    pub const fn new(text: String) -> Self {
+        Self(text)
+    }
+
+    /// The secret.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SecretText(…)")
+    }
 }
 
 /// A new machine's place in a clan.

@@ -10,3 +10,4 @@ pub mod control;
 pub mod image;
 pub mod mux;
 pub mod peer;
+pub mod words;

@@ -1,16 +1,15 @@
 //! `clan invite`: makes a link that lets somebody in.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use clan_api::{CreateInvite, Invite};
 use clan_types::Role;
-use qrcode::{EcLevel, QrCode, render::unicode::Dense1x2};
 
 use crate::{
     context::Context,
     error::CliError,
     printer::{Printer, Tone},
-    words,
+    qr, words,
 };
 
 /// Arguments of `clan invite`.
@@ -30,6 +29,12 @@ pub(crate) struct Args {
     /// How long the link works: 30m, 24h, 7d
     #[arg(long, default_value = "24h", value_name = "TIME", value_parser = words::parse_duration)]
     expires: Duration,
+    /// Show the QR code even where nobody seems to look
+    #[arg(long)]
+    qr: bool,
+    /// Write the QR code into a new PNG picture, too
+    #[arg(long, value_name = "FILE")]
+    qr_file: Option<PathBuf>,
 }
 
 /// Makes the invite and prints its link.
@@ -39,13 +44,20 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         CreateInvite { role: Some(args.role), uses: Some(args.uses), expires_in: Some(args.expires.as_secs()) };
     let invite = context.ask(context.client.invite(&clan, &request)).await?;
     let printer = &context.printer;
+    // What cannot be written is said last: the invite is made, and its link is all that leads to it.
+    let written = args.qr_file.as_ref().map_or(Ok(()), |path| qr::write(path, &invite.link));
     if printer.is_json() {
-        return printer.json(&invite);
+        printer.json(&invite)?;
+        return written;
     }
     if printer.stderr_is_terminal() {
         explain(&invite, args.expires, printer);
     }
-    printer.data(&invite.link)
+    if args.qr || printer.stderr_is_terminal() {
+        show_code(&invite.link, args.qr, printer);
+    }
+    printer.data(&invite.link)?;
+    written
 }
 
 fn explain(invite: &Invite, expires: Duration, printer: &Printer) {
@@ -61,40 +73,22 @@ fn explain(invite: &Invite, expires: Duration, printer: &Printer) {
         words::span(expires)
     ));
     printer.talk(&format!("They will see the fingerprint {}.", printer.err_style(Tone::Strong, &invite.fingerprint)));
-    if let Some(lines) = qr_code(&invite.link, printer.stderr_has_colour()) {
-        printer.talk("");
-        for line in lines {
-            printer.talk(&line);
+    if let Some(words) = &invite.words {
+        printer.talk(&format!(
+            "On the same network, these words do as well, once, within ten minutes: {}",
+            printer.err_style(Tone::Strong, words)
+        ));
+    }
+}
+
+fn show_code(link: &str, asked: bool, printer: &Printer) {
+    match qr::lines(link, printer.stderr_has_colour(), printer.err_width()) {
+        Some(lines) => {
+            printer.talk("");
+            lines.iter().for_each(|line| printer.talk(line));
+            printer.talk("");
         }
-        printer.talk("");
-    }
-}
-
-/// The link as a QR code of half-height blocks; `None` if it is wider than a terminal.
-fn qr_code(link: &str, colour: bool) -> Option<Vec<String>> {
-    let code = QrCode::with_error_correction_level(link, EcLevel::L).ok()?;
-    if code.width() + 8 > 80 {
-        return None;
-    }
-    // With colours the code is black on white whatever the terminal's scheme; without, it suits dark terminals.
-    let (dark, light) = if colour { (Dense1x2::Dark, Dense1x2::Light) } else { (Dense1x2::Light, Dense1x2::Dark) };
-    let text = code.render::<Dense1x2>().dark_color(dark).light_color(light).quiet_zone(true).build();
-    Some(
-        text.lines()
-            .map(|line| if colour { format!("\u{1b}[30;107m{line}\u{1b}[0m") } else { line.to_owned() })
-            .collect(),
-    )
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_usual_link_fits_a_terminal_as_a_qr_code() {
-        let link = format!("clan://join/{}", "a".repeat(230));
-        let lines = qr_code(&link, false).unwrap();
-        assert!(lines.iter().all(|l| l.chars().count() <= 80));
-        assert!(qr_code(&"a".repeat(2000), false).is_none());
+        None if asked => printer.talk("The terminal is too narrow for the QR code: `--qr-file` writes a picture."),
+        None => {}
     }
 }

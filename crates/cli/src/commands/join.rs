@@ -1,12 +1,13 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
 use clan_api::{JoinClan, JoinPreview, PreviewJoin, VmPlan};
-use clan_types::{InviteLink, MachineName, PersonName};
+use clan_types::{MachineName, PersonName};
 
 use crate::{
     commands::create::{Integrate, Size},
-    context::{Context, read_line},
+    context::Context,
     error::CliError,
+    invitation::{self, Given},
     printer::{Printer, Tone, harmless},
     progress, table, words,
 };
@@ -14,11 +15,13 @@ use crate::{
 /// Arguments of `clan join`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-Put the link in quotes. Other users of this computer can see what you type on the command line while it runs;
-without LINK, or with `-`, the link is read from stdin instead.")]
+The invitation is a link in quotes, four words, or a PNG or JPEG picture of the link's QR code. Four words find the
+inviter's machine on the same network.
+Other users of this computer can see what you type on the command line while it runs; without INVITATION, or with
+`-`, it is read from stdin instead.")]
 pub(crate) struct Args {
-    /// The invitation link: clan://join/…
-    link: Option<String>,
+    /// The invitation: clan://join/…, four words, or a picture
+    invitation: Vec<String>,
     /// Your name in the clan [default: your login name]
     #[arg(long)]
     person: Option<PersonName>,
@@ -37,27 +40,46 @@ pub(crate) struct Args {
 /// Joins and waits until this computer's machine is in the clan.
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let printer = &context.printer;
-    let link = match args.link.filter(|l| l != "-") {
-        Some(link) => link,
-        None => {
-            if printer.can_ask() {
-                printer.ask("Invitation link:");
-            }
-            read_line()?
+    let (link, by_words) = match invitation::given(&args.invitation, printer)? {
+        Given::Link(link) => (link.to_string(), false),
+        Given::Words(words) => {
+            let words = words.to_string();
+            let found = context.ask(context.client.find_invitation(&words));
+            (progress::waiting(printer, "Looking for the inviter's machine on this network…", found).await?.link, true)
         }
     };
-    // A damaged link is told here, before anybody is asked.
-    let link = link.parse::<InviteLink>()?.to_string();
+    let outcome = go(args, &link, context).await;
+    // The words are used up, whatever became of it.
+    let again = || format!("clan join '{link}'");
+    match outcome {
+        Ok(Gone::Nowhere) if by_words => {
+            printer.talk(&format!("The words are used up now; to join: {}", again()));
+            Ok(())
+        }
+        Err(error) if by_words => Err(error.hint(format!("the words are used up; to try again: {}", again()))),
+        other => other.map(drop),
+    }
+}
+
+/// What came of it.
+enum Gone {
+    There,
+    Nowhere,
+}
+
+async fn go(args: Args, link: &str, context: &Context) -> Result<Gone, CliError> {
+    let printer = &context.printer;
     let integrate = args.integrate.controller()?;
-    let question = PreviewJoin { link: link.clone(), integrate: integrate.clone() };
+    let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone() };
     let preview =
         progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&question))).await?;
     if args.dry_run {
-        return if printer.is_json() {
-            printer.json(&preview)
+        if printer.is_json() {
+            printer.json(&preview)?;
         } else {
-            facts(&preview, &args.size).iter().try_for_each(|l| printer.data(l))
-        };
+            facts(&preview, &args.size).iter().try_for_each(|l| printer.data(l))?;
+        }
+        return Ok(Gone::Nowhere);
     }
     let person = names::person(args.person, &preview.people)?;
     let machine = names::machine(args.machine, &preview.machines)?;
@@ -69,11 +91,11 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         "join without being asked; `--dry-run` shows where the link leads",
     )?;
     let Size { memory, disk, cpus } = args.size;
-    let request = JoinClan { link, person, machine, memory, disk, cpus, integrate };
+    let request = JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {
-        return printer.json(&task);
+        return printer.json(&task).map(|()| Gone::There);
     }
     printer.talk(&format!(
         "{} is now a machine of {}.",
@@ -81,7 +103,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         printer.err_style(Tone::Strong, preview.clan_name.as_str())
     ));
     printer.talk(&format!("See what it offers: clan service list {}", preview.clan_name));
-    Ok(())
+    Ok(Gone::There)
 }
 
 fn show(preview: &JoinPreview, size: &Size, printer: &Printer) {

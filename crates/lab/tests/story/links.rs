@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clan_lab::{Lab, Person, story};
+use clan_lab::{Lab, LabError, Person, story};
 use clan_types::InviteLink;
 
 use crate::{Checked, Checks, refused};
@@ -35,12 +35,35 @@ pub(crate) fn check(checks: &mut Checks, lab: &mut Lab, used: &str) {
         stranger.clan_typing(&["join", "--dry-run"], &link)?.success().map(drop)
     });
 
+    words(checks, lab);
+
     let status = lab.person("stranger").clan_json(&["status"]);
     checks.that("a refused link leaves no machine behind", || {
         let status = status?;
         let empty = status["clans"].as_array().is_some_and(Vec::is_empty)
             && status["vms"].as_array().is_some_and(Vec::is_empty);
-        if empty { Ok(()) } else { Err(clan_lab::LabError::Promise(status.to_string())) }
+        if empty { Ok(()) } else { Err(LabError::Promise(status.to_string())) }
+    });
+}
+
+/// Four words find the inviter's machine on the same LAN, once; a wrong guess makes them void.
+fn words(checks: &mut Checks, lab: &mut Lab) {
+    let told = |lab: &mut Lab| {
+        let invite = lab.person("founder").clan_json(&["invite"])?;
+        invite["words"].as_str().map(str::to_owned).ok_or_else(|| LabError::Promise(format!("no words: {invite}")))
+    };
+    let right = told(lab);
+    let guess = told(lab).map(|words| format!("{} zoo zoo zoo", words.split(' ').next().unwrap_or_default()));
+    let stranger = &*lab.person("stranger");
+    let look = |words: &str| stranger.clan_typing(&["join", "--dry-run"], words);
+    checks.that("four words lead to the clan", || {
+        look(right.as_ref().map_err(|e| LabError::Promise(e.to_string()))?)?.success().map(drop)
+    });
+    checks.that("words work once", || refused(&look(&right?)?, &["used already"]));
+    checks.that("wrong words are void at the first guess", || {
+        let guess = guess?;
+        refused(&look(&guess)?, &["void"])?;
+        refused(&look(&guess)?, &["void"])
     });
 }
 

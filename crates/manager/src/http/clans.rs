@@ -8,8 +8,8 @@ use axum::{
     http::StatusCode,
 };
 use clan_api::{
-    ApiProblem, ClanInfo, CreateClan, CreateInvite, ErrorCode, Invite, JoinClan, JoinPreview, MachineInfo,
-    OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskInfo,
+    ApiProblem, ClanInfo, CreateClan, CreateInvite, ErrorCode, FindInvitation, FoundInvitation, Invite, JoinClan,
+    JoinPreview, MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskInfo,
 };
 use clan_types::{ServiceName, service_url_host};
 use clan_wire::beacon::ServiceKind;
@@ -18,7 +18,9 @@ use super::{
     auth::OPEN,
     problems::{Answer, Json, parse},
 };
-use crate::{create, invite as invites, join as joins, leave as leaves, manager::Shared, problem, status as states};
+use crate::{
+    create, invite as invites, join as joins, leave as leaves, manager::Shared, problem, status as states, words,
+};
 
 pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
     Json(StatusCode::OK, states::status(&shared).await)
@@ -31,6 +33,11 @@ pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Vec<ClanInfo
 pub(super) async fn create(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<TaskInfo>> {
     let request: CreateClan = parse(&body)?;
     Ok(Json(StatusCode::ACCEPTED, create::begin(&shared, request).await?.info()))
+}
+
+pub(super) async fn invitation(body: Bytes) -> Answer<Json<FoundInvitation>> {
+    let request: FindInvitation = parse(&body)?;
+    Ok(Json(StatusCode::OK, FoundInvitation { link: words::find(&request.text).await?.to_string() }))
 }
 
 pub(super) async fn preview(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<JoinPreview>> {

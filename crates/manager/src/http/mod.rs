@@ -254,6 +254,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
     let mut api = Router::new()
         .route("/status", get(clans::status))
         .route("/clans", get(clans::list).post(clans::create))
+        .route("/joins/invitation", post(clans::invitation))
         .route("/joins/preview", post(clans::preview))
         .route("/joins", post(clans::join))
         .route("/tasks", get(tasks::list))
