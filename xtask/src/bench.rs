@@ -78,7 +78,13 @@ fn round() -> Result<Vec<(&'static str, Duration)>, Box<dyn Error>> {
         let mut invite = [0; 32];
         invite[..8].copy_from_slice(&number.to_le_bytes());
         let expires = Timestamp::from_millis(START + 1_000_000 + number);
-        let body = Body::Invite { invite: InviteId::from_bytes(invite), role: Role::Member, uses: 1, expires };
+        let body = Body::Invite {
+            invite: InviteId::from_bytes(invite),
+            role: Role::Member,
+            uses: 1,
+            expires,
+            approval: false,
+        };
         let entry = ledger.author(&key, body, Timestamp::from_millis(START + number))?;
         encoded.push(entry.encode());
         ledger.insert(entry)?;

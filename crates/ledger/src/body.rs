@@ -3,13 +3,16 @@
 use std::{fmt, str::FromStr};
 
 use clan_types::{
-    ByteSize, ClanId, ClanName, EntryId, ImageId, InviteId, MachineId, MachineName, PersonId, PersonName, Role,
-    Timestamp, WgPublicKey,
+    ByteSize, CertificateHash, ClanId, ClanName, DeviceId, DeviceName, EntryId, GroupName, Host, ImageId, InviteId,
+    MachineId, MachineName, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
 };
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
+use crate::{AuthorId, Party, PortRange, Target};
+
 const ADMISSION_CONTEXT: &[u8] = b"clan 2026-11 admission v1";
+const DEVICE_CONTEXT: &[u8] = b"clan 2026-11 device v1";
 const MAX_TITLE: usize = 200;
 
 /// What an entry says. Who may say it is decided by the fold.
@@ -24,11 +27,11 @@ pub enum Body {
         /// Makes clans of the same name and founder distinct.
         nonce: [u8; 32],
     },
-    /// Adds one of the author's own machines. Members and up.
+    /// Adds one of the author's own machines. Members and up. If its name is taken it gets the next free one (`nas-2`).
     Enrol {
         /// The machine's key. The first enrolment of a key counts.
         machine: MachineId,
-        /// Its name, unique in the clan.
+        /// Its name.
         name: MachineName,
         /// Its WireGuard key, unique in the clan.
         wg: WgPublicKey,
@@ -48,15 +51,17 @@ pub enum Body {
         uses: u32,
         /// Last moment at which it can be redeemed.
         expires: Timestamp,
+        /// Whether each newcomer also needs an [`Body::Approve`].
+        approval: bool,
     },
     /// A newcomer's first entry: asks to be in. Counts once it is countersigned.
     Admission {
         /// The invite that is redeemed.
         invite: InviteId,
-        /// The newcomer's name, unique in the clan.
+        /// The newcomer's name; if it is taken they get the next free one (`anna-2`).
         name: PersonName,
         /// Shows that the newcomer held the invite's secret. See [`Body::admission`].
-        proof: AdmissionProof,
+        proof: KeyProof,
     },
     /// A machine in good standing has seen an admission; the time of this entry is when.
     Countersign {
@@ -90,6 +95,133 @@ pub enum Body {
     },
     /// The author leaves, with their machines.
     Leave,
+    /// Gives a person another role. Owners any role to anybody; admins move people between guest and member.
+    /// What raises a role counts from here on. What lowers it is weighed like a revocation: `last` says what still
+    /// counts under the old role, and it never takes a clan its last owner. See [`crate::Ledger::role_change`].
+    SetRole {
+        /// The person.
+        person: PersonId,
+        /// Their role from now on.
+        role: Role,
+        /// For each of the person's devices the last entry that still counts under the old role; of a device that is
+        /// not named none does.
+        last: Vec<(DeviceId, LastEntry)>,
+    },
+    /// Gives a person another name. Themselves; admins up to their own role.
+    RenamePerson {
+        /// The person.
+        person: PersonId,
+        /// Their new name, unique in the clan.
+        name: PersonName,
+    },
+    /// Gives a machine another name. Its owner; admins, if the owner's role is not above theirs.
+    RenameMachine {
+        /// The machine.
+        machine: MachineId,
+        /// Its new name, unique in the clan.
+        name: MachineName,
+    },
+    /// Lets a newcomer in whose invite asked for approval. Whoever might have made that invite.
+    Approve {
+        /// Their admission.
+        admission: EntryId,
+    },
+    /// Refuses a newcomer whose invite asked for approval. Whoever might have made that invite. The use stays used.
+    Deny {
+        /// Their admission.
+        admission: EntryId,
+    },
+    /// Adds a device to the author's own: a further key whose entries count as theirs. Any of their devices.
+    AddDevice {
+        /// The device's key. It belongs to nobody yet.
+        device: DeviceId,
+        /// Its name, unique among the person's devices.
+        name: DeviceName,
+        /// What it may do.
+        kind: DeviceKind,
+        /// Shows that the author had the device's consent. See [`Body::add_device`].
+        proof: KeyProof,
+    },
+    /// Puts a device out; the person stays. Any of the same person's devices; admins, if the person's role is not above
+    /// theirs.
+    RevokeDevice {
+        /// The device. The first one bears the person's own key.
+        device: DeviceId,
+        /// The last of its entries that still counts; `None`: none (of the first device only that its person came in).
+        last: Option<LastEntry>,
+    },
+    /// A machine passes packets on between machines that do not reach each other. The last statement about a machine
+    /// counts. Its owner, from member up; admins, if the owner's role is not above theirs.
+    Relay {
+        /// The machine.
+        machine: MachineId,
+        /// Where it is reached from everywhere.
+        host: Host,
+        /// TCP port.
+        port: u16,
+        /// The certificate that it shows.
+        certificate: CertificateHash,
+    },
+    /// A machine does so no more. Who might have said that it does.
+    RelayOff {
+        /// The machine.
+        machine: MachineId,
+    },
+    /// Adds a standard WireGuard machine of the author's, such as a phone, behind a machine of the clan: `via` speaks
+    /// the mesh for it. Who might offer `via` as a relay.
+    AddPeer {
+        /// Its WireGuard key, unique in the clan. Its address follows from it: [`clan_types::peer_address`].
+        wg: WgPublicKey,
+        /// Its name, unique among the clan's machines.
+        name: MachineName,
+        /// The machine that it connects to.
+        via: MachineId,
+    },
+    /// Takes a standard WireGuard machine out. Its owner, the owner of the machine in front of it; admins, if its
+    /// owner's role is not above theirs.
+    RemovePeer {
+        /// The machine.
+        wg: WgPublicKey,
+    },
+    /// Names a group of people and machines, or replaces its members. Admins and up.
+    Group {
+        /// Its name.
+        name: GroupName,
+        /// Who is in it.
+        members: Vec<Party>,
+    },
+    /// Makes an access rule, or replaces the one of that name. Admins and up. Rules only allow: what none allows is
+    /// not allowed.
+    Rule {
+        /// Its name.
+        name: RuleName,
+        /// Who may reach
+        from: Party,
+        /// what,
+        to: Target,
+        /// and there which ports; none given: all.
+        ports: Vec<PortRange>,
+    },
+    /// Takes an access rule away, those included that a clan begins with. Admins and up.
+    DropRule {
+        /// Its name.
+        name: RuleName,
+    },
+    /// Takes a group away. Admins and up.
+    DropGroup {
+        /// Its name.
+        name: GroupName,
+    },
+}
+
+/// What a device of a person may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum DeviceKind {
+    /// A key made from a recovery phrase: adds and revokes the person's devices, nothing else. Its revocations go before
+    /// those of all other devices of the person.
+    Recovery,
+    /// Whatever the person may.
+    Device,
 }
 
 impl Body {
@@ -99,7 +231,31 @@ impl Body {
         Self::Admission {
             invite: InviteId::from_bytes(invite_key.verifying_key().to_bytes()),
             name,
-            proof: AdmissionProof { r: *signature.r_bytes(), s: *signature.s_bytes() },
+            proof: KeyProof::of(&signature),
+        }
+    }
+
+    /// A new device, by its own key for this clan and for the device `by` that adds it only: nobody claims a key that
+    /// they do not hold.
+    pub fn add_device(
+        device_key: &SigningKey,
+        clan: &ClanId,
+        by: &AuthorId,
+        name: DeviceName,
+        kind: DeviceKind,
+    ) -> Self {
+        let device = AuthorId::of(device_key).device();
+        Self::AddDevice { device, name, kind, proof: KeyProof::of_device(device_key, clan, by) }
+    }
+
+    /// Whether the proof that it carries, if any, fits an entry of this author in this clan.
+    pub(crate) fn is_proven(&self, clan: &ClanId, author: &AuthorId) -> bool {
+        match self {
+            Self::Admission { invite, proof, .. } => {
+                proof.is_valid(invite.as_bytes(), &admission_statement(clan, &author.person()))
+            }
+            Self::AddDevice { device, proof, .. } => proof.is_valid(device.as_bytes(), &device_statement(clan, author)),
+            _ => true,
         }
     }
 }
@@ -108,18 +264,30 @@ fn admission_statement(clan: &ClanId, person: &PersonId) -> Vec<u8> {
     [ADMISSION_CONTEXT, clan.as_bytes().as_slice(), person.as_bytes().as_slice()].concat()
 }
 
-/// An Ed25519 signature by an invite's key.
+fn device_statement(clan: &ClanId, by: &AuthorId) -> Vec<u8> {
+    [DEVICE_CONTEXT, clan.as_bytes().as_slice(), by.as_bytes().as_slice()].concat()
+}
+
+/// An Ed25519 signature that shows that a key was at hand: an invite's, or a new device's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AdmissionProof {
+pub struct KeyProof {
     r: [u8; 32],
     s: [u8; 32],
 }
 
-impl AdmissionProof {
-    pub(crate) fn is_valid(&self, invite: &InviteId, clan: &ClanId, person: &PersonId) -> bool {
+impl KeyProof {
+    /// A new device's consent to be added by the device `by`: what it sends there.
+    pub fn of_device(device_key: &SigningKey, clan: &ClanId, by: &AuthorId) -> Self {
+        Self::of(&device_key.sign(&device_statement(clan, by)))
+    }
+
+    fn of(signature: &Signature) -> Self {
+        Self { r: *signature.r_bytes(), s: *signature.s_bytes() }
+    }
+
+    fn is_valid(&self, key: &[u8; 32], statement: &[u8]) -> bool {
         let signature = Signature::from_components(self.r, self.s);
-        VerifyingKey::from_bytes(invite.as_bytes())
-            .is_ok_and(|key| key.verify_strict(&admission_statement(clan, person), &signature).is_ok())
+        VerifyingKey::from_bytes(key).is_ok_and(|key| key.verify_strict(statement, &signature).is_ok())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use clan_types::{ClanId, EntryId, Hlc, MachineId, PersonId, Timestamp};
+use clan_types::{ClanId, DeviceId, EntryId, Hlc, MachineId, PersonId, Timestamp};
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
@@ -16,7 +16,7 @@ const CONTEXT: &[u8] = b"clan 2026-11 ledger entry v1";
 /// Wall times from here on (the year 10889) are refused, so that arithmetic on times never saturates.
 const END_OF_TIME: Timestamp = Timestamp::from_millis(1 << 48);
 
-/// The key that signs a log: a person's or a machine's.
+/// The key that signs a log: a person's device's or a machine's.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct AuthorId([u8; 32]);
 
@@ -36,9 +36,14 @@ impl AuthorId {
         Self(key.verifying_key().to_bytes())
     }
 
-    /// The author as a person.
+    /// The author as a person: right for a person's first device only, see [`crate::State::person_of`].
     pub const fn person(&self) -> PersonId {
         PersonId::from_bytes(self.0)
+    }
+
+    /// The author as a device.
+    pub const fn device(&self) -> DeviceId {
+        DeviceId::from_bytes(self.0)
     }
 
     /// The author as a machine.
@@ -49,6 +54,12 @@ impl AuthorId {
 
 impl From<PersonId> for AuthorId {
     fn from(id: PersonId) -> Self {
+        Self(*id.as_bytes())
+    }
+}
+
+impl From<DeviceId> for AuthorId {
+    fn from(id: DeviceId) -> Self {
         Self(*id.as_bytes())
     }
 }
@@ -86,8 +97,8 @@ pub enum EntryError {
     /// The signature does not fit the author and the content.
     #[error("the entry's signature does not fit")]
     BadSignature,
-    /// The invite's key did not sign this admission.
-    #[error("the admission's proof does not fit its invite")]
+    /// The invite's key did not sign this admission, or the new device's key not its addition.
+    #[error("the proof of having the invite's or the device's key does not fit")]
     BadProof,
     /// `Found` and `Admission` stand at the start of a log and nothing else does without them; every later entry names
     /// its predecessor.
@@ -247,9 +258,7 @@ impl Content {
         if !placed {
             return Err(EntryError::Misplaced);
         }
-        if let (Body::Admission { invite, proof, .. }, Some(clan)) = (&self.body, &self.clan)
-            && !proof.is_valid(invite, clan, &self.author.person())
-        {
+        if self.clan.is_some_and(|clan| !self.body.is_proven(&clan, &self.author)) {
             return Err(EntryError::BadProof);
         }
         Ok(())

@@ -1,83 +1,24 @@
-//! The pure fold from entries to [`State`].
+//! One pass over the entries, in the order in which they take effect.
+
+mod mesh;
+mod people;
+mod roles;
 
 use std::{
-    cmp::Reverse,
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::Ipv4Addr,
 };
 
-use clan_types::{EntryId, Hlc, InviteId, MachineId, MachineName, PersonId, PersonName, Role, Timestamp, WgPublicKey};
+use clan_types::{DeviceId, EntryId, Hlc, InviteId, MachineId, MachineName, PersonId, PersonName, Role, WgPublicKey};
 
 use crate::{
-    AuthorId, Body, Entry, Invite, InviteProblem, LastEntry, Ledger, Machine, Person, Published, Standing, State, Void,
-    VoidReason,
+    AccessRule, AuthorId, Body, DeviceKind, Entry, Group, Invite, Ledger, Node, Published, Relay, Standing, State,
+    Void, VoidReason,
+    access::first_rules,
+    fold::people::may_give,
+    names::Names,
+    weigh::{At, Claim, Demotion, Effective, Subject},
 };
-
-/// Folds the entries once for every author of revocations, from the most senior one down, until no further revocation
-/// counts. INVARIANT: a pure function of the set of entries; it ends because every round adds a revocation.
-pub(crate) fn fold(ledger: &Ledger) -> State {
-    let mut effective = Effective::default();
-    loop {
-        let mut run = Run::new(ledger, &effective);
-        run.fold();
-        let claims = run.sound_claims();
-        // The most senior author whose revocations are not weighed yet.
-        let Some(author) = claims.iter().map(|claim| claim.author).min_by_key(|author| run.seniority(author)) else {
-            return run.finish();
-        };
-        for claim in claims.into_iter().filter(|claim| claim.author == author) {
-            effective.add(ledger, claim);
-        }
-    }
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Subject {
-    Person(PersonId),
-    Machine(MachineId),
-}
-
-/// A revocation whose author may be entitled to it.
-#[derive(Debug, Clone, Copy)]
-struct Claim {
-    at: (Hlc, EntryId),
-    author: PersonId,
-    subject: Subject,
-    last: Option<LastEntry>,
-}
-
-/// The revocations that count.
-#[derive(Default)]
-struct Effective {
-    entries: HashSet<EntryId>,
-    /// How many entries of a revoked person's log count.
-    people: HashMap<PersonId, u64>,
-    /// How many entries of a revoked machine's log count.
-    machines: HashMap<MachineId, u64>,
-    /// Who revoked whom.
-    pairs: HashSet<(PersonId, PersonId)>,
-}
-
-impl Effective {
-    fn add(&mut self, ledger: &Ledger, claim: Claim) {
-        self.entries.insert(claim.at.1);
-        let count = |author: AuthorId, least: u64| {
-            let counted = claim.last.map_or(0, |last| ledger.logs.get(&author).map_or(0, |log| log.count_up_to(last)));
-            counted.max(least)
-        };
-        match claim.subject {
-            Subject::Person(person) => {
-                // That they came in is kept: the use of the invite stays used.
-                let count = count(person.into(), 1);
-                self.people.entry(person).and_modify(|least| *least = count.min(*least)).or_insert(count);
-                self.pairs.insert((claim.author, person));
-            }
-            Subject::Machine(machine) => {
-                let count = count(machine.into(), 0);
-                self.machines.entry(machine).and_modify(|least| *least = count.min(*least)).or_insert(count);
-            }
-        }
-    }
-}
 
 /// A newcomer who is not in yet.
 struct Newcomer<'a> {
@@ -88,67 +29,103 @@ struct Newcomer<'a> {
     failed: Option<VoidReason>,
 }
 
+/// What became of a person's role, and when.
+enum Change<'a> {
+    Given(Role),
+    Lowered(&'a Demotion),
+}
+
 /// One pass over the entries.
-struct Run<'a> {
+pub(crate) struct Run<'a> {
     ledger: &'a Ledger,
-    effective: &'a Effective,
-    state: State,
-    void: Vec<((Hlc, EntryId), Void)>,
-    claims: Vec<Claim>,
+    pub(crate) effective: &'a Effective,
+    pub(crate) state: State,
+    void: Vec<(At, Void)>,
+    pub(crate) claims: Vec<Claim>,
+    /// How far the pass is.
+    now: At,
     newcomers: BTreeMap<PersonId, Newcomer<'a>>,
-    /// Newcomers, waiting or in, by their admission.
+    /// Newcomers, waiting, in or denied, by their admission.
     admissions: HashMap<EntryId, PersonId>,
+    denied: HashSet<PersonId>,
     /// When each person came in.
-    joined: HashMap<PersonId, (Hlc, EntryId)>,
+    pub(crate) joined: HashMap<PersonId, At>,
+    /// When each device was added.
+    pub(crate) device_since: HashMap<AuthorId, At>,
+    roles: HashMap<PersonId, Vec<(At, Change<'a>)>>,
     people_out: HashSet<PersonId>,
+    devices_out: HashSet<DeviceId>,
     machines_out: HashSet<MachineId>,
     invites_out: HashSet<InviteId>,
-    person_names: HashMap<PersonName, PersonId>,
-    machine_names: HashMap<MachineName, MachineId>,
+    person_names: Names<PersonName, PersonId>,
+    node_names: Names<MachineName, Node>,
     wgs: HashSet<WgPublicKey>,
+    ipv4s: HashSet<Ipv4Addr>,
+    devices_of: HashMap<PersonId, Vec<DeviceId>>,
     machines_of: BTreeMap<PersonId, BTreeSet<MachineId>>,
 }
 
+/// Who wrote an entry.
+#[derive(Clone, Copy)]
+struct Author {
+    person: PersonId,
+    /// The role that they had for it.
+    role: Role,
+    /// What it would have been without demotions.
+    before: Role,
+    key: AuthorId,
+}
+
 impl<'a> Run<'a> {
-    fn new(ledger: &'a Ledger, effective: &'a Effective) -> Self {
+    pub(crate) fn new(ledger: &'a Ledger, effective: &'a Effective) -> Self {
         Self {
             ledger,
             effective,
             state: State::default(),
             void: Vec::new(),
             claims: Vec::new(),
+            now: (Hlc::default(), EntryId::from_bytes([0; 32])),
             newcomers: BTreeMap::new(),
             admissions: HashMap::new(),
+            denied: HashSet::new(),
             joined: HashMap::new(),
+            device_since: HashMap::new(),
+            roles: HashMap::new(),
             people_out: HashSet::new(),
+            devices_out: HashSet::new(),
             machines_out: HashSet::new(),
             invites_out: HashSet::new(),
-            person_names: HashMap::new(),
-            machine_names: HashMap::new(),
+            person_names: Names::default(),
+            node_names: Names::default(),
             wgs: HashSet::new(),
+            ipv4s: HashSet::new(),
+            devices_of: HashMap::new(),
             machines_of: BTreeMap::new(),
         }
     }
 
-    fn fold(&mut self) {
+    pub(crate) fn fold(&mut self) {
         let ledger = self.ledger;
-        for (author, seq) in ledger.order.values() {
+        for (at, (author, seq)) in &ledger.order {
             if let Some(entry) = ledger.logs.get(author).and_then(|log| log.get(*seq)) {
+                self.now = *at;
                 self.take(entry);
             }
         }
     }
 
-    fn finish(mut self) -> State {
+    pub(crate) fn finish(mut self) -> State {
         for claim in std::mem::take(&mut self.claims) {
             let reason = self.judge(&claim).err().unwrap_or(VoidReason::NotAllowed);
-            self.void.push((claim.at, void(claim.at.1, claim.author.into(), reason)));
+            self.void.push((claim.at, void(claim.at.1, claim.device, reason)));
         }
-        for newcomer in std::mem::take(&mut self.newcomers).into_values() {
-            let reason = newcomer.failed.unwrap_or(VoidReason::NotCountersigned);
+        for (person, newcomer) in std::mem::take(&mut self.newcomers) {
+            let pending = self.state.pending.contains_key(&person);
+            let later = if pending { VoidReason::NotApproved } else { VoidReason::NotCountersigned };
+            let reason = if pending { later } else { newcomer.failed.unwrap_or(later) };
             self.void(newcomer.admission, reason);
             for entry in newcomer.later {
-                self.void(entry, VoidReason::NotCountersigned);
+                self.void(entry, later);
             }
         }
         for (author, log) in &self.ledger.logs {
@@ -162,48 +139,21 @@ impl<'a> Run<'a> {
         self.state
     }
 
-    /// Claims whose author is entitled to them, as far as is known in this pass.
-    fn sound_claims(&self) -> Vec<Claim> {
-        self.claims.iter().filter(|claim| self.judge(claim).is_ok()).copied().collect()
-    }
-
-    fn judge(&self, claim: &Claim) -> Result<(), VoidReason> {
-        let owner = match claim.subject {
-            Subject::Person(person) => person,
-            Subject::Machine(machine) => self.state.machines.get(&machine).ok_or(VoidReason::NoSubject)?.owner,
-        };
-        if !self.state.people.contains_key(&owner) {
-            return Err(VoidReason::NoSubject);
-        }
-        if !self.may_act_on(&claim.author, &owner) {
-            return Err(VoidReason::NotAllowed);
-        }
-        // INVARIANT: of two people who revoke each other, the one whose revocation was weighed first stays.
-        if owner != claim.author && self.effective.pairs.contains(&(owner, claim.author)) {
-            return Err(VoidReason::Outranked);
-        }
-        Ok(())
-    }
-
-    /// Lesser is more senior.
-    fn seniority(&self, person: &PersonId) -> (Reverse<Option<Role>>, Option<(Hlc, EntryId)>, PersonId) {
-        let role = self.state.people.get(person).map(|person| person.role);
-        (Reverse(role), self.joined.get(person).copied(), *person)
+    pub(crate) fn has_owner(&self) -> bool {
+        self.state.people.values().any(|person| person.role == Role::Owner && person.standing == Standing::Good)
     }
 
     fn take(&mut self, entry: &'a Entry) {
         let result = match entry.body() {
             Body::Found { clan, founder, .. } => {
                 self.state.clan_name = Some(clan.clone());
-                self.admit(entry.author().person(), founder, Role::Owner, None, entry);
-                Ok(())
-            }
-            Body::Admission { .. } => {
+                self.state.rules = first_rules();
                 let person = entry.author().person();
-                self.admissions.insert(entry.id(), person);
-                self.newcomers.insert(person, Newcomer { admission: entry, later: Vec::new(), failed: None });
+                let name = self.person_names.give_free(founder, person);
+                self.admit(person, name, Role::Owner, None, None, entry);
                 Ok(())
             }
+            Body::Admission { .. } => self.ask(entry),
             Body::Countersign { admission } => self.countersign(entry, admission),
             _ => self.take_person(entry),
         };
@@ -214,91 +164,153 @@ impl<'a> Run<'a> {
 
     /// An entry that only people write.
     fn take_person(&mut self, entry: &'a Entry) -> Result<(), VoidReason> {
-        let author = entry.author().person();
+        let key = entry.author();
         if self.effective.entries.contains(&entry.id()) {
-            self.put_out(entry.body());
+            self.take_effect(entry);
             return Ok(());
         }
         // INVARIANT: the cut is by place in the log, not by time: a back-dated entry does not slip through.
-        if self.effective.people.get(&author).is_some_and(|count| entry.seq() >= *count) {
+        let cut = self.effective.devices.get(&key);
+        if cut.is_some_and(|count| entry.seq() >= *count) {
             return Err(VoidReason::AuthorRevoked);
         }
-        if let Some(newcomer) = self.newcomers.get_mut(&author) {
-            newcomer.later.push(entry);
-            return Ok(());
+        let Some(device) = self.state.devices.get(&key.device()) else {
+            return match self.newcomers.get_mut(&key.person()) {
+                Some(newcomer) => {
+                    newcomer.later.push(entry);
+                    Ok(())
+                }
+                None if self.denied.contains(&key.person()) => Err(VoidReason::Denied),
+                None => Err(VoidReason::Outsider),
+            };
+        };
+        let owner = device.owner;
+        match self.state.people.get(&owner).ok_or(VoidReason::Outsider)?.standing {
+            Standing::Left => return Err(VoidReason::AuthorLeft),
+            // What a device's own revocation left standing counts, whenever it was written. Where only its person was
+            // revoked, time decides.
+            Standing::Revoked if cut.is_none() => return Err(VoidReason::AuthorRevoked),
+            Standing::Revoked | Standing::Good => {}
         }
-        let person = self.state.people.get(&author).ok_or(VoidReason::Outsider)?;
-        if person.standing == Standing::Left {
-            return Err(VoidReason::AuthorLeft);
+        if device.kind == DeviceKind::Recovery
+            && !matches!(entry.body(), Body::AddDevice { .. } | Body::RevokeDevice { .. })
+        {
+            return Err(VoidReason::RecoveryKey);
         }
-        self.apply(entry, author, person.role)
+        let (role, before) = self.role_for(&owner, entry);
+        match self.apply(entry, Author { person: owner, role, before, key }) {
+            Err(VoidReason::NotAllowed) if role < before => Err(VoidReason::AuthorDemoted),
+            result => result,
+        }
     }
 
-    fn apply(&mut self, entry: &'a Entry, author: PersonId, role: Role) -> Result<(), VoidReason> {
-        let needs = |least: Role| if role >= least { Ok(()) } else { Err(VoidReason::NotAllowed) };
+    fn apply(&mut self, entry: &'a Entry, by: Author) -> Result<(), VoidReason> {
         match entry.body() {
             Body::Enrol { machine, name, wg } => {
-                needs(Role::Member)?;
-                self.enrol(author, machine, name, wg)
+                allowed(by.role >= Role::Member)?;
+                self.enrol(by.person, machine, name, wg)
             }
             Body::Remove { machine } => {
                 let owner = self.state.machines.get(machine).ok_or(VoidReason::NoSubject)?.owner;
-                self.may_act_on(&author, &owner).then_some(()).ok_or(VoidReason::NotAllowed)?;
+                allowed(self.may_act_on(&by, &owner))?;
                 self.machine_out(machine, Standing::Left);
                 Ok(())
             }
-            Body::Invite { invite, role: given, uses, expires } => {
-                needs(if *given >= Role::Admin { Role::Owner } else { Role::Admin })?;
+            Body::Invite { invite, role, uses, expires, approval } => {
+                allowed(may_give(by.role, *role))?;
                 if self.state.invites.contains_key(invite) {
                     return Err(VoidReason::KeyTaken);
                 }
+                let (role, uses, expires, approval) = (*role, *uses, *expires, *approval);
                 let revoked = self.invites_out.contains(invite);
-                let made = Invite { by: author, role: *given, uses: *uses, used: 0, expires: *expires, revoked };
+                let made = Invite { by: by.person, role, uses, used: 0, expires, approval, revoked };
                 self.state.invites.insert(*invite, made);
                 Ok(())
             }
-            Body::RevokeInvite { invite } => {
-                match self.state.invites.get_mut(invite) {
-                    Some(known) if known.by == author || role >= Role::Admin => known.revoked = true,
-                    Some(_) => return Err(VoidReason::NotAllowed),
-                    // The invite's time may lie ahead of everybody's: its withdrawal counts all the same.
-                    None if role >= Role::Admin => {
-                        self.invites_out.insert(*invite);
-                    }
-                    None => return Err(VoidReason::NoSubject),
+            Body::RevokeInvite { invite } => match self.state.invites.get_mut(invite) {
+                Some(known) => {
+                    allowed(known.by == by.person || by.role >= Role::Admin)?;
+                    known.revoked = true;
+                    Ok(())
                 }
-                Ok(())
-            }
+                // The invite's time may lie ahead of everybody's: its withdrawal counts all the same.
+                None if by.role >= Role::Admin => {
+                    self.invites_out.insert(*invite);
+                    Ok(())
+                }
+                None => Err(VoidReason::NoSubject),
+            },
             Body::Publish { description } => {
-                needs(Role::Admin)?;
-                self.state.published = Some(Published { description: description.clone(), by: author });
+                allowed(by.role >= Role::Admin)?;
+                self.state.published = Some(Published { description: description.clone(), by: by.person });
                 Ok(())
             }
-            Body::RevokePerson { person, last } => {
-                self.claim(entry, author, Subject::Person(*person), *last);
-                Ok(())
-            }
-            Body::RevokeMachine { machine, last } => {
-                self.claim(entry, author, Subject::Machine(*machine), *last);
-                Ok(())
-            }
+            Body::RevokePerson { person, .. } => self.claim(entry, by, Subject::Person(*person)),
+            Body::RevokeMachine { machine, .. } => self.claim(entry, by, Subject::Machine(*machine)),
+            Body::RevokeDevice { device, .. } => self.claim(entry, by, Subject::Device(*device)),
             Body::Leave => {
-                self.person_out(&author, Standing::Left);
+                self.person_out(&by.person, Standing::Left);
                 Ok(())
+            }
+            Body::SetRole { person, role, .. } => self.set_role(entry, by, person, *role),
+            Body::RenamePerson { person, name } => self.rename_person(by, person, name),
+            Body::RenameMachine { machine, name } => self.rename_machine(by, machine, name),
+            Body::Approve { admission } => self.approve(entry, by, admission),
+            Body::Deny { admission } => self.deny(by, admission),
+            Body::AddDevice { device, name, kind, .. } => self.add_device(entry, by, device, name, *kind),
+            Body::Relay { machine, host, port, certificate } => {
+                self.may_offer(&by, machine)?;
+                let relay = Relay { host: host.clone(), port: *port, certificate: *certificate, by: by.person };
+                self.state.relays.insert(*machine, relay);
+                Ok(())
+            }
+            Body::RelayOff { machine } => {
+                self.may_offer(&by, machine)?;
+                self.state.relays.remove(machine).map(|_| ()).ok_or(VoidReason::NoSubject)
+            }
+            Body::AddPeer { wg, name, via } => self.add_peer(by, wg, name, via),
+            Body::RemovePeer { wg } => self.remove_peer(by, wg),
+            Body::Group { name, members } => {
+                allowed(by.role >= Role::Admin)?;
+                let group = Group { members: members.iter().cloned().collect(), by: by.person };
+                self.state.groups.insert(name.clone(), group);
+                Ok(())
+            }
+            Body::DropGroup { name } => {
+                allowed(by.role >= Role::Admin)?;
+                self.state.groups.remove(name).map(|_| ()).ok_or(VoidReason::NoSubject)
+            }
+            Body::Rule { name, from, to, ports } => {
+                allowed(by.role >= Role::Admin)?;
+                let (from, to, ports) = (from.clone(), to.clone(), ports.clone());
+                self.state.rules.insert(name.clone(), AccessRule { from, to, ports, by: Some(by.person) });
+                Ok(())
+            }
+            Body::DropRule { name } => {
+                allowed(by.role >= Role::Admin)?;
+                self.state.rules.remove(name).map(|_| ()).ok_or(VoidReason::NoSubject)
             }
             // Handled before; listed so that a new body cannot be forgotten here.
             Body::Found { .. } | Body::Admission { .. } | Body::Countersign { .. } => Err(VoidReason::NotAllowed),
         }
     }
 
-    fn claim(&mut self, entry: &Entry, author: PersonId, subject: Subject, last: Option<LastEntry>) {
-        // Judged after the pass, because its subject's entries may carry any time.
-        self.claims.push(Claim { at: (entry.time(), entry.id()), author, subject, last });
+    /// Judged after the pass, because its subject's entries may carry any time.
+    fn claim(&mut self, entry: &Entry, by: Author, subject: Subject) -> Result<(), VoidReason> {
+        let last = match entry.body() {
+            Body::RevokePerson { last, .. } | Body::RevokeMachine { last, .. } | Body::RevokeDevice { last, .. } => {
+                *last
+            }
+            _ => None,
+        };
+        let (at, Author { person, role, before, key }) = ((entry.time(), entry.id()), by);
+        self.claims.push(Claim { at, author: person, device: key, role, before, subject, last });
+        Ok(())
     }
 
-    /// A revocation that counts takes effect for what comes after it.
-    fn put_out(&mut self, body: &Body) {
-        match body {
+    /// A claim that counts takes effect for what comes after it.
+    fn take_effect(&mut self, entry: &Entry) {
+        match entry.body() {
             Body::RevokePerson { person, .. } => {
                 self.people_out.insert(*person);
                 self.person_out(person, Standing::Revoked);
@@ -307,103 +319,23 @@ impl<'a> Run<'a> {
                 self.machines_out.insert(*machine);
                 self.machine_out(machine, Standing::Revoked);
             }
+            Body::RevokeDevice { device, .. } => {
+                self.devices_out.insert(*device);
+                if let Some(device) = self.state.devices.get_mut(device) {
+                    device.standing = Standing::Revoked;
+                }
+            }
+            Body::SetRole { person, .. } => {
+                let demotions = self.effective.demotions.get(person);
+                let demotion = demotions.and_then(|all| all.iter().find(|demotion| demotion.at.1 == entry.id()));
+                // Of somebody who comes in later in this order it counts from there on: see `admit`.
+                if let (Some(demotion), Some(changes)) = (demotion, self.roles.get_mut(person)) {
+                    changes.push((self.now, Change::Lowered(demotion)));
+                    self.refresh_role(person);
+                }
+            }
             _ => {}
         }
-    }
-
-    /// Whether somebody may remove or revoke a person, or a machine of theirs.
-    fn may_act_on(&self, author: &PersonId, subject: &PersonId) -> bool {
-        let role = |id: &PersonId| self.state.people.get(id).map(|person| person.role);
-        author == subject || role(author) >= role(subject).max(Some(Role::Admin))
-    }
-
-    fn countersign(&mut self, entry: &'a Entry, admission: &EntryId) -> Result<(), VoidReason> {
-        let witness = entry.author().machine();
-        let cut = self.effective.machines.get(&witness).copied();
-        if cut.is_some_and(|count| entry.seq() >= count) {
-            return Err(VoidReason::AuthorRevoked);
-        }
-        let machine = self.state.machines.get(&witness).ok_or(VoidReason::Outsider)?;
-        let owner = self.state.people.get(&machine.owner).ok_or(VoidReason::Outsider)?;
-        if machine.standing == Standing::Left || owner.standing == Standing::Left {
-            return Err(VoidReason::AuthorLeft);
-        }
-        // What a revoked machine's own revocation left standing counts, whenever it was written. Where only its owner
-        // was revoked, time decides.
-        if cut.is_none() && owner.standing == Standing::Revoked {
-            return Err(VoidReason::AuthorRevoked);
-        }
-        let person = *self.admissions.get(admission).ok_or(VoidReason::NoSubject)?;
-        let Some(newcomer) = self.newcomers.get(&person) else {
-            return Ok(()); // Somebody else countersigned first.
-        };
-        let asks = newcomer.admission;
-        match self.redeem(asks, entry) {
-            Ok(()) => {
-                let later = self.newcomers.remove(&person).map(|newcomer| newcomer.later).unwrap_or_default();
-                for entry in later {
-                    if let Err(reason) = self.take_person(entry) {
-                        self.void(entry, reason);
-                    }
-                }
-                Ok(())
-            }
-            Err(reason) => {
-                if let Some(newcomer) = self.newcomers.get_mut(&person) {
-                    newcomer.failed = Some(reason);
-                }
-                Err(reason)
-            }
-        }
-    }
-
-    fn redeem(&mut self, admission: &Entry, countersign: &Entry) -> Result<(), VoidReason> {
-        let Body::Admission { invite: id, name, .. } = admission.body() else { return Err(VoidReason::NoSubject) };
-        let at: Timestamp = countersign.time().wall;
-        let (role, by) = match self.state.check_invite(id, at) {
-            Ok(invite) => (invite.role, invite.by),
-            Err(problem) => return Err(VoidReason::Invite(problem)),
-        };
-        if self.person_names.contains_key(name) {
-            return Err(VoidReason::NameTaken);
-        }
-        let invite = self.state.invites.get_mut(id).ok_or(VoidReason::Invite(InviteProblem::Unknown))?;
-        invite.used += 1;
-        self.admit(admission.author().person(), name, role, Some(by), countersign);
-        Ok(())
-    }
-
-    fn admit(&mut self, id: PersonId, name: &PersonName, role: Role, invited_by: Option<PersonId>, by: &Entry) {
-        let (name, since) = (name.clone(), by.time().wall);
-        self.joined.insert(id, (by.time(), by.id()));
-        self.person_names.insert(name.clone(), id);
-        self.state.people.insert(id, Person { name, role, invited_by, since, standing: Standing::Good });
-        if self.people_out.contains(&id) {
-            self.person_out(&id, Standing::Revoked);
-        }
-    }
-
-    fn enrol(
-        &mut self,
-        owner: PersonId,
-        id: &MachineId,
-        name: &MachineName,
-        wg: &WgPublicKey,
-    ) -> Result<(), VoidReason> {
-        if self.state.machines.contains_key(id) || self.wgs.contains(wg) {
-            return Err(VoidReason::KeyTaken);
-        }
-        if self.machine_names.contains_key(name) {
-            return Err(VoidReason::NameTaken);
-        }
-        let standing = if self.machines_out.contains(id) { Standing::Revoked } else { Standing::Good };
-        if standing == Standing::Good && self.state.person(&owner).is_some() {
-            self.machine_names.insert(name.clone(), *id);
-        }
-        self.wgs.insert(*wg);
-        self.machines_of.entry(owner).or_default().insert(*id);
-        self.state.machines.insert(*id, Machine { name: name.clone(), owner, wg: *wg, standing });
-        Ok(())
     }
 
     fn person_out(&mut self, id: &PersonId, standing: Standing) {
@@ -411,20 +343,29 @@ impl<'a> Run<'a> {
         if person.standing != Standing::Revoked {
             person.standing = standing;
         }
-        free(&mut self.person_names, &person.name, id);
+        self.person_names.free(&person.name, id);
         for machine in self.machines_of.get(id).into_iter().flatten() {
             if let Some(known) = self.state.machines.get(machine) {
-                free(&mut self.machine_names, &known.name, machine);
+                self.node_names.free(&known.name, &Node::Machine(*machine));
             }
+        }
+        for (wg, peer) in self.state.peers.iter().filter(|(_, peer)| peer.owner == *id) {
+            self.node_names.free(&peer.name, &Node::Peer(*wg));
         }
     }
 
-    fn machine_out(&mut self, id: &MachineId, standing: Standing) {
-        let Some(machine) = self.state.machines.get_mut(id) else { return };
-        if machine.standing != Standing::Revoked {
-            machine.standing = standing;
+    fn rename_person(&mut self, by: Author, id: &PersonId, name: &PersonName) -> Result<(), VoidReason> {
+        self.state.person(id).ok_or(VoidReason::NoSubject)?;
+        allowed(self.may_act_on(&by, id))?;
+        if self.person_names.is_taken_from(id, name) {
+            return Err(VoidReason::NameTaken);
         }
-        free(&mut self.machine_names, &machine.name, id);
+        if let Some(person) = self.state.people.get_mut(id) {
+            let old = std::mem::replace(&mut person.name, name.clone());
+            self.person_names.free(&old, id);
+            self.person_names.give(name.clone(), *id);
+        }
+        Ok(())
     }
 
     fn void(&mut self, entry: &Entry, reason: VoidReason) {
@@ -432,13 +373,10 @@ impl<'a> Run<'a> {
     }
 }
 
-fn void(entry: EntryId, author: AuthorId, reason: VoidReason) -> Void {
-    Void { entry, author, reason }
+fn allowed(allowed: bool) -> Result<(), VoidReason> {
+    if allowed { Ok(()) } else { Err(VoidReason::NotAllowed) }
 }
 
-/// Frees a name if it is still the holder's: it may have passed on since.
-fn free<N: Eq + std::hash::Hash, I: PartialEq>(names: &mut HashMap<N, I>, name: &N, holder: &I) {
-    if names.get(name) == Some(holder) {
-        names.remove(name);
-    }
+fn void(entry: EntryId, author: AuthorId, reason: VoidReason) -> Void {
+    Void { entry, author, reason }
 }

@@ -6,13 +6,15 @@ use std::{
     time::Duration,
 };
 
-use clan_types::{ClanId, ClanName, EntryId, Hlc, MachineId, MachineName, PersonId, PersonName, Timestamp};
+use clan_types::{
+    ClanId, ClanName, DeviceId, EntryId, Hlc, MachineId, MachineName, PersonId, PersonName, Role, Timestamp,
+};
 use ed25519_dalek::SigningKey;
 
 use crate::{
     AuthorId, Body, Entry, EntryError, InviteProblem, LastEntry, State,
-    fold::fold,
     log::{Log, Placed},
+    weigh::fold,
 };
 
 /// How far an entry's time may lie ahead of the reader's clock and still be believed.
@@ -55,7 +57,7 @@ pub enum InsertError {
 /// Why a newcomer's entries cannot be countersigned.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum RedeemProblem {
-    /// They are not an admission, then enrolments, of one new author in this clan.
+    /// They are not an admission, then machines and devices, of one new author in this clan.
     #[error("the entries are not a newcomer's admission")]
     Malformed,
     /// The invite does not allow it.
@@ -268,13 +270,30 @@ impl Ledger {
         Entry::sign(key, Some(&self.clan), seq, prev, time, body)
     }
 
-    /// The bodies that put a person and their machines out, each with the last entry known here as the last that
-    /// counts.
+    /// The bodies that put a person, their devices and their machines out, each with the last entry known here as the
+    /// last that counts. Whoever has them all has cut everything off that the person may still write: a device or a
+    /// machine that is not known here was added by an entry that is cut off.
     pub fn revocation_of_person(&self, person: &PersonId) -> Vec<Body> {
-        let machines = self.state().machines.iter().filter(|(_, machine)| machine.owner == *person);
+        let state = self.state();
+        let first = AuthorId::from(*person).device();
+        let machines = state.machines.iter().filter(|(_, machine)| machine.owner == *person);
         let mut bodies: Vec<_> = machines.map(|(machine, _)| self.revocation_of_machine(machine)).collect();
+        let further = state.devices_of(person).filter(|(id, _)| **id != first);
+        bodies.extend(further.map(|(device, _)| self.revocation_of_device(device)));
         bodies.push(Body::RevokePerson { person: *person, last: self.head((*person).into()) });
         bodies
+    }
+
+    /// The body that puts a device out, with the last of its entries known here as the last that counts.
+    pub fn revocation_of_device(&self, device: &DeviceId) -> Body {
+        Body::RevokeDevice { device: *device, last: self.head((*device).into()) }
+    }
+
+    /// The body that gives a person another role, with all that is known here of them counting under the old one.
+    pub fn role_change(&self, person: &PersonId, role: Role) -> Body {
+        let devices = self.state().devices_of(person);
+        let last = devices.filter_map(|(device, _)| Some((*device, self.head((*device).into())?))).collect();
+        Body::SetRole { person: *person, role, last }
     }
 
     /// The body that puts a machine out, with the last of its entries known here as the last that counts.
@@ -282,30 +301,40 @@ impl Ledger {
         Body::RevokeMachine { machine: *machine, last: self.head((*machine).into()) }
     }
 
-    /// Whether a newcomer's entries (their admission, then enrolments) would count if they were inserted here and
+    /// Whether a newcomer's entries (their admission, then what they add of their own) would count if they were inserted here and
     /// countersigned now. Gives the admission, whose id the countersignature names.
     pub fn check_redemption<'a>(&self, entries: &'a [Entry], now: Timestamp) -> Result<&'a Entry, RedeemProblem> {
         let (admission, rest) = entries.split_first().ok_or(RedeemProblem::Malformed)?;
         let Body::Admission { invite, name, .. } = admission.body() else { return Err(RedeemProblem::Malformed) };
         let author = admission.author();
         let state = self.state();
-        if admission.clan() != self.clan || state.people.contains_key(&author.person()) {
+        if admission.clan() != self.clan || state.person_of(&author).is_some() {
             return Err(RedeemProblem::Malformed);
         }
         let mut before = admission;
         let mut seen = self.next_time(now);
-        let (mut keys, mut names, mut wgs) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
+        let (mut keys, mut names, mut wgs) = (BTreeSet::from([author]), BTreeSet::new(), BTreeSet::new());
         for entry in rest {
-            let Body::Enrol { machine, name, wg } = entry.body() else { return Err(RedeemProblem::Malformed) };
             let follows = entry.author() == author && entry.clan() == self.clan && entry.prev() == Some(before.id());
             if !follows || entry.seq() != before.seq() + 1 || entry.time() <= before.time() {
                 return Err(RedeemProblem::Malformed);
             }
-            if !names.insert(name) || state.machine_named(name).is_some() {
-                return Err(RedeemProblem::MachineNameTaken(name.clone()));
-            }
-            let known = state.machines.iter().any(|(id, known)| id == machine || known.wg == *wg);
-            if known || !keys.insert(machine) || !wgs.insert(wg) {
+            let key = match entry.body() {
+                Body::Enrol { machine, name, wg } => {
+                    if !names.insert(name) || state.is_node_name(name) {
+                        return Err(RedeemProblem::MachineNameTaken(name.clone()));
+                    }
+                    let known = state.machines.values().any(|known| known.wg == *wg) || state.peers.contains_key(wg);
+                    if known || !wgs.insert(wg) {
+                        return Err(RedeemProblem::KeyTaken);
+                    }
+                    AuthorId::from(*machine)
+                }
+                Body::AddDevice { device, .. } => AuthorId::from(*device),
+                _ => return Err(RedeemProblem::Malformed),
+            };
+            let known = state.machines.contains_key(&key.machine()) || state.person_of(&key).is_some();
+            if known || !keys.insert(key) {
                 return Err(RedeemProblem::KeyTaken);
             }
             before = entry;
@@ -321,7 +350,7 @@ impl Ledger {
         // The countersignature will be later than all it has seen, and that is the time that must not be past expiry.
         seen = seen.max(before.time());
         state.check_invite(invite, seen.wall).map_err(RedeemProblem::Invite)?;
-        if state.person_named(name).is_some() {
+        if state.is_person_name(name) {
             return Err(RedeemProblem::PersonNameTaken(name.clone()));
         }
         Ok(admission)

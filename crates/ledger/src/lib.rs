@@ -8,25 +8,40 @@
 //! # What the fold guarantees
 //!
 //! - Entries take effect in the order of their hybrid time, then of their id. An author needs the right at that point.
+//! - A person's devices each have a key and a log of their own; what a device in good standing writes counts as its
+//!   person's. The first one bears the person's own key. A key is one person's device or none, with its own consent.
 //! - A newcomer is in from the first [`Body::Countersign`] of their admission by a machine in good standing; what they
-//!   wrote before takes effect then.
+//!   wrote before takes effect then. If the invite asks for it, they are in from an [`Body::Approve`] on instead.
 //! - A revocation says which is the last entry of its subject that still counts; later ones are void, whatever time
 //!   they carry. Revocations are weighed from the most senior author down (greater role first, then earlier admission);
 //!   one that counts is never undone by a junior's, and of two people who revoke each other the senior one stays.
+//!   Roles are those at the revocation. Of one person's revocations those of their own devices come first, among them
+//!   the recovery key's, then the earlier added device's.
+//! - A demotion is weighed like a revocation, and says likewise what still counts under the old role. It is void where it
+//!   would leave the clan without an owner.
+//! - A name that is taken keeps nobody out: people and machines come in under the next free one (`nas-2`), so that no
+//!   back-dated entry undoes their coming. Whoever renames to a taken name does so in vain.
 //! - An author who signs two entries for one place in their log has equivocated: the earlier one (by time, then id)
 //!   and what follows it count, the other is kept as evidence. A revocation that pins the losing branch leaves only
 //!   what both branches share.
 //! - A time that lies ahead of the reader's clock by more than [`MAX_AHEAD`] does not move the reader's clock, and an
 //!   admission is void whose countersignature is not later than it. Revocations work on entries of any time.
 
+mod access;
 mod body;
 mod entry;
 mod fold;
 mod ledger;
 mod log;
+mod names;
 mod state;
+mod weigh;
 
-pub use body::{AdmissionProof, Body, LastEntry, Title, TitleError, VmDescription};
+pub use access::{AccessRule, Group, Party, PortRange, Protocol, Target};
+pub use body::{Body, DeviceKind, KeyProof, LastEntry, Title, TitleError, VmDescription};
 pub use entry::{AuthorId, Entry, EntryError, MAX_ENTRY};
 pub use ledger::{InsertError, Inserted, InsertedMany, Ledger, MAX_AHEAD, RedeemProblem, Vector};
-pub use state::{Invite, InviteProblem, Machine, Person, Published, Standing, State, Void, VoidReason};
+pub use state::{
+    Device, Invite, InviteProblem, Machine, Node, Peer, Pending, Person, Published, Relay, Standing, State, Void,
+    VoidReason,
+};

@@ -1,12 +1,13 @@
 //! What the entries of a clan amount to.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use clan_types::{
-    ClanName, EntryId, InviteId, MachineId, MachineName, PersonId, PersonName, Role, Timestamp, WgPublicKey,
+    CertificateHash, ClanName, DeviceId, DeviceName, EntryId, GroupName, Host, InviteId, MachineId, MachineName,
+    PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
 };
 
-use crate::{AuthorId, VmDescription};
+use crate::{AccessRule, AuthorId, DeviceKind, Group, Party, VmDescription};
 
 /// Whether a person or a machine is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -28,9 +29,44 @@ pub struct Person {
     pub role: Role,
     /// Who made their invite; `None` for the founder.
     pub invited_by: Option<PersonId>,
-    /// When they came in: the time of the countersignature.
+    /// Who let them in, if their invite asked for approval.
+    pub approved_by: Option<PersonId>,
+    /// When they came in: the time of the countersignature, or of the approval.
     pub since: Timestamp,
     /// Whether they are in.
+    pub standing: Standing,
+}
+
+/// A newcomer whom an admin has yet to let in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pending {
+    /// The admission that [`crate::Body::Approve`] and [`crate::Body::Deny`] name.
+    pub admission: EntryId,
+    /// The name that they will have, kept for them.
+    pub name: PersonName,
+    /// The role that they will have.
+    pub role: Role,
+    /// The invite that they redeemed.
+    pub invite: InviteId,
+    /// Who made it.
+    pub invited_by: PersonId,
+    /// Since when they wait: the time of the countersignature.
+    pub since: Timestamp,
+}
+
+/// A person's device, past ones included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Device {
+    /// Whose it is.
+    pub owner: PersonId,
+    /// Name, unique among the person's devices in good standing; `None`: the first one, with which they came in.
+    pub name: Option<DeviceName>,
+    /// What it may do.
+    pub kind: DeviceKind,
+    /// Since when it is theirs.
+    pub since: Timestamp,
+    /// Whether it was revoked itself. Whether it may speak also depends on its owner: ask
+    /// [`State::device_in_good_standing`].
     pub standing: Standing,
 }
 
@@ -43,9 +79,51 @@ pub struct Machine {
     pub owner: PersonId,
     /// WireGuard key.
     pub wg: WgPublicKey,
+    /// Second address, for programs that need an IPv4 one: from the key, and nobody else's in the clan. Where two keys
+    /// lead to one, the earlier enrolled has it.
+    pub ipv4: Ipv4Addr,
     /// Whether it was removed or revoked itself. Whether it may take part also depends on its owner: ask
     /// [`State::machine_in_good_standing`].
     pub standing: Standing,
+}
+
+/// A standard WireGuard machine behind a machine of the clan, past ones included. Its IPv6 address is
+/// [`clan_types::peer_address`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Peer {
+    /// Name; unique among the machines in good standing.
+    pub name: MachineName,
+    /// Whose it is.
+    pub owner: PersonId,
+    /// The machine that speaks the mesh for it.
+    pub via: MachineId,
+    /// Second address, as a machine's.
+    pub ipv4: Ipv4Addr,
+    /// Whether it was removed itself. Whether it may take part also depends on its owner and on `via`: ask
+    /// [`State::good_peers`].
+    pub standing: Standing,
+}
+
+/// A machine that passes packets on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Relay {
+    /// Where it is reached.
+    pub host: Host,
+    /// TCP port.
+    pub port: u16,
+    /// The certificate that it shows.
+    pub certificate: CertificateHash,
+    /// Who said so.
+    pub by: PersonId,
+}
+
+/// What takes part in the mesh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Node {
+    /// A machine of the clan.
+    Machine(MachineId),
+    /// A standard WireGuard machine.
+    Peer(WgPublicKey),
 }
 
 /// An invite.
@@ -61,6 +139,8 @@ pub struct Invite {
     pub used: u32,
     /// Last moment at which it can be redeemed.
     pub expires: Timestamp,
+    /// Whether each newcomer also needs an approval.
+    pub approval: bool,
     /// Whether it was withdrawn.
     pub revoked: bool,
 }
@@ -126,6 +206,27 @@ pub enum VoidReason {
     /// A revocation of somebody more senior who has revoked its author.
     #[error("its author was revoked by the more senior person it revokes")]
     Outranked,
+    /// A demotion had taken from its author the role that it needs.
+    #[error("its author's role had been taken away")]
+    AuthorDemoted,
+    /// It would have left the clan without an owner.
+    #[error("it would have left the clan without an owner")]
+    LastOwner,
+    /// It came from a recovery key, and is not about its person's devices.
+    #[error("a recovery phrase may only add and revoke devices")]
+    RecoveryKey,
+    /// An admission (or what came with it) that needs an approval and has none yet.
+    #[error("nobody has approved the admission yet")]
+    NotApproved,
+    /// An admission (or what came with it) that was refused.
+    #[error("the admission was denied")]
+    Denied,
+    /// Somebody had approved or denied the admission before.
+    #[error("somebody else had decided about it before")]
+    Decided,
+    /// The person has had as many devices as anybody may.
+    #[error("its author has too many devices")]
+    TooManyDevices,
     /// The name was somebody else's.
     #[error("the name was taken")]
     NameTaken,
@@ -147,8 +248,20 @@ pub struct State {
     pub clan_name: Option<ClanName>,
     /// Everybody who ever came in.
     pub people: BTreeMap<PersonId, Person>,
+    /// Newcomers whom an admin has yet to let in.
+    pub pending: BTreeMap<PersonId, Pending>,
+    /// Every device that people ever had; the first of each person bears the person's own key.
+    pub devices: BTreeMap<DeviceId, Device>,
     /// Every machine that was ever enrolled.
     pub machines: BTreeMap<MachineId, Machine>,
+    /// Every standard WireGuard machine that was ever added.
+    pub peers: BTreeMap<WgPublicKey, Peer>,
+    /// Machines that pass packets on, those out included: ask [`State::good_relays`].
+    pub relays: BTreeMap<MachineId, Relay>,
+    /// Groups.
+    pub groups: BTreeMap<GroupName, Group>,
+    /// Access rules in force, those included that a clan begins with.
+    pub rules: BTreeMap<RuleName, AccessRule>,
     /// Every invite that counted.
     pub invites: BTreeMap<InviteId, Invite>,
     /// The configuration in force.
@@ -179,6 +292,61 @@ impl State {
         self.good_machines().find(|(_, machine)| machine.name == *name)
     }
 
+    /// All standard WireGuard machines in good standing whose owner and whose machine in front of them are.
+    pub fn good_peers(&self) -> impl Iterator<Item = (&WgPublicKey, &Peer)> {
+        self.peers.iter().filter(|(_, peer)| {
+            peer.standing == Standing::Good
+                && self.person(&peer.owner).is_some()
+                && self.machine_in_good_standing(&peer.via).is_some()
+        })
+    }
+
+    /// All relays whose machine is in good standing.
+    pub fn good_relays(&self) -> impl Iterator<Item = (&MachineId, &Relay)> {
+        self.relays.iter().filter(|(machine, _)| self.machine_in_good_standing(machine).is_some())
+    }
+
+    /// The person whose device signs with this key, past devices and past people included.
+    pub fn person_of(&self, author: &AuthorId) -> Option<PersonId> {
+        self.devices.get(&author.device()).map(|device| device.owner)
+    }
+
+    /// The device, if it and its owner are in good standing.
+    pub fn device_in_good_standing(&self, id: &DeviceId) -> Option<&Device> {
+        self.devices.get(id).filter(|device| device.standing == Standing::Good && self.person(&device.owner).is_some())
+    }
+
+    /// A person's devices, past ones included.
+    pub fn devices_of(&self, person: &PersonId) -> impl Iterator<Item = (&DeviceId, &Device)> {
+        self.devices.iter().filter(move |(_, device)| device.owner == *person)
+    }
+
+    /// Whether a machine, or the person whose it is, is meant by a rule's word. Nobody is who is not in good standing.
+    pub fn is_meant(&self, node: &Node, party: &Party) -> bool {
+        let owner = match node {
+            Node::Machine(id) => self.machine_in_good_standing(id).map(|machine| machine.owner),
+            Node::Peer(wg) => self.good_peers().find(|(id, _)| *id == wg).map(|(_, peer)| peer.owner),
+        };
+        owner.is_some_and(|owner| self.is_meant_within(node, &owner, party, 0))
+    }
+
+    fn is_meant_within(&self, node: &Node, owner: &PersonId, party: &Party, depth: u8) -> bool {
+        /// INVARIANT: groups that contain one another end somewhere.
+        const DEEPEST: u8 = 2;
+        match party {
+            Party::Everybody => true,
+            Party::Role(least) => self.role_of(owner) >= Some(*least),
+            Party::Person(person) => person == owner,
+            Party::Machine(machine) => *node == Node::Machine(*machine),
+            Party::Peer(wg) => *node == Node::Peer(*wg),
+            Party::Group(name) => {
+                let members = self.groups.get(name).map(|group| &group.members);
+                depth < DEEPEST
+                    && members.into_iter().flatten().any(|party| self.is_meant_within(node, owner, party, depth + 1))
+            }
+        }
+    }
+
     /// The person, if in good standing.
     pub fn person(&self, id: &PersonId) -> Option<&Person> {
         self.people.get(id).filter(|person| person.standing == Standing::Good)
@@ -187,6 +355,17 @@ impl State {
     /// The person in good standing who has the name.
     pub fn person_named(&self, name: &PersonName) -> Option<(&PersonId, &Person)> {
         self.people.iter().find(|(_, person)| person.standing == Standing::Good && person.name == *name)
+    }
+
+    /// Whether somebody in good standing bears the name, or it is kept for a newcomer.
+    pub fn is_person_name(&self, name: &PersonName) -> bool {
+        self.person_named(name).is_some() || self.pending.values().any(|pending| pending.name == *name)
+    }
+
+    /// Whether a machine in good standing, standard WireGuard machines included, bears the name.
+    pub fn is_node_name(&self, name: &MachineName) -> bool {
+        let held = |peer: &Peer| peer.standing == Standing::Good && self.person(&peer.owner).is_some();
+        self.machine_named(name).is_some() || self.peers.values().any(|peer| held(peer) && peer.name == *name)
     }
 
     /// The role of a person in good standing.

@@ -69,7 +69,13 @@ fn play(moves: &[Move]) -> (Ledger, Vec<Entry>) {
             5 | 6 => {
                 let role = [Role::Guest, Role::Member, Role::Admin, Role::Owner][usize::from(step.subject) % 4];
                 let expires = at(clan.now + 40 * u64::from(step.number));
-                Body::Invite { invite: invite(&key(secret)), role, uses: u32::from(step.number), expires }
+                Body::Invite {
+                    invite: invite(&key(secret)),
+                    role,
+                    uses: u32::from(step.number),
+                    expires,
+                    approval: false,
+                }
             }
             7 => enrolment(step.subject),
             8 => Body::Remove { machine: machine(&key(100 + step.subject)) },
@@ -177,7 +183,7 @@ proptest! {
             };
             let used: Vec<_> = by_author((*id).into())
                 .filter_map(|entry| match entry.body() {
-                    Body::Admission { invite, name, .. } if *name == known.name => state.invites.get(invite).map(|made| (*invite, made)),
+                    Body::Admission { invite, .. } => state.invites.get(invite).map(|made| (*invite, made)),
                     _ => None,
                 })
                 .filter(|(_, made)| made.by == inviter && made.role == known.role)

@@ -3,8 +3,11 @@
 
 mod common;
 
-use clan_ledger::{Body, Entry, EntryError, MAX_ENTRY};
-use clan_types::{ClanId, Hlc, Role, Timestamp};
+use clan_ledger::{
+    AuthorId, Body, DeviceKind, Entry, EntryError, LastEntry, MAX_ENTRY, Party, PortRange, Protocol, Target,
+    VmDescription,
+};
+use clan_types::{ByteSize, CertificateHash, ClanId, EntryId, Hlc, ImageId, Role, Timestamp, WgPublicKey};
 use common::*;
 use proptest::prelude::*;
 
@@ -14,8 +17,77 @@ fn samples() -> Vec<Entry> {
     for body in clan.ledger.revocation_of_person(&person(&key(2))) {
         clan.say(&key(1), body);
     }
-    clan.say(&key(1), Body::Leave);
+    for body in bodies() {
+        if !matches!(body, Body::Found { .. } | Body::Admission { .. }) {
+            clan.say(&key(1), body);
+        }
+    }
     clan.ledger.entries().cloned().collect()
+}
+
+/// One of each, in the order of their numbers.
+fn bodies() -> Vec<Body> {
+    let clan = ClanId::from_bytes([1; 32]);
+    let (machine, person, invite) = (machine(&key(4)), person(&key(3)), invite(&key(5)));
+    let (wg, admission) = (WgPublicKey::from_bytes([6; 32]), EntryId::from_bytes([7; 32]));
+    let last = LastEntry { seq: 3, id: admission };
+    let (label, by) = ("x".parse().unwrap(), AuthorId::of(&key(1)));
+    let founding = Clan::new().ledger.clan();
+    vec![
+        Body::Found { clan: "family".parse().unwrap(), founder: name("p1"), nonce: [7; 32] },
+        Body::Enrol { machine, name: machine_name("nas"), wg },
+        Body::Remove { machine },
+        Body::Invite { invite, role: Role::Guest, uses: 1, expires: at(1), approval: true },
+        Body::admission(&key(5), &clan, &person, name("p3")),
+        Body::Countersign { admission },
+        Body::Publish {
+            description: VmDescription {
+                image: ImageId::from_bytes([8; 32]),
+                title: "Debian".parse().unwrap(),
+                memory: ByteSize::from_mib(512),
+                cpus: 1,
+                disk: ByteSize::from_mib(4096),
+            },
+        },
+        Body::RevokePerson { person, last: None },
+        Body::RevokeMachine { machine, last: Some(last) },
+        Body::RevokeInvite { invite },
+        Body::Leave,
+        Body::SetRole { person, role: Role::Admin, last: vec![(device(&key(3)), last)] },
+        Body::RenamePerson { person, name: name("carla") },
+        Body::RenameMachine { machine, name: machine_name("attic") },
+        Body::Approve { admission },
+        Body::Deny { admission },
+        Body::add_device(&key(9), &founding, &by, "phone".parse().unwrap(), DeviceKind::Recovery),
+        Body::RevokeDevice { device: device(&key(9)), last: None },
+        Body::Relay {
+            machine,
+            host: "relay.example.org".parse().unwrap(),
+            port: 443,
+            certificate: CertificateHash::from_bytes([9; 32]),
+        },
+        Body::RelayOff { machine },
+        Body::AddPeer { wg, name: machine_name("phone"), via: machine },
+        Body::RemovePeer { wg },
+        Body::Group { name: "kids".parse().unwrap(), members: vec![Party::Person(person), Party::Peer(wg)] },
+        Body::Rule {
+            name: label,
+            from: Party::Everybody,
+            to: Target::Service("films".parse().unwrap()),
+            ports: vec![PortRange::one(Protocol::Tcp, 443)],
+        },
+        Body::DropRule { name: "x".parse().unwrap() },
+        Body::DropGroup { name: "kids".parse().unwrap() },
+    ]
+}
+
+#[test]
+fn what_an_entry_says_keeps_its_number() {
+    for (number, body) in bodies().iter().enumerate() {
+        let encoded = postcard::to_allocvec(body).unwrap();
+        assert_eq!(usize::from(encoded[0]), number, "{body:?}");
+        assert_eq!(&postcard::from_bytes::<Body>(&encoded).unwrap(), body);
+    }
 }
 
 #[test]

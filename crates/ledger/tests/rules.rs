@@ -8,7 +8,7 @@ use clan_types::{ByteSize, Hlc, ImageId, Role, WgPublicKey};
 use common::*;
 
 fn reason(clan: &Clan, entry: &Entry) -> Option<VoidReason> {
-    clan.ledger.state().void.iter().find(|void| void.entry == entry.id()).map(|void| void.reason)
+    clan.reason(entry)
 }
 
 fn publication(image: u8) -> Body {
@@ -133,7 +133,8 @@ fn names_and_keys_are_given_once_and_names_are_freed() {
         wg: WgPublicKey::from_bytes([wg; 32]),
     };
     let taken = clan.say(&key(2), enrol(110, "m1", 110));
-    assert_eq!(reason(&clan, &taken), Some(VoidReason::NameTaken));
+    assert_eq!(reason(&clan, &taken), None, "a taken name keeps no machine out");
+    assert_eq!(clan.ledger.state().machines[&machine(&key(110))].name, machine_name("m1-2"));
     let stolen_key = clan.say(&key(2), enrol(101, "other", 111));
     assert_eq!(reason(&clan, &stolen_key), Some(VoidReason::KeyTaken));
     let stolen_wg = clan.say(&key(2), enrol(112, "other", 1));

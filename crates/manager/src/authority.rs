@@ -270,7 +270,7 @@ pub(crate) mod tests {
 
     fn invite(ledger: &mut Ledger, by: u8, n: u8, role: Role, expires: Timestamp) -> InviteId {
         let invite = InviteId::from_bytes(key(n).verifying_key().to_bytes());
-        say(ledger, &key(by), Body::Invite { invite, role, uses: 1, expires });
+        say(ledger, &key(by), Body::Invite { invite, role, uses: 1, expires, approval: false });
         invite
     }
 

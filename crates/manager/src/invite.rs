@@ -44,7 +44,8 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let key = SigningKey::from_bytes(&secret);
     let invite = InviteId::from_bytes(key.verifying_key().to_bytes());
     let expires = now().plus(expires_in);
-    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires }), ControlRequest::Append).await?;
+    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires, approval: false }), ControlRequest::Append)
+        .await?;
     let record = clan.record.get();
     // What leads here from other computers first; what the machine itself knows after it.
     let mut addrs = crate::link::environment(&record, &shared.images).await.quic;

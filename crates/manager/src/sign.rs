@@ -171,6 +171,7 @@ mod tests {
             role: Role::Member,
             uses: 1,
             expires: Timestamp::from_millis(1 << 45),
+            approval: false,
         }
     }
 

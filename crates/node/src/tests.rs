@@ -141,7 +141,7 @@ async fn founded(uses: u32, expires: Timestamp) -> (Machine, ClanId) {
         Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
     add(&mut ledger, &founder, enrol(&machine, "founder"));
     let invite = InviteId::from_bytes(key(3).verifying_key().to_bytes());
-    add(&mut ledger, &founder, Body::Invite { invite, role: Role::Member, uses, expires });
+    add(&mut ledger, &founder, Body::Invite { invite, role: Role::Member, uses, expires, approval: false });
     let clan = ledger.clan();
     let endpoint = endpoint(&machine).await;
     (Machine::start(machine, &clan, &encode(&ledger), endpoint, vec![]).await, clan)
@@ -224,7 +224,11 @@ async fn a_newcomer_cannot_smuggle_in_other_entries() {
     let mut ledger = Ledger::open(clan);
     add(&mut ledger, &author, Body::admission(&key(3), &clan, &person(4), "bob".parse().unwrap()));
     let invite = InviteId::from_bytes(key(8).verifying_key().to_bytes());
-    add(&mut ledger, &author, Body::Invite { invite, role: Role::Owner, uses: 9, expires: tomorrow() });
+    add(
+        &mut ledger,
+        &author,
+        Body::Invite { invite, role: Role::Owner, uses: 9, expires: tomorrow(), approval: false },
+    );
     let before = founder.core.view().entries;
     let (_e, outcome) = ask(&founder, &key(5), encode(&ledger)).await;
     assert!(matches!(outcome, Err(RedeemError::Refused(JoinRefusal::Malformed))), "{outcome:?}");

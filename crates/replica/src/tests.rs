@@ -41,7 +41,8 @@ fn clan() -> Ledger {
         Ledger::found(&key(1), "family".parse().unwrap(), "ada".parse().unwrap(), [7; 32], at).unwrap();
     let invite = InviteId::from_bytes(key(50).verifying_key().to_bytes());
     let expires = at.plus(Duration::from_secs(86_400));
-    for body in [enrol(101), enrol(102), Body::Invite { invite, role: Role::Member, uses: 1, expires }] {
+    for body in [enrol(101), enrol(102), Body::Invite { invite, role: Role::Member, uses: 1, expires, approval: false }]
+    {
         say(&mut ledger, 1, body);
     }
     ledger

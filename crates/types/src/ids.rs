@@ -109,6 +109,10 @@ id!(
     MachineId, "a machine id"
 );
 id!(
+    /// A person's device: the Ed25519 public key that signs there. The first device's key is also the person's id.
+    DeviceId, "a device id"
+);
+id!(
     /// One signed ledger entry: the BLAKE3 hash of its encoding, signature included.
     EntryId, "an entry id"
 );
@@ -123,6 +127,10 @@ id!(
 id!(
     /// The content of one file: its BLAKE3 hash.
     FileHash, "a file hash"
+);
+id!(
+    /// A TLS certificate: the BLAKE3 hash of its DER encoding.
+    CertificateHash, "a certificate's hash"
 );
 id!(
     /// A machine's WireGuard public key (X25519).

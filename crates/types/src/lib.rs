@@ -13,10 +13,14 @@ mod size;
 mod time;
 mod words;
 
-pub use addr::{clan_prefix, mesh_address, service_url_host};
-pub use ids::{ClanId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey};
+pub use addr::{
+    Host, HostError, IPV4_PREFIX, clan_prefix, ipv4_candidates, mesh_address, peer_address, service_url_host,
+};
+pub use ids::{
+    CertificateHash, ClanId, DeviceId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey,
+};
 pub use link::{InviteLink, InviteSecret, LinkError, PeerAddr};
-pub use name::{ClanName, MachineName, NameError, PersonName, ServiceName};
+pub use name::{ClanName, DeviceName, GroupName, MachineName, NameError, PersonName, RuleName, ServiceName};
 pub use role::{Role, RoleError};
 pub use size::{ByteSize, SizeError};
 pub use time::{Hlc, Timestamp};

@@ -107,6 +107,18 @@ name!(
     PersonName, "person's name"
 );
 name!(
+    /// The name of a person's device, unique among that person's.
+    DeviceName, "device name"
+);
+name!(
+    /// The name of a group of people and machines, unique in its clan.
+    GroupName, "group name"
+);
+name!(
+    /// The name of an access rule, unique in its clan.
+    RuleName, "rule name"
+);
+name!(
     /// A service's name, as in `<service>.<clan>.clan`.
     ServiceName, "service name"
 );

@@ -1,8 +1,8 @@
 //! A clan to play through: fixed keys, a clock that only goes forward.
 #![allow(dead_code, unreachable_pub)]
 
-use clan_ledger::{AuthorId, Body, Entry, Ledger};
-use clan_types::{InviteId, MachineId, MachineName, PersonId, PersonName, Role, Timestamp, WgPublicKey};
+use clan_ledger::{AuthorId, Body, DeviceKind, Entry, Ledger, VoidReason};
+use clan_types::{DeviceId, InviteId, MachineId, MachineName, PersonId, PersonName, Role, Timestamp, WgPublicKey};
 use ed25519_dalek::SigningKey;
 
 pub fn key(n: u8) -> SigningKey {
@@ -11,6 +11,10 @@ pub fn key(n: u8) -> SigningKey {
 
 pub fn person(key: &SigningKey) -> PersonId {
     AuthorId::of(key).person()
+}
+
+pub fn device(key: &SigningKey) -> DeviceId {
+    AuthorId::of(key).device()
 }
 
 pub fn machine(key: &SigningKey) -> MachineId {
@@ -62,7 +66,7 @@ impl Clan {
 
     pub fn invite(&mut self, by: u8, secret: u8, role: Role, uses: u32) -> Entry {
         let expires = at(self.now + 1000);
-        self.say(&key(by), Body::Invite { invite: invite(&key(secret)), role, uses, expires })
+        self.say(&key(by), Body::Invite { invite: invite(&key(secret)), role, uses, expires, approval: false })
     }
 
     pub fn ask(&mut self, n: u8, secret: u8) -> Entry {
@@ -84,6 +88,29 @@ impl Clan {
         }
         self.countersign(1, &admission);
         assert_eq!(self.ledger.state().role_of(&person(&key(n))), Some(role));
+    }
+
+    /// Person `n` asks to come in with this secret, and the founder's machine countersigns.
+    pub fn redeem(&mut self, n: u8, secret: u8) -> Entry {
+        let admission = self.ask(n, secret);
+        self.countersign(1, &admission);
+        admission
+    }
+
+    pub fn set_role(&mut self, by: &SigningKey, n: u8, role: Role) -> Entry {
+        let body = self.ledger.role_change(&person(&key(n)), role);
+        self.say(by, body)
+    }
+
+    /// The device `by` adds the device with key `device`.
+    pub fn add_device(&mut self, by: &SigningKey, device: u8, kind: DeviceKind) -> Entry {
+        let name = format!("d{device}").parse().unwrap();
+        let body = Body::add_device(&key(device), &self.ledger.clan(), &AuthorId::of(by), name, kind);
+        self.say(by, body)
+    }
+
+    pub fn reason(&self, entry: &Entry) -> Option<VoidReason> {
+        self.ledger.state().void.iter().find(|void| void.entry == entry.id()).map(|void| void.reason)
     }
 
     pub fn role(&self, n: u8) -> Option<Role> {
