@@ -7,7 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Lets cargo-nextest run the lab's tests with root's rights where it has none itself.
 RUNNER := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env")
 
-.PHONY: run lab stop web clean-lab test lint bench install deps build help
+.PHONY: run lab stop web clean-lab test lint bench bench-mesh install deps build help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,11 @@ lint:  ## formatting, lints, dependency rules, licences and advisories
 
 bench:  ## measure the ledger; numbers are kept in target/bench
 	cargo run --release --locked --package xtask -- bench
+
+bench-mesh: deps  ## measure the mesh beside its rivals (10 min); ARGS="--rounds 1 --only cable,clan,wireguard-go"
+	@./scripts/rivals target/rivals
+	cargo build --release --locked --package clan-lab
+	@$(SUDO) $(BIN:debug=release)/clan-lab --prefix clan-mesh bench-mesh $(ARGS)
 
 install: deps  ## build with optimisation and install to PREFIX (~/.local)
 	cargo build --release --locked --package clan-cli --package clan-agent

@@ -8,6 +8,7 @@
 //! Only the lab needs root, for network namespaces. The product in it does not.
 
 mod account;
+pub mod bench;
 mod capture;
 mod console;
 mod error;

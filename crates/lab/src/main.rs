@@ -1,6 +1,7 @@
 //! `clan-lab`: the product's story on one machine.
 
 use std::{
+    net::SocketAddr,
     path::PathBuf,
     process::ExitCode,
     thread,
@@ -8,7 +9,9 @@ use std::{
 };
 
 use clan_lab::{
-    Interrupt, Lab, LabConfig, LabError, Record, Screen, five,
+    Interrupt, Lab, LabConfig, LabError, Record, Screen,
+    bench::{self, BenchConfig, EndConfig},
+    five,
     fleet::{self, Fleet, Place},
     story, sweep,
 };
@@ -76,6 +79,35 @@ enum Verb {
     Where,
     /// End the lab and remove its images, caches and logs too
     Clean,
+    /// Measure the mesh beside its rivals, in two namespaces of its own
+    BenchMesh {
+        /// How often each network is measured
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// Seconds for each of the four throughput measurements
+        #[arg(long, default_value_t = 4)]
+        seconds: u64,
+        /// Only these networks, separated by commas
+        #[arg(long, value_delimiter = ',', value_name = "NAMES")]
+        only: Vec<String>,
+        /// Where `scripts/rivals` unpacked the rivals
+        #[arg(long, default_value = "target/rivals", value_name = "DIR")]
+        rivals: PathBuf,
+        /// A cable that takes single packets only, as a plain network card does
+        #[arg(long)]
+        plain: bool,
+        /// Where to keep the numbers
+        #[arg(long, default_value = "target/bench/mesh.json", value_name = "FILE")]
+        out: PathBuf,
+    },
+    /// One end of our own tunnel, for `bench-mesh`
+    #[command(hide = true)]
+    TunnelEnd {
+        #[arg(long)]
+        number: usize,
+        #[arg(long)]
+        peer: SocketAddr,
+    },
 }
 
 fn main() -> ExitCode {
@@ -128,6 +160,21 @@ fn dispatch(cli: &Cli, screen: &Screen) -> Result<(), LabError> {
             screen.line(&format!("{} is gone.", root.display()));
             Ok(())
         }
+        Verb::BenchMesh { rounds, seconds, only, rivals, plain, out } => {
+            on_signals(config.interrupt.clone())?;
+            let config = BenchConfig {
+                prefix: config.prefix,
+                rounds: *rounds,
+                seconds: *seconds,
+                only: only.clone(),
+                rivals: rivals.clone(),
+                plain: *plain,
+                out: out.clone(),
+                interrupt: config.interrupt,
+            };
+            bench::run(&config, screen)
+        }
+        Verb::TunnelEnd { number, peer } => bench::tunnel_end(&EndConfig { number: *number, peer: *peer }),
     }
 }
 
