@@ -190,7 +190,8 @@ pub(crate) fn peers_of(view: &View) -> Vec<WgPeer> {
         .map(|(id, machine)| WgPeer {
             id: *id,
             public_key: machine.wg,
-            address: mesh_address(&view.clan, id),
+            addresses: vec![mesh_address(&view.clan, id).into()],
+            standard: false,
             candidates: view.beacons.get(id).map(|b| b.wireguard.clone()).unwrap_or_default(),
             keepalive: Some(KEEPALIVE),
         })

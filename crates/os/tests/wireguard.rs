@@ -63,7 +63,8 @@ impl Machine {
         WgPeer {
             id: self.id,
             public_key: WgPublicKey::from_bytes(*PublicKey::from(&StaticSecret::from(self.secret)).as_bytes()),
-            address: self.address,
+            addresses: vec![self.address.into()],
+            standard: false,
             candidates: candidates.iter().map(|c| c.parse().unwrap()).collect(),
             keepalive: None,
         }
@@ -274,7 +275,7 @@ fn only_what_members_send_from_their_own_address_comes_out() {
     let (a, b, _carried) = two_machines();
     // B believes A to have another address than A uses.
     let mut wrong = a.peer(&[]);
-    wrong.address = identity(9).2;
+    wrong.addresses = vec![identity(9).2.into()];
     a.set_peers(vec![b.peer(&[])]);
     b.set_peers(vec![wrong]);
     let to = SocketAddr::from((b.address, 9));

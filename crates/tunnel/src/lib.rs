@@ -6,6 +6,8 @@
 //!
 //! Time is a [`std::time::Duration`] since any fixed moment, and must not run backwards.
 
+pub mod ip;
+pub mod offload;
 mod paths;
 mod peer;
 mod probe;

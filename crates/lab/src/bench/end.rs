@@ -62,7 +62,8 @@ pub fn tunnel_end(config: &EndConfig) -> Result<(), LabError> {
     let peer = WgPeer {
         id: machine(other),
         public_key: WgPublicKey::from_bytes(*ends()[other].public.as_bytes()),
-        address: EndConfig::address(other),
+        addresses: vec![EndConfig::address(other).into()],
+        standard: false,
         candidates: vec![config.peer],
         keepalive: None,
     };

@@ -1,18 +1,21 @@
 //! WireGuard to every machine of the clan, over whichever path works.
 //!
-//! The protocol engine (`gotatun`) knows each peer by one virtual address that never changes. [`transport`] beneath it
-//! sends each packet straight over UDP where `clan_tunnel` says that this works, and otherwise hands it to the
-//! [`Carrier`], which takes it inside a QUIC connection.
+//! The [`engine`] seals and opens packets, and sends each straight over UDP where `clan_tunnel` says that this works;
+//! otherwise it hands it to the [`Carrier`], which takes it inside a QUIC connection. Standard WireGuard peers, which know
+//! neither probes nor the carrier, are sent to where they were heard last, as the protocol has it.
 
+mod engine;
+mod inbound;
+mod outbound;
 mod peers;
 mod socket;
-mod transport;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-    sync::Arc,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -20,30 +23,24 @@ use bytes::Bytes;
 pub use clan_tunnel::{PathChange, PathChoice};
 use clan_tunnel::{Paths, ProbeKey};
 use clan_types::{MachineId, WgPublicKey};
-use gotatun::{
-    device::{Device, DeviceBuilder, Peer},
-    x25519::{PublicKey, StaticSecret},
-};
-use ipnetwork::IpNetwork;
+use gotatun::x25519::{PublicKey, StaticSecret};
 use tokio::{
-    sync::{Mutex, Notify, broadcast, mpsc},
+    sync::{broadcast, mpsc},
     task::JoinHandle,
-    time::{Instant, MissedTickBehavior, interval, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, debug_span, trace};
 
 use self::{
-    peers::Directory,
+    engine::Engine,
+    peers::{Directory, Table},
     socket::Socket,
-    transport::{Factory, Shared},
 };
-use crate::tun::{Tun, TunReader, TunWriter};
+use crate::tun::Tun;
 
 /// How many path changes a slow listener may be behind.
 const CHANGES: usize = 256;
-/// How often the engine's idea of peers' addresses is checked.
-const CHECK_INTERVAL: Duration = Duration::from_secs(10);
 /// How long [`Wireguard::stop`] waits for tasks that were told to end.
 const STOP_WITHIN: Duration = Duration::from_secs(5);
 
@@ -93,9 +90,12 @@ pub struct WgPeer {
     pub id: MachineId,
     /// Its WireGuard key.
     pub public_key: WgPublicKey,
-    /// Its mesh address: the only source it may send from.
-    pub address: Ipv6Addr,
-    /// UDP addresses at which it may be reachable directly.
+    /// Its addresses inside: the only sources it may send from.
+    pub addresses: Vec<IpAddr>,
+    /// Whether it speaks WireGuard and nothing else of ours: a phone, or somebody else's program. What is between it and
+    /// other peers passes through here.
+    pub standard: bool,
+    /// UDP addresses at which it may be reachable directly; of a standard peer the first one is tried until it is heard.
     pub candidates: Vec<SocketAddr>,
     /// Sends an empty packet when idle this long; whole seconds.
     pub keepalive: Option<Duration>,
@@ -131,9 +131,9 @@ pub enum WireguardError {
     /// Randomness was not available.
     #[error("the system gave no randomness")]
     Random(#[source] std::io::Error),
-    /// The WireGuard engine refused a change.
-    #[error("the WireGuard engine failed")]
-    Engine(#[source] gotatun::device::Error),
+    /// The threads that move packets could not be started.
+    #[error("cannot start the threads that move packets")]
+    Threads(#[source] std::io::Error),
     /// It was stopped before.
     #[error("WireGuard is stopped")]
     Stopped,
@@ -142,8 +142,8 @@ pub enum WireguardError {
 /// A running WireGuard device. Call [`Wireguard::stop`] before dropping it, so that the network device is gone when
 /// it returns.
 pub struct Wireguard {
-    shared: Arc<Shared>,
-    engine: Arc<Mutex<Option<Engine>>>,
+    /// `None` once stopped, so that port and device are gone.
+    running: Mutex<Option<Running>>,
     private_key: StaticSecret,
     own_prefix: [u8; 6],
     changes: broadcast::Sender<PathChange>,
@@ -151,11 +151,11 @@ pub struct Wireguard {
     udp_port: u16,
 }
 
-struct Engine {
-    device: Device<(Factory, TunWriter, TunReader)>,
+struct Running {
+    engine: Arc<Engine>,
     peers: BTreeMap<MachineId, WgPeer>,
-    prober: JoinHandle<()>,
-    tun_writer: JoinHandle<()>,
+    tasks: Vec<(&'static str, JoinHandle<()>)>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Wireguard {
@@ -167,118 +167,123 @@ impl Wireguard {
         let bind_failed = |source| WireguardError::Bind { port: udp_port, source };
         let socket = Socket::bind(udp_port).map_err(bind_failed)?;
         let udp_port = socket.local_addr().map_err(bind_failed)?.port();
-        let shared = Arc::new(Shared {
-            directory: Directory::new(Paths::new(local, seed)),
-            socket,
-            outgoing: carrier.outgoing,
-            incoming: Mutex::new(carrier.incoming),
-            wake: Notify::new(),
-        });
         let mut own_prefix = [0; 6];
         own_prefix.copy_from_slice(&tun.address().octets()[..6]);
         let private_key = StaticSecret::from(private_key);
-        let (reader, writer, tun_writer) = tun.into_halves();
-        let device = DeviceBuilder::new()
-            .with_udp(Factory(shared.clone()))
-            .with_ip_pair(writer, reader)
-            .with_private_key(private_key.clone())
-            .with_listen_port(udp_port)
-            .build()
-            .await
-            .map_err(WireguardError::Engine)?;
-        // An engine that was built without peers starts its tasks only when its peers are cleared.
-        device.clear_peers().await.map_err(WireguardError::Engine)?;
+        let directory = Directory::new(Paths::new(local, seed));
+        let engine = Engine::new(private_key.clone(), tun, socket, directory, carrier.outgoing);
+        let engine = Arc::new(engine.map_err(WireguardError::Threads)?);
         let changes = broadcast::Sender::new(CHANGES);
         let stop = CancellationToken::new();
-        let engine = Arc::new(Mutex::new(None));
-        let prober = tokio::spawn(
-            probe(shared.clone(), engine.clone(), changes.clone(), stop.clone()).instrument(debug_span!("path_prober")),
-        );
-        *engine.lock().await = Some(Engine { device, peers: BTreeMap::new(), prober, tun_writer });
-        Ok(Self { shared, engine, private_key, own_prefix, changes, stop, udp_port })
+        let mut running =
+            Running { engine: engine.clone(), peers: BTreeMap::new(), tasks: Vec::new(), threads: Vec::new() };
+        let moves: [(&str, fn(&Engine)); 2] = [("clan-outbound", outbound::run), ("clan-inbound", inbound::run)];
+        for (name, work) in moves {
+            let moved = engine.clone();
+            let thread = thread::Builder::new().name(name.into()).spawn(move || work(&moved));
+            match thread {
+                Ok(thread) => running.threads.push(thread),
+                Err(error) => {
+                    engine.stop();
+                    return Err(WireguardError::Threads(error));
+                }
+            }
+        }
+        let prober = probe(engine.clone(), changes.clone(), stop.clone()).instrument(debug_span!("path_prober"));
+        running.tasks.push(("prober", tokio::spawn(prober)));
+        let (timed, cancel) = (engine.clone(), stop.clone());
+        running.tasks.push(("timers", tokio::spawn(async move { timed.keep_time(cancel).await })));
+        let carried = inbound::run_carrier(engine, carrier.incoming, stop.clone());
+        running.tasks.push(("carrier", tokio::spawn(carried)));
+        Ok(Self { running: Mutex::new(Some(running)), private_key, own_prefix, changes, stop, udp_port })
     }
 
     /// Makes `peers` the whole set: adds, updates and removes as needed; sessions of unchanged peers go on. A peer
-    /// whose key is unusable, or that shares id, key or address with an earlier one, is left out.
+    /// whose key is unusable, or that shares id, key or an address with an earlier one, is left out.
     pub async fn set_peers(&self, peers: Vec<WgPeer>) -> Result<(), WireguardError> {
-        let mut engine = self.engine.lock().await;
-        let engine = engine.as_mut().ok_or(WireguardError::Stopped)?;
+        let mut running = self.running();
+        let running = running.as_mut().ok_or(WireguardError::Stopped)?;
+        let engine = &running.engine;
         let wanted = distinct(peers, &self.private_key);
-        let gone: Vec<MachineId> = engine
-            .peers
-            .iter()
-            .filter(|(id, old)| wanted.get(*id).is_none_or(|new| new.public_key != old.public_key))
-            .map(|(id, _)| *id)
-            .collect();
-        for id in gone {
-            if let Some(old) = engine.peers.remove(&id) {
-                engine
-                    .device
-                    .remove_peer(&PublicKey::from(*old.public_key.as_bytes()))
-                    .await
-                    .map_err(WireguardError::Engine)?;
-                self.shared.directory.lock().remove(id);
-                debug!(peer = %id, "peer removed");
-            }
-        }
-        for (id, peer) in wanted {
-            let public_key = PublicKey::from(*peer.public_key.as_bytes());
-            let key = ProbeKey::derive(self.private_key.diffie_hellman(&public_key).as_bytes());
-            let candidates = self.outside(&peer.candidates);
-            let now = self.shared.directory.now();
-            let virtual_addr = {
-                let mut state = self.shared.directory.lock();
-                state.paths.add_peer(id, key, &candidates, now);
-                state.allot(id)
+        let old = engine.table();
+        let mut table = Table::default();
+        for (id, peer) in &wanted {
+            let key = *peer.public_key.as_bytes();
+            let keepalive = peer.keepalive.map(|every| u16::try_from(every.as_secs().max(1)).unwrap_or(u16::MAX));
+            let known = running
+                .peers
+                .get(id)
+                .filter(|known| known.public_key == peer.public_key && known.standard == peer.standard);
+            let member = match (known, old.by_id.get(id)) {
+                (Some(known), Some(member)) => {
+                    if known.keepalive != peer.keepalive {
+                        member.tunnel().set_persistent_keepalive(keepalive);
+                    }
+                    member.clone()
+                }
+                _ => {
+                    debug!(peer = %id, "peer set");
+                    Arc::new(engine.member(*id, key, peer.standard, keepalive))
+                }
             };
-            let engine_differs =
-                engine.peers.get(&id).is_none_or(|old| (old.address, old.keepalive) != (peer.address, peer.keepalive));
-            if engine_differs {
-                debug!(peer = %id, "peer set");
-                engine
-                    .device
-                    .add_or_update_peer(engine_peer(&peer, virtual_addr))
-                    .await
-                    .map_err(WireguardError::Engine)?;
+            let candidates = self.outside(&peer.candidates);
+            if peer.standard {
+                table.has_standard = true;
+                if let (None, Some(first)) = (member.endpoint(), candidates.first()) {
+                    member.moved_to(*first);
+                }
+            } else {
+                let shared = self.private_key.diffie_hellman(&PublicKey::from(key));
+                let now = engine.directory.now();
+                engine.directory.lock().add_peer(*id, ProbeKey::derive(shared.as_bytes()), &candidates, now);
             }
-            engine.peers.insert(id, peer);
+            for address in &peer.addresses {
+                table.by_address.insert(*address, member.clone());
+            }
+            table.by_key.insert(key, member.clone());
+            table.by_id.insert(*id, member);
         }
-        self.shared.wake.notify_one();
+        for (id, _) in running.peers.iter().filter(|(id, _)| wanted.get(*id).is_none_or(|peer| peer.standard)) {
+            engine.directory.lock().remove_peer(*id);
+        }
+        engine.set_table(table);
+        running.peers = wanted;
+        engine.wake.notify_one();
         Ok(())
     }
 
     /// Replaces the addresses at which `peer` may be reachable. Unknown peers are ignored.
     pub fn set_candidates(&self, peer: MachineId, candidates: Vec<SocketAddr>) {
-        let now = self.shared.directory.now();
-        self.shared.directory.lock().paths.set_candidates(peer, &self.outside(&candidates), now);
-        self.shared.wake.notify_one();
+        if let Some(running) = self.running().as_ref() {
+            let engine = &running.engine;
+            let now = engine.directory.now();
+            engine.directory.lock().set_candidates(peer, &self.outside(&candidates), now);
+            engine.wake.notify_one();
+        }
     }
 
     /// All peers, in order of their ids.
     pub async fn peers(&self) -> Vec<WgPeerStatus> {
-        let engine = self.engine.lock().await;
-        let Some(engine) = engine.as_ref() else { return Vec::new() };
-        let stats: BTreeMap<[u8; 32], _> =
-            engine.device.peers().await.into_iter().map(|p| (*p.peer.public_key.as_bytes(), p.stats)).collect();
-        let now = self.shared.directory.now();
-        let state = self.shared.directory.lock();
-        let status = |(id, peer): (&MachineId, &WgPeer)| {
-            let stats = stats.get(peer.public_key.as_bytes());
-            WgPeerStatus {
-                id: *id,
-                path: state.paths.path(*id, now),
-                last_handshake: stats.and_then(|s| s.last_handshake),
-                rx_bytes: stats.map_or(0, |s| s.rx_bytes as u64),
-                tx_bytes: stats.map_or(0, |s| s.tx_bytes as u64),
-            }
+        let running = self.running();
+        let Some(running) = running.as_ref() else { return Vec::new() };
+        let engine = &running.engine;
+        let status = |member: &Arc<peers::Member>| {
+            let (last_handshake, tx_bytes, rx_bytes, _, _) = member.tunnel().stats();
+            let path = match member.endpoint() {
+                Some(addr) if member.standard => PathChoice::Direct { addr, rtt: Duration::ZERO },
+                _ => engine.directory.lock().path(member.id, engine.directory.now()),
+            };
+            WgPeerStatus { id: member.id, path, last_handshake, rx_bytes: rx_bytes as u64, tx_bytes: tx_bytes as u64 }
         };
-        engine.peers.iter().map(status).collect()
+        engine.table().by_id.values().map(status).collect()
     }
 
     /// How packets to `peer` travel now.
     pub fn path(&self, peer: MachineId) -> PathChoice {
-        let now = self.shared.directory.now();
-        self.shared.directory.lock().paths.path(peer, now)
+        let running = self.running();
+        let Some(running) = running.as_ref() else { return PathChoice::Carrier };
+        let now = running.engine.directory.now();
+        running.engine.directory.lock().path(peer, now)
     }
 
     /// Changes of paths from now on.
@@ -293,19 +298,28 @@ impl Wireguard {
 
     /// Own UDP addresses as peers see them: candidates to publish, beside the local ones.
     pub fn observed(&self) -> Vec<SocketAddr> {
-        self.outside(&self.shared.directory.lock().paths.observed())
+        let observed = self.running().as_ref().map(|running| running.engine.directory.lock().observed());
+        self.outside(&observed.unwrap_or_default())
     }
 
-    /// Stops all its tasks, closes the port and removes the device. Later calls do nothing.
+    /// Stops all its threads and tasks, closes the port and removes the device. Later calls do nothing.
     pub async fn stop(&self) {
         self.stop.cancel();
-        let Some(Engine { device, prober, tun_writer, .. }) = self.engine.lock().await.take() else { return };
-        device.stop().await;
-        for (task, name) in [(prober, "prober"), (tun_writer, "device writer")] {
+        let Some(Running { engine, tasks, threads, .. }) = self.running().take() else { return };
+        engine.stop();
+        for (name, task) in tasks {
             if timeout(STOP_WITHIN, task).await.is_err() {
                 debug!(task = name, "a task did not end in time");
             }
         }
+        let joined = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|thread| drop(thread.join())));
+        if timeout(STOP_WITHIN, joined).await.is_err() {
+            debug!("a packet thread did not end in time");
+        }
+    }
+
+    fn running(&self) -> MutexGuard<'_, Option<Running>> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Without addresses inside the clan's own network: a path through the tunnel would lead into itself.
@@ -318,15 +332,10 @@ impl Wireguard {
 impl Drop for Wireguard {
     fn drop(&mut self) {
         self.stop.cancel();
+        if let Some(running) = self.running().as_ref() {
+            running.engine.stop();
+        }
     }
-}
-
-fn engine_peer(peer: &WgPeer, virtual_addr: SocketAddr) -> Peer {
-    let mut new = Peer::new(PublicKey::from(*peer.public_key.as_bytes()))
-        .with_endpoint(virtual_addr)
-        .with_allowed_ip(IpNetwork::from(IpAddr::V6(peer.address)));
-    new.keepalive = peer.keepalive.map(|every| u16::try_from(every.as_secs().max(1)).unwrap_or(u16::MAX));
-    new
 }
 
 fn distinct(peers: Vec<WgPeer>, private_key: &StaticSecret) -> BTreeMap<MachineId, WgPeer> {
@@ -337,10 +346,10 @@ fn distinct(peers: Vec<WgPeer>, private_key: &StaticSecret) -> BTreeMap<MachineI
         let usable = private_key.diffie_hellman(&PublicKey::from(*peer.public_key.as_bytes())).was_contributory();
         let fresh = !wanted.contains_key(&peer.id)
             && !keys.contains(peer.public_key.as_bytes())
-            && !addresses.contains(&peer.address);
+            && !peer.addresses.iter().any(|address| addresses.contains(address));
         if usable && fresh {
             keys.insert(*peer.public_key.as_bytes());
-            addresses.insert(peer.address);
+            addresses.extend(peer.addresses.iter().copied());
             wanted.insert(peer.id, peer);
         } else {
             debug!(peer = %peer.id, usable, "peer left out");
@@ -350,25 +359,19 @@ fn distinct(peers: Vec<WgPeer>, private_key: &StaticSecret) -> BTreeMap<MachineI
 }
 
 /// Sends probes when they are due and tells of changes.
-async fn probe(
-    shared: Arc<Shared>,
-    engine: Arc<Mutex<Option<Engine>>>,
-    changes: broadcast::Sender<PathChange>,
-    stop: CancellationToken,
-) {
-    let mut check = interval(CHECK_INTERVAL);
-    check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+async fn probe(engine: Arc<Engine>, changes: broadcast::Sender<PathChange>, stop: CancellationToken) {
+    let directory = &engine.directory;
     loop {
         let (transmits, changed, next) = {
-            let now = shared.directory.now();
-            let mut state = shared.directory.lock();
-            state.paths.handle_timeout(now);
-            let transmits: Vec<_> = std::iter::from_fn(|| state.paths.poll_transmit()).collect();
-            let changed: Vec<_> = std::iter::from_fn(|| state.paths.poll_change()).collect();
-            (transmits, changed, state.paths.next_timeout())
+            let now = directory.now();
+            let mut paths = directory.lock();
+            paths.handle_timeout(now);
+            let transmits: Vec<_> = std::iter::from_fn(|| paths.poll_transmit()).collect();
+            let changed: Vec<_> = std::iter::from_fn(|| paths.poll_change()).collect();
+            (transmits, changed, paths.next_timeout())
         };
         for transmit in transmits {
-            if let Err(error) = shared.socket.try_send(&transmit.bytes, transmit.to) {
+            if let Err(error) = engine.socket.send(&transmit.bytes, transmit.to) {
                 trace!(%error, to = %transmit.to, "a probe was not sent");
             }
         }
@@ -379,37 +382,15 @@ async fn probe(
         }
         let due = async {
             match next {
-                Some(next) => sleep_until(Instant::from_std(shared.directory.epoch() + next)).await,
+                Some(next) => sleep_until(Instant::from_std(directory.epoch() + next)).await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
             biased;
             () = stop.cancelled() => return,
-            () = shared.wake.notified() => {}
+            () = engine.wake.notified() => {}
             () = due => {}
-            _ = check.tick() => tokio::select! {
-                () = stop.cancelled() => return,
-                () = restore_virtual_addresses(&shared, &engine) => {}
-            },
-        }
-    }
-}
-
-/// INVARIANT: the engine knows each peer by its own virtual address. A recorded handshake, played back from another
-/// peer's address, makes the engine think that its sender moved there; this puts it right.
-async fn restore_virtual_addresses(shared: &Shared, engine: &Mutex<Option<Engine>>) {
-    let engine = engine.lock().await;
-    let Some(engine) = engine.as_ref() else { return };
-    let endpoints: BTreeMap<[u8; 32], _> =
-        engine.device.peers().await.into_iter().map(|p| (*p.peer.public_key.as_bytes(), p.peer.endpoint)).collect();
-    for (id, peer) in &engine.peers {
-        let Some(virtual_addr) = shared.directory.lock().virtual_of(*id) else { continue };
-        if endpoints.get(peer.public_key.as_bytes()) != Some(&Some(virtual_addr)) {
-            debug!(peer = %id, "the engine followed a peer to a wrong address");
-            if let Err(error) = engine.device.add_or_update_peer(engine_peer(peer, virtual_addr)).await {
-                debug!(%error, peer = %id, "peer could not be put right");
-            }
         }
     }
 }

@@ -1,39 +1,72 @@
-//! Who the peers are, and by which virtual address the WireGuard engine knows them.
+//! Who the peers are, what they may send from, and which way packets to them go.
 
 use std::{
-    collections::HashMap,
-    net::{IpAddr, Ipv6Addr, SocketAddr},
-    sync::{Mutex, MutexGuard, PoisonError},
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use clan_tunnel::{PathChoice, Paths};
 use clan_types::MachineId;
+use gotatun::noise::Tunn;
 
 /// Where one packet goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Route {
-    Direct(SocketAddr, MachineId),
-    Carrier(MachineId),
+    Direct(SocketAddr),
+    Carrier,
 }
 
-/// The state that sender, receiver and prober share.
+/// A peer and its sessions.
+pub(crate) struct Member {
+    pub(crate) id: MachineId,
+    /// Speaks WireGuard and nothing else of ours: neither probes nor the carrier.
+    pub(crate) standard: bool,
+    tunnel: Mutex<Tunn>,
+    /// Where a standard peer was heard last.
+    endpoint: Mutex<Option<SocketAddr>>,
+}
+
+impl Member {
+    pub(crate) fn new(id: MachineId, standard: bool, tunnel: Tunn) -> Self {
+        Self { id, standard, tunnel: Mutex::new(tunnel), endpoint: Mutex::new(None) }
+    }
+
+    /// INVARIANT: nothing else is locked while this is held, except the table of session indices.
+    pub(crate) fn tunnel(&self) -> MutexGuard<'_, Tunn> {
+        self.tunnel.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn endpoint(&self) -> Option<SocketAddr> {
+        *self.endpoint.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn moved_to(&self, addr: SocketAddr) {
+        *self.endpoint.lock().unwrap_or_else(PoisonError::into_inner) = Some(addr);
+    }
+}
+
+/// Everybody that packets are exchanged with: replaced as a whole, so that a reader sees one state of it.
+#[derive(Default)]
+pub(crate) struct Table {
+    pub(crate) by_id: BTreeMap<MachineId, Arc<Member>>,
+    pub(crate) by_key: HashMap<[u8; 32], Arc<Member>>,
+    /// Whose address it is: packets to it go there, and packets from it must come from there.
+    pub(crate) by_address: HashMap<IpAddr, Arc<Member>>,
+    /// Whether strangers' datagrams may be those of a standard peer that moved.
+    pub(crate) has_standard: bool,
+}
+
+/// The paths, which sender, receiver and prober share.
 pub(crate) struct Directory {
     epoch: Instant,
-    state: Mutex<State>,
-}
-
-pub(crate) struct State {
-    pub(crate) paths: Paths,
-    by_virtual: HashMap<SocketAddr, MachineId>,
-    virtuals: HashMap<MachineId, SocketAddr>,
-    next_virtual: u64,
+    paths: Mutex<Paths>,
 }
 
 impl Directory {
     pub(crate) fn new(paths: Paths) -> Self {
-        let state = State { paths, by_virtual: HashMap::new(), virtuals: HashMap::new(), next_virtual: 1 };
-        Self { epoch: Instant::now(), state: Mutex::new(state) }
+        Self { epoch: Instant::now(), paths: Mutex::new(paths) }
     }
 
     pub(crate) fn now(&self) -> Duration {
@@ -44,52 +77,20 @@ impl Directory {
         self.epoch
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Paths> {
         // The state is consistent between any two statements, so a panic elsewhere does not spoil it.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    /// The virtual address of a peer, allotted on first use.
-    pub(crate) fn allot(&mut self, peer: MachineId) -> SocketAddr {
-        if let Some(known) = self.virtuals.get(&peer) {
-            return *known;
-        }
-        let mut octets = [0; 16];
-        octets[0] = 0xfd;
-        octets[8..].copy_from_slice(&self.next_virtual.to_be_bytes());
-        self.next_virtual += 1;
-        let virtual_addr = SocketAddr::new(IpAddr::V6(Ipv6Addr::from(octets)), 1);
-        self.virtuals.insert(peer, virtual_addr);
-        self.by_virtual.insert(virtual_addr, peer);
-        virtual_addr
+        self.paths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn remove(&mut self, peer: MachineId) {
-        self.paths.remove_peer(peer);
-        if let Some(virtual_addr) = self.virtuals.remove(&peer) {
-            self.by_virtual.remove(&virtual_addr);
-        }
-    }
-
-    pub(crate) fn virtual_of(&self, peer: MachineId) -> Option<SocketAddr> {
-        self.virtuals.get(&peer).copied()
-    }
-
-    /// The peer that sends from `src`, as its virtual address.
-    pub(crate) fn virtual_at(&self, src: SocketAddr) -> Option<SocketAddr> {
-        self.virtual_of(self.paths.peer_at(src)?)
-    }
-
-    /// How to send to a virtual address now; whether the prober must look again.
-    pub(crate) fn route(&mut self, virtual_addr: SocketAddr, now: Duration) -> Option<(Route, bool)> {
-        let peer = *self.by_virtual.get(&virtual_addr)?;
-        let wake = self.paths.note_traffic(peer, now);
-        let route = match self.paths.path(peer, now) {
-            PathChoice::Direct { addr, .. } => Route::Direct(addr, peer),
-            PathChoice::Carrier => Route::Carrier(peer),
+    /// How to send to a peer now; whether the prober must look again.
+    pub(crate) fn route(&self, peer: MachineId) -> (Route, bool) {
+        let now = self.now();
+        let mut paths = self.lock();
+        let wake = paths.note_traffic(peer, now);
+        let route = match paths.path(peer, now) {
+            PathChoice::Direct { addr, .. } => Route::Direct(addr),
+            PathChoice::Carrier => Route::Carrier,
         };
-        Some((route, wake))
+        (route, wake)
     }
 }
