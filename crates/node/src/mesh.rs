@@ -11,7 +11,7 @@ use clan_os::{
     dns::{DnsServer, Zone},
     resolv::{ResolvConf, Undo},
     tun::Tun,
-    wireguard::{Carrier, CarrierEnds, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
+    wireguard::{Carrier, CarrierEnds, Timing, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
 };
 use clan_types::{ClanId, MachineId, mesh_address};
 use iroh::endpoint::Connection;
@@ -110,6 +110,7 @@ impl Mesh {
             tun,
             udp_port: plan.port,
             carrier,
+            timing: Timing::default(),
         })
         .await
         .map_err(|e| NodeError::network("WireGuard", e))?;

@@ -4,7 +4,7 @@ use std::net::{Ipv6Addr, SocketAddr};
 
 use clan_os::{
     tun::Tun,
-    wireguard::{Carrier, WgPeer, Wireguard, WireguardConfig},
+    wireguard::{Carrier, Timing, WgPeer, Wireguard, WireguardConfig},
 };
 use clan_types::{ClanId, MachineId, WgPublicKey, mesh_address};
 use tokio::signal::unix::{SignalKind, signal};
@@ -77,6 +77,7 @@ pub fn tunnel_end(config: &EndConfig) -> Result<(), LabError> {
             tun,
             udp_port: PORT,
             carrier,
+            timing: Timing::default(),
         })
         .await
         .map_err(|e| failed(&e))?;

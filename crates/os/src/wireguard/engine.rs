@@ -21,7 +21,10 @@ use std::{
 use bytes::Bytes;
 use clan_types::MachineId;
 use gotatun::{
-    noise::{Tunn, TunnResult, handshake::parse_handshake_anon, index_table::IndexTable, rate_limiter::RateLimiter},
+    noise::{
+        TimerParams, Tunn, TunnResult, handshake::parse_handshake_anon, index_table::IndexTable,
+        rate_limiter::RateLimiter,
+    },
     packet::{Packet, WgKind},
     tun::MtuWatcher,
     x25519::{PublicKey, StaticSecret},
@@ -32,6 +35,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, trace};
 
 use super::{
+    Timing,
     peers::{Directory, Member, Route, Table},
     socket::Socket,
 };
@@ -78,6 +82,7 @@ pub(crate) struct Engine {
     pub(crate) socket: Socket,
     pub(crate) directory: Directory,
     outgoing: mpsc::Sender<(MachineId, Bytes)>,
+    timing: Timing,
     /// Tells the prober that its next moment may have come nearer.
     pub(crate) wake: Notify,
     /// Readable once the threads shall end.
@@ -91,6 +96,7 @@ impl Engine {
         socket: Socket,
         directory: Directory,
         outgoing: mpsc::Sender<(MachineId, Bytes)>,
+        timing: Timing,
     ) -> io::Result<Self> {
         let public_key = PublicKey::from(&private_key);
         Ok(Self {
@@ -105,6 +111,7 @@ impl Engine {
             socket,
             directory,
             outgoing,
+            timing,
             wake: Notify::new(),
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
@@ -112,7 +119,7 @@ impl Engine {
 
     /// A peer without sessions.
     pub(crate) fn member(&self, id: MachineId, key: [u8; 32], standard: bool, keepalive: Option<u16>) -> Member {
-        let tunnel = Tunn::new(
+        let mut tunnel = Tunn::new(
             self.private_key.clone(),
             PublicKey::from(key),
             None,
@@ -120,6 +127,9 @@ impl Engine {
             self.indices.clone(),
             self.limiter.clone(),
         );
+        if let Some(age) = self.timing.rekey_after {
+            tunnel.dangerously_set_timer_params(TimerParams { rekey_after_time: age..=age, ..TimerParams::default() });
+        }
         Member::new(id, standard, tunnel)
     }
 

@@ -56,6 +56,15 @@ pub struct WireguardConfig {
     pub udp_port: u16,
     /// The way inside QUIC connections.
     pub carrier: Carrier,
+    /// When sessions are renewed.
+    pub timing: Timing,
+}
+
+/// When sessions are renewed. The default is what the protocol says, and what to use outside of tests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Timing {
+    /// The age at which a session is replaced while packets are sent, instead of two minutes.
+    pub rekey_after: Option<Duration>,
 }
 
 /// The way inside QUIC connections: always works, may be slow. Both queues are bounded; packets that do not fit are dropped, as on any network.
@@ -139,6 +148,9 @@ pub enum WireguardError {
     Stopped,
 }
 
+/// What one of the threads that move packets does.
+type PacketThread = fn(&Engine);
+
 /// A running WireGuard device. Call [`Wireguard::stop`] before dropping it, so that the network device is gone when
 /// it returns.
 pub struct Wireguard {
@@ -161,7 +173,7 @@ struct Running {
 impl Wireguard {
     /// Starts without peers.
     pub async fn start(config: WireguardConfig) -> Result<Self, WireguardError> {
-        let WireguardConfig { local, private_key, tun, udp_port, carrier } = config;
+        let WireguardConfig { local, private_key, tun, udp_port, carrier, timing } = config;
         let mut seed = [0; 32];
         getrandom::fill(&mut seed).map_err(|e| WireguardError::Random(io::Error::other(e)))?;
         let bind_failed = |source| WireguardError::Bind { port: udp_port, source };
@@ -171,13 +183,13 @@ impl Wireguard {
         own_prefix.copy_from_slice(&tun.address().octets()[..6]);
         let private_key = StaticSecret::from(private_key);
         let directory = Directory::new(Paths::new(local, seed));
-        let engine = Engine::new(private_key.clone(), tun, socket, directory, carrier.outgoing);
+        let engine = Engine::new(private_key.clone(), tun, socket, directory, carrier.outgoing, timing);
         let engine = Arc::new(engine.map_err(WireguardError::Threads)?);
         let changes = broadcast::Sender::new(CHANGES);
         let stop = CancellationToken::new();
         let mut running =
             Running { engine: engine.clone(), peers: BTreeMap::new(), tasks: Vec::new(), threads: Vec::new() };
-        let moves: [(&str, fn(&Engine)); 2] = [("clan-outbound", outbound::run), ("clan-inbound", inbound::run)];
+        let moves: [(&str, PacketThread); 2] = [("clan-outbound", outbound::run), ("clan-inbound", inbound::run)];
         for (name, work) in moves {
             let moved = engine.clone();
             let thread = thread::Builder::new().name(name.into()).spawn(move || work(&moved));

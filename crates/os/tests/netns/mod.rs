@@ -16,7 +16,7 @@ pub(crate) fn enter(name: &str) -> bool {
         return true;
     }
     let copy = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--net"])
+        .args(["--user", "--map-root-user", "--net", "--mount"])
         .arg(std::env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
         .env(INSIDE, "1")
@@ -29,6 +29,15 @@ pub(crate) fn enter(name: &str) -> bool {
         Err(error) => panic!("this test needs root, or user namespaces and the `unshare` program: {error}"),
     }
     false
+}
+
+/// Makes /run writable where this process is root in a user namespace only: there it is a folder of its own.
+#[allow(dead_code)] // Not every test needs it.
+pub(crate) fn own_run() {
+    if std::env::var_os(INSIDE).is_some() {
+        let mounted = rustix::mount::mount("none", "/run", "tmpfs", rustix::mount::MountFlags::empty(), None);
+        mounted.expect("a user namespace may mount a tmpfs");
+    }
 }
 
 /// A namespace with a single-threaded runtime inside it.

@@ -2,6 +2,8 @@
 
 #![allow(clippy::unwrap_used)] // Helpers of tests.
 
+mod interop;
+#[path = "../netns/mod.rs"]
 mod netns;
 
 use std::{
@@ -16,7 +18,7 @@ use std::{
 use clan_os::{
     addresses,
     tun::Tun,
-    wireguard::{Carrier, CarrierEnds, PathChoice, WgPeer, Wireguard, WireguardConfig},
+    wireguard::{Carrier, CarrierEnds, PathChoice, Timing, WgPeer, Wireguard, WireguardConfig},
 };
 use clan_types::{ClanId, MachineId, WgPublicKey, mesh_address};
 use gotatun::x25519::{PublicKey, StaticSecret};
@@ -43,6 +45,10 @@ fn identity(n: u8) -> (MachineId, [u8; 32], Ipv6Addr) {
 }
 
 fn start(n: u8) -> (Machine, CarrierEnds) {
+    start_with(n, None)
+}
+
+fn start_with(n: u8, rekey_after: Option<Duration>) -> (Machine, CarrierEnds) {
     let (id, secret, address) = identity(n);
     let namespace = Namespace::new(&format!("machine-{n}"));
     let (carrier, ends) = Carrier::channel(1024);
@@ -51,7 +57,8 @@ fn start(n: u8) -> (Machine, CarrierEnds) {
             .await
             .unwrap_or_else(|e| panic!("{e}: {:?}", std::error::Error::source(&e).map(ToString::to_string)));
         assert_eq!(tun.name(), "clan0");
-        Wireguard::start(WireguardConfig { local: id, private_key: secret, tun, udp_port: PORT, carrier })
+        let timing = Timing { rekey_after };
+        Wireguard::start(WireguardConfig { local: id, private_key: secret, tun, udp_port: PORT, carrier, timing })
             .await
             .unwrap()
     });
@@ -133,16 +140,20 @@ fn eventually(what: &str, within: Duration, mut condition: impl FnMut() -> bool)
 
 /// One TCP connection through the tunnel that never stops: counts chunks that came back unchanged.
 fn endless_stream(client: &Machine, server: &Machine) -> Arc<AtomicU64> {
-    let address = SocketAddr::from((server.address, 7));
-    let listener = server.namespace.run(async move { TcpListener::bind(address).await.unwrap() });
-    server.namespace.spawn(async move {
+    stream_between(&client.namespace, &server.namespace, server.address)
+}
+
+fn stream_between(client: &Namespace, server: &Namespace, address: Ipv6Addr) -> Arc<AtomicU64> {
+    let address = SocketAddr::from((address, 7));
+    let listener = server.run(async move { TcpListener::bind(address).await.unwrap() });
+    server.spawn(async move {
         let (mut stream, _) = listener.accept().await.unwrap();
         let (mut reader, mut writer) = stream.split();
         let _ = tokio::io::copy(&mut reader, &mut writer).await;
     });
     let count = Arc::new(AtomicU64::new(0));
     let counted = count.clone();
-    client.namespace.spawn(async move {
+    client.spawn(async move {
         let mut stream = TcpStream::connect(address).await.expect("the stream opens");
         let mut back = vec![0; CHUNK];
         for round in 0u64.. {

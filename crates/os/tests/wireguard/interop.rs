@@ -1,0 +1,243 @@
+//! Our machine and a stock `wireguard-go`: handshakes, new keys, a move, and real traffic.
+
+use std::{
+    io::{BufRead, BufReader, Write},
+    net::Ipv6Addr,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::atomic::Ordering,
+    time::Duration,
+};
+
+use clan_types::{ClanId, MachineId, WgPublicKey, mesh_address};
+use gotatun::x25519::{PublicKey, StaticSecret};
+
+use super::{
+    CHUNK, Machine, PORT, eventually,
+    netns::{self, Namespace},
+    progress, start_with, stream_between,
+};
+use clan_os::wireguard::WgPeer;
+
+const THEIR_PORT: u16 = 51820;
+
+/// A computer that runs a standard WireGuard program. The program ends with this.
+struct Standard {
+    namespace: Namespace,
+    program: Child,
+    device: String,
+    secret: StaticSecret,
+    address: Ipv6Addr,
+}
+
+/// The present version where `scripts/rivals` has put it, else the system's.
+fn wireguard_go() -> PathBuf {
+    let unpacked = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../target/rivals/unstable/usr/bin/wireguard-go");
+    if unpacked.exists() { unpacked } else { "wireguard-go".into() }
+}
+
+impl Standard {
+    fn start(n: u8) -> Self {
+        let secret = StaticSecret::from([n + 50; 32]);
+        let id = MachineId::from_bytes(*PublicKey::from(&secret).as_bytes());
+        let address = mesh_address(&ClanId::from_bytes([42; 32]), &id);
+        // The control socket is named after the device, for all namespaces in one folder.
+        let device = format!("wgt{}x{n}", std::process::id() % 1_000_000);
+        let namespace = Namespace::new("standard");
+        let mut command = Command::new(wireguard_go());
+        command.args(["-f", &device]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let program = namespace.run(async move { command.spawn() });
+        let program = program.expect("wireguard-go runs: install it with `make deps`");
+        let standard = Self { namespace, program, device, secret, address };
+        eventually("wireguard-go listens", Duration::from_secs(10), || standard.connect().is_ok());
+        let private: String = standard.secret.to_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        standard.set(&format!("private_key={private}\nlisten_port={THEIR_PORT}\n"));
+        let device = &standard.device;
+        standard.ip(&format!("address add {address}/48 dev {device} nodad"));
+        standard.ip(&format!("link set {device} mtu 1280 up"));
+        standard
+    }
+
+    fn connect(&self) -> std::io::Result<UnixStream> {
+        UnixStream::connect(format!("/var/run/wireguard/{}.sock", self.device))
+    }
+
+    fn set(&self, settings: &str) {
+        let mut stream = self.connect().unwrap();
+        stream.write_all(format!("set=1\n{settings}\n").as_bytes()).unwrap();
+        let mut answer = String::new();
+        BufReader::new(stream).read_line(&mut answer).unwrap();
+        assert_eq!(answer.trim(), "errno=0", "for {settings}");
+    }
+
+    /// What it says about its only peer.
+    fn get(&self, key: &str) -> Option<String> {
+        let mut stream = self.connect().unwrap();
+        stream.write_all(b"get=1\n\n").unwrap();
+        let lines = BufReader::new(stream).lines().map(Result::unwrap);
+        let values = lines.take_while(|line| !line.is_empty());
+        values.filter_map(|line| Some(line.strip_prefix(&format!("{key}="))?.to_owned())).last()
+    }
+
+    /// When it last shook hands.
+    fn handshake(&self) -> (u64, u64) {
+        let number = |key| self.get(key).and_then(|value| value.parse().ok()).unwrap_or(0);
+        (number("last_handshake_time_sec"), number("last_handshake_time_nsec"))
+    }
+
+    fn ip(&self, arguments: &str) {
+        let arguments: Vec<String> = arguments.split_whitespace().map(str::to_owned).collect();
+        let status = self.namespace.run(async move { Command::new("ip").args(&arguments).status() });
+        assert!(status.unwrap().success());
+    }
+
+    fn knows(&self, ours: &Machine, endpoint: Option<&str>) {
+        let key: String = ours.peer(&[]).public_key.as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+        let endpoint = endpoint.map(|addr| format!("endpoint={addr}\n")).unwrap_or_default();
+        self.set(&format!("replace_peers=true\npublic_key={key}\n{endpoint}allowed_ip={}/128\n", ours.address));
+    }
+
+    fn peer(&self, candidates: &[&str]) -> WgPeer {
+        let key = *PublicKey::from(&self.secret).as_bytes();
+        WgPeer {
+            id: MachineId::from_bytes(key),
+            public_key: WgPublicKey::from_bytes(key),
+            addresses: vec![self.address.into()],
+            standard: true,
+            candidates: candidates.iter().map(|candidate| candidate.parse().unwrap()).collect(),
+            keepalive: None,
+        }
+    }
+}
+
+impl Drop for Standard {
+    fn drop(&mut self) {
+        let _ = self.program.kill();
+        let _ = self.program.wait();
+        let _ = std::fs::remove_file(format!("/var/run/wireguard/{}.sock", self.device));
+    }
+}
+
+/// wireguard-go keeps its control socket below /run, where only root may write.
+fn enter(name: &str) -> bool {
+    if !netns::enter(name) {
+        return false;
+    }
+    netns::own_run();
+    true
+}
+
+fn meet(n: u8, rekey_after: Option<Duration>) -> (Machine, Standard) {
+    // The other ends of the carrier are dropped: a standard peer has none.
+    let (ours, _ends) = start_with(n, rekey_after);
+    let theirs = Standard::start(n + 1);
+    netns::join(
+        &ours.namespace,
+        &theirs.namespace,
+        [&["192.0.2.1/24", "2001:db8::1/64"], &["192.0.2.2/24", "2001:db8::2/64"]],
+    );
+    (ours, theirs)
+}
+
+fn endpoint(ours: &Machine, theirs: &Standard) -> String {
+    let (wireguard, id) = (ours.wireguard.clone(), theirs.peer(&[]).id);
+    let status = ours.namespace.run(async move { wireguard.peers().await });
+    format!("{:?}", status.into_iter().find(|peer| peer.id == id).map(|peer| peer.path))
+}
+
+#[test]
+fn we_begin_with_a_standard_peer_and_renew_keys_while_a_stream_runs() {
+    if !enter("interop::we_begin_with_a_standard_peer_and_renew_keys_while_a_stream_runs") {
+        return;
+    }
+    let (ours, theirs) = meet(1, Some(Duration::from_secs(1)));
+    theirs.knows(&ours, None);
+    ours.set_peers(vec![theirs.peer(&["192.0.2.2:51820"])]);
+    let stream = stream_between(&ours.namespace, &theirs.namespace, theirs.address);
+    progress(&stream, Duration::from_secs(10));
+    assert_eq!(theirs.get("endpoint").as_deref(), Some("192.0.2.1:41641"), "it learnt where we are");
+    let mut last = theirs.handshake();
+    for round in 0..3 {
+        eventually(&format!("new keys, time {round}"), Duration::from_secs(10), || theirs.handshake() != last);
+        last = theirs.handshake();
+        progress(&stream, Duration::from_secs(5));
+    }
+    ours.stop();
+}
+
+#[test]
+fn a_standard_peer_begins_starts_anew_and_roams_while_a_stream_runs() {
+    if !enter("interop::a_standard_peer_begins_starts_anew_and_roams_while_a_stream_runs") {
+        return;
+    }
+    let (ours, theirs) = meet(3, None);
+    // We do not know where it is.
+    ours.set_peers(vec![theirs.peer(&[])]);
+    theirs.knows(&ours, Some(&format!("[2001:db8::1]:{PORT}")));
+    let stream = stream_between(&theirs.namespace, &ours.namespace, ours.address);
+    progress(&stream, Duration::from_secs(10));
+    assert!(endpoint(&ours, &theirs).contains("[2001:db8::2]:51820"), "{}", endpoint(&ours, &theirs));
+
+    // All its sessions are gone, as after a restart: it shakes hands again.
+    let before = theirs.handshake();
+    theirs.knows(&ours, Some(&format!("192.0.2.1:{PORT}")));
+    progress(&stream, Duration::from_secs(20));
+    assert_ne!(theirs.handshake(), before);
+    assert!(endpoint(&ours, &theirs).contains("192.0.2.2:51820"), "from IPv6 to IPv4");
+
+    // Another network, and with it another address.
+    theirs.ip("address del 192.0.2.2/24 dev wire0");
+    theirs.ip("address add 192.0.2.77/24 dev wire0");
+    progress(&stream, Duration::from_secs(20));
+    assert!(endpoint(&ours, &theirs).contains("192.0.2.77:51820"), "{}", endpoint(&ours, &theirs));
+    theirs.set("listen_port=51999\n");
+    progress(&stream, Duration::from_secs(20));
+    assert!(endpoint(&ours, &theirs).contains("192.0.2.77:51999"), "{}", endpoint(&ours, &theirs));
+
+    // We move, and it follows.
+    ours.namespace.command("ip address del 192.0.2.1/24 dev wire0");
+    ours.namespace.command("ip address add 192.0.2.88/24 dev wire0");
+    progress(&stream, Duration::from_secs(20));
+    assert_eq!(theirs.get("endpoint").as_deref(), Some("192.0.2.88:41641"));
+
+    // Put out, it gets nothing through.
+    ours.set_peers(vec![]);
+    let rest = stream.load(Ordering::Relaxed) + 1;
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(stream.load(Ordering::Relaxed) <= rest, "a removed peer gets nothing through");
+    ours.stop();
+}
+
+#[test]
+fn iperf3_runs_both_ways_with_a_standard_peer() {
+    if !enter("interop::iperf3_runs_both_ways_with_a_standard_peer") {
+        return;
+    }
+    let (ours, theirs) = meet(5, None);
+    theirs.knows(&ours, None);
+    ours.set_peers(vec![theirs.peer(&["192.0.2.2:51820"])]);
+    let address = theirs.address.to_string();
+    let mut server = Command::new("iperf3");
+    server.arg("--server").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut server =
+        theirs.namespace.run(async move { server.spawn() }).expect("iperf3 runs: install it with `make deps`");
+    for arguments in [&["-P", "2"][..], &["-R"], &["-u", "-b", "5M"]] {
+        let mut report = String::new();
+        // The server may not listen yet.
+        eventually("iperf3 finishes", Duration::from_secs(40), || {
+            let mut client = Command::new("iperf3");
+            client.args(["-J", "-t", "1", "-c", &address]).args(arguments);
+            let output = ours.namespace.run(async move { client.output() }).unwrap();
+            report = String::from_utf8_lossy(&output.stdout).into_owned();
+            output.status.success()
+        });
+        let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+        let bytes = report.pointer("/end/sum_received/bytes").or_else(|| report.pointer("/end/sum/bytes"));
+        let bytes = bytes.and_then(serde_json::Value::as_f64).unwrap_or(0.0);
+        assert!(bytes > 4.0 * CHUNK as f64, "{arguments:?}: {report}");
+    }
+    let _ = server.kill();
+    let _ = server.wait();
+    ours.stop();
+}
