@@ -3,7 +3,7 @@
 use std::{
     fs::OpenOptions as SyncOpenOptions,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -20,13 +20,17 @@ use clan_wire::{
     },
 };
 use ed25519_dalek::SigningKey;
+use futures_util::{StreamExt, stream::FuturesUnordered};
 use iroh::{
     Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, RecvStream, presets},
 };
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use rustls::{CipherSuite, crypto::CryptoProvider};
-use tokio::{io::AsyncWriteExt, time::timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    time::{sleep_until, timeout},
+};
 
 use crate::{
     problem, sign,
@@ -35,6 +39,8 @@ use crate::{
 
 const CONNECT: Duration = Duration::from_secs(12);
 const PREVIEW: Duration = Duration::from_secs(10);
+/// How long a machine may be silent before the next one is asked too.
+const STAGGER: Duration = Duration::from_millis(700);
 const ANSWER: Duration = Duration::from_secs(20);
 /// A transfer that stands still for so long is tried anew.
 const STALL: Duration = Duration::from_secs(30);
@@ -94,6 +100,15 @@ pub(crate) struct Fetcher {
     endpoint: Endpoint,
     link: InviteLink,
     invite_key: SigningKey,
+    /// The machine that answered last.
+    answered: Mutex<Option<MachineId>>,
+}
+
+/// What came of asking every machine of a link.
+enum Round {
+    Found(Box<Found>),
+    Refused(Box<ApiProblem>),
+    Silence,
 }
 
 /// What a link leads to, checked by ourselves.
@@ -104,11 +119,11 @@ pub(crate) struct Found {
 }
 
 impl Fetcher {
-    /// Opens an endpoint of a passing identity.
-    pub(crate) async fn open(link: InviteLink) -> Result<Self, ApiProblem> {
+    /// Opens an endpoint of a passing identity. `first` is the machine to ask first, if it is one of the link's.
+    pub(crate) async fn open(link: InviteLink, first: Option<MachineId>) -> Result<Self, ApiProblem> {
         let endpoint = Passing::new()?.bind().await?;
         let invite_key = SigningKey::from_bytes(link.secret.expose());
-        Ok(Self { endpoint, link, invite_key })
+        Ok(Self { endpoint, link, invite_key, answered: Mutex::new(first) })
     }
 
     /// The invite.
@@ -118,7 +133,7 @@ impl Fetcher {
 
     /// The machines of the link, with the addresses at which they were found besides those that the link names.
     pub(crate) async fn peers(&self) -> Vec<PeerAddr> {
-        let mut peers = self.link.peers.clone();
+        let mut peers = self.ordered();
         for peer in &mut peers {
             let Ok(id) = iroh::PublicKey::from_bytes(peer.machine.as_bytes()) else { continue };
             let Some(info) = self.endpoint.remote_info(id).await else { continue };
@@ -141,24 +156,77 @@ impl Fetcher {
         InviteProof::new(&self.invite_key, &self.link.clan, &MachineId::from_bytes(*self.endpoint.id().as_bytes()))
     }
 
-    /// Asks the machines of the link, one after the other, what it leads to, and checks the answer.
+    /// Asks the machines of the link what it leads to, and checks the answer: the first at once, each further one when those
+    /// before it have failed, or been silent for [`STAGGER`].
     pub(crate) async fn preview(&self) -> Result<Found, ApiProblem> {
         let began = Instant::now();
         let mut last = None;
         // Twice: a machine that has just started may lose the first question.
-        for peer in self.link.peers.iter().chain(&self.link.peers) {
-            match self.ask_preview(peer).await {
-                Ok(JoinResponse::Preview { entries }) => {
-                    let ledger = sign::fold(self.link.clan, entries.iter().map(Vec::as_slice));
-                    return self.check(ledger);
-                }
-                Ok(JoinResponse::Refused(refusal @ JoinRefusal::NotReady)) => last = Some(refusal.to_string()),
-                Ok(JoinResponse::Refused(refusal)) => return Err(problem::refusal(&refusal)),
-                Ok(JoinResponse::Admitted { .. }) => last = Some("an answer to another question".into()),
-                Err(why) => last = Some(why),
+        for _ in 0..2 {
+            match self.preview_round(&mut last).await {
+                Round::Found(found) => return Ok(*found),
+                Round::Refused(problem) => return Err(*problem),
+                Round::Silence => {}
             }
         }
         Err(self.unreachable(began.elapsed(), last))
+    }
+
+    async fn preview_round(&self, last: &mut Option<String>) -> Round {
+        let peers = self.ordered();
+        let mut waiting = peers.iter();
+        let mut asked = FuturesUnordered::new();
+        let mut refused = None;
+        let mut due = tokio::time::Instant::now();
+        loop {
+            let answered = tokio::select! {
+                biased;
+                Some(answered) = asked.next() => answered,
+                () = sleep_until(due), if waiting.len() > 0 => {
+                    if let Some(peer) = waiting.next() {
+                        asked.push(async move { (peer.machine, self.ask_preview(peer).await) });
+                    }
+                    due = tokio::time::Instant::now() + STAGGER;
+                    continue;
+                }
+                else => break,
+            };
+            match answered {
+                (machine, Ok(JoinResponse::Preview { entries })) => {
+                    let ledger = sign::fold(self.link.clan, entries.iter().map(Vec::as_slice));
+                    match self.check(ledger) {
+                        Ok(found) => {
+                            *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine);
+                            return Round::Found(Box::new(found));
+                        }
+                        Err(problem) => refused = Some(problem),
+                    }
+                }
+                (_, Ok(JoinResponse::Refused(refusal @ JoinRefusal::NotReady))) => *last = Some(refusal.to_string()),
+                // It may not have heard of the invite yet.
+                (_, Ok(JoinResponse::Refused(refusal @ JoinRefusal::UnknownInvite))) => {
+                    refused.get_or_insert(problem::refusal(&refusal));
+                }
+                (_, Ok(JoinResponse::Refused(refusal))) => return Round::Refused(Box::new(problem::refusal(&refusal))),
+                (_, Ok(JoinResponse::Admitted { .. })) => *last = Some("an answer to another question".into()),
+                (_, Err(why)) => *last = Some(why),
+            }
+            due = tokio::time::Instant::now();
+        }
+        refused.map_or(Round::Silence, |problem| Round::Refused(Box::new(problem)))
+    }
+
+    /// The machine that answered last.
+    pub(crate) fn answered(&self) -> Option<MachineId> {
+        *self.answered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The machines of the link, the one that answered before in front.
+    fn ordered(&self) -> Vec<PeerAddr> {
+        let answered = self.answered();
+        let mut peers = self.link.peers.clone();
+        peers.sort_by_key(|peer| Some(peer.machine) != answered);
+        peers
     }
 
     /// INVARIANT: nothing is believed that does not follow from the clan's id, which came with the link: the founding
@@ -219,7 +287,7 @@ impl Fetcher {
     pub(crate) async fn manifest(&self, image: &ImageId) -> Result<Manifest, ApiProblem> {
         let began = Instant::now();
         let mut last = None;
-        for peer in &self.link.peers {
+        for peer in &self.ordered() {
             match self.ask_manifest(peer, image).await {
                 Ok(manifest) => return Ok(manifest),
                 Err(Failed::Final(problem)) => return Err(*problem),
@@ -276,6 +344,7 @@ impl Fetcher {
         task: &TaskHandle,
     ) -> Result<StoredImage, ApiProblem> {
         let id = manifest.id().map_err(|e| ApiProblem::new(ErrorCode::Untrusted, e.to_string()))?;
+        let peers = self.ordered();
         // A damaged file is dropped and fetched once more; a second damage is somebody's intent.
         for attempt in 0..2 {
             let incoming = blocking({
@@ -287,7 +356,7 @@ impl Fetcher {
             let mut tries = 0;
             let mut have: u64 = incoming.files().iter().map(|f| f.have).sum();
             while !incoming.files().iter().all(clan_build::IncomingFile::is_complete) {
-                let peer = self.link.peers.get(tries as usize % self.link.peers.len().max(1));
+                let peer = peers.get(tries as usize % peers.len().max(1));
                 let Some(peer) = peer else { return Err(self.unreachable(Duration::ZERO, None)) };
                 match self.transfer(peer, &incoming, manifest, task).await {
                     Ok(()) => {}

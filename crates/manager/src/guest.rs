@@ -126,6 +126,7 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Farewell { .. } => "say farewell",
         ControlRequest::Forget => "forget the clan",
         ControlRequest::OpenWords { .. } => "wait for the words of an invitation",
+        ControlRequest::Peers => "name other machines",
     }
 }
 

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use clan_api::{ApiProblem, CreateInvite, ErrorCode, Invite};
 use clan_ledger::Body;
+use clan_os::channel::Channel;
 use clan_types::{InviteId, InviteLink, InviteSecret, PeerAddr, Role};
 use clan_wire::control::{ControlRequest, ControlResponse};
 use ed25519_dalek::SigningKey;
@@ -20,8 +21,11 @@ use crate::{
 const DEFAULT_EXPIRY: Duration = Duration::from_secs(24 * 3600);
 const MAX_EXPIRY: Duration = Duration::from_secs(366 * 24 * 3600);
 const MAX_USES: u32 = 10_000;
-/// A link takes so many addresses of a machine.
+/// A link takes so many addresses of the machine here.
 const MAX_ADDRS: usize = 16;
+/// And so many other machines, for when this one is off, with so many addresses each: a link has to fit a QR code.
+const MAX_OTHERS: usize = 3;
+const MAX_OTHER_ADDRS: usize = 3;
 
 /// Makes an invite and its link.
 pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -> Result<Invite, ApiProblem> {
@@ -61,7 +65,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let link = InviteLink {
         clan: record.id,
         secret: InviteSecret::from_bytes(*secret),
-        peers: vec![PeerAddr { machine, addrs }],
+        peers: std::iter::once(PeerAddr { machine, addrs }).chain(others(&control).await).collect(),
     };
     let (words, words_expire) = crate::words::open(&control, &link).await.unzip();
     tracing::info!(clan = %record.name, invite = %invite.short(), %role, uses, "made an invite");
@@ -76,4 +80,19 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         words: words.map(|words| words.to_string()),
         words_expire,
     })
+}
+
+/// Other machines that can admit a newcomer.
+async fn others(control: &Channel) -> Vec<PeerAddr> {
+    let mut others = match guest::open(control, &ControlRequest::Peers, guest::PATIENCE).await {
+        Ok((_, ControlResponse::Peers(others))) => others,
+        outcome => {
+            // A controller of an earlier version does not know the question.
+            tracing::debug!(?outcome, "the link names no other machine");
+            Vec::new()
+        }
+    };
+    others.truncate(MAX_OTHERS);
+    others.iter_mut().for_each(|other| other.addrs.truncate(MAX_OTHER_ADDRS));
+    others
 }

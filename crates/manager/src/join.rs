@@ -1,6 +1,6 @@
 //! Joining a clan: what a link leads to, and going there. Each step finds out what an earlier attempt has done.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use clan_api::{
     ApiProblem, ControlMode, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan,
@@ -46,15 +46,25 @@ fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
     Ok(link)
 }
 
+async fn open(shared: &Shared, link: InviteLink) -> Result<Fetcher, ApiProblem> {
+    let first = *shared.answered.lock().unwrap_or_else(PoisonError::into_inner);
+    Fetcher::open(link, first).await
+}
+
+fn close(shared: &Shared, fetcher: Fetcher) {
+    *shared.answered.lock().unwrap_or_else(PoisonError::into_inner) = fetcher.answered();
+    shared.closing.spawn(fetcher.close());
+}
+
 /// Fetches and checks what a link leads to.
 pub(crate) async fn preview(shared: &Shared, link: &str, integrate: Option<&str>) -> Result<JoinPreview, ApiProblem> {
     let link = parse(shared, link)?;
     if let Some(socket) = integrate {
         integrated::socket_path(socket)?;
     }
-    let fetcher = Fetcher::open(link).await?;
+    let fetcher = open(shared, link).await?;
     let outcome = look(shared, &fetcher, integrate).await;
-    fetcher.close().await;
+    close(shared, fetcher);
     outcome
 }
 
@@ -175,9 +185,9 @@ fn size(
 /// Starts joining. The link is checked again; only then anything is put on disk.
 pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc<Task>, ApiProblem> {
     let link = parse(shared, &request.link)?;
-    let fetcher = Fetcher::open(link.clone()).await?;
+    let fetcher = open(shared, link.clone()).await?;
     let found = fetcher.preview().await;
-    fetcher.close().await;
+    close(shared, fetcher);
     let found = found?;
     let home = match (&request.integrate, &found.description) {
         (Some(socket), _) => {
@@ -284,10 +294,10 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         .ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
     let link: InviteLink = text.parse().map_err(|e| problem::link(&e))?;
     task.begin(0);
-    let fetcher = Fetcher::open(link).await?;
+    let fetcher = open(shared, link).await?;
     let outcome = prepare(shared, clan, task, &fetcher).await;
     let peers = fetcher.peers().await;
-    fetcher.close().await;
+    close(shared, fetcher);
     let theirs = outcome?;
     let identity = if clan.record.get().is_integrated() {
         let (_, identity) = boot::bring_up(clan, task, 1).await?;

@@ -11,10 +11,10 @@ use std::{
 
 use clan_api::{ApiProblem, ErrorCode, HealthProblem, Severity};
 use clan_build::ImageStore;
-use clan_types::{ClanId, ClanName};
+use clan_types::{ClanId, ClanName, MachineId};
 use clan_vm::Qemu;
 use rustix::fs::FlockOperation;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     clan::{Clan, RecordCell},
@@ -161,6 +161,10 @@ pub(crate) struct Shared {
     pub(crate) address: SocketAddr,
     /// Held while an image is built or fetched.
     pub(crate) building: tokio::sync::Mutex<()>,
+    /// The machine that answered a newcomer's questions last: the first to be asked more.
+    pub(crate) answered: Mutex<Option<MachineId>>,
+    /// Endpoints on their way down; nobody has to wait for their goodbyes but the manager's end.
+    pub(crate) closing: TaskTracker,
     /// Held while a clan is added.
     pub(crate) admission: tokio::sync::Mutex<()>,
     clans: RwLock<BTreeMap<ClanId, Arc<Clan>>>,
@@ -218,6 +222,8 @@ impl Manager {
         http.await;
         shared.stop.cancel();
         shared.tasks.join().await;
+        shared.closing.close();
+        shared.closing.wait().await;
         shared.keepers.cancel();
         for clan in shared.clans() {
             clan.keeper.join().await;
@@ -250,6 +256,8 @@ impl Shared {
             auth: Auth::open(&paths.token())?,
             address,
             building: tokio::sync::Mutex::new(()),
+            answered: Mutex::default(),
+            closing: TaskTracker::new(),
             admission: tokio::sync::Mutex::new(()),
             clans: RwLock::default(),
             problems: Mutex::default(),

@@ -246,6 +246,7 @@ impl Controller {
                 Ok(()) => ControlResponse::Done,
                 Err(error) => ControlResponse::Failed(chain(&error)),
             },
+            ControlRequest::Peers => ControlResponse::Peers(status::others(&access.core.view())),
             ControlRequest::Farewell { entry } => self.farewell(&access, entry).await,
             ControlRequest::Watch => return self.report(stream, &access).await,
             ControlRequest::Connect { service, machine } => {

@@ -1,8 +1,10 @@
 //! What a machine reports to its manager about the clan.
 
+use std::net::IpAddr;
+
 use clan_ledger::Standing;
 use clan_os::wireguard::{PathChoice, WgPeerStatus, Wireguard};
-use clan_types::mesh_address;
+use clan_types::{PeerAddr, mesh_address};
 use clan_wire::control::{MachineStatus, NodeStatus, PathKind, PathStatus, PersonStatus, ServiceStatus};
 use iroh::{TransportAddr, endpoint::Connection};
 
@@ -51,6 +53,39 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
         machines,
         entries: view.entries,
         problems: view.problems.clone(),
+    }
+}
+
+/// Machines that are told of at most.
+const MAX_OTHERS: usize = 16;
+
+/// Other machines that were heard of lately, those with an address that the whole internet may reach first.
+pub(crate) fn others(view: &View) -> Vec<PeerAddr> {
+    let at = now();
+    let mut others: Vec<(bool, PeerAddr)> = view
+        .beacons
+        .iter()
+        .filter(|(id, beacon)| **id != view.machine && View::is_fresh(beacon, at) && !beacon.quic.is_empty())
+        .filter(|(id, _)| view.state.machine_in_good_standing(id).is_some())
+        .map(|(id, beacon)| {
+            let mut addrs = beacon.quic.clone();
+            addrs.sort_by_key(|addr| !is_public(addr.ip()));
+            (!addrs.iter().any(|addr| is_public(addr.ip())), PeerAddr { machine: *id, addrs })
+        })
+        .collect();
+    others.sort_by_key(|(hidden, _)| *hidden);
+    others.truncate(MAX_OTHERS);
+    others.into_iter().map(|(_, peer)| peer).collect()
+}
+
+/// Whether an address is nobody's private one (RFC 1918, 6598, 4193).
+fn is_public(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => {
+            let carrier = ip.octets()[0] == 100 && ip.octets()[1] & 0xc0 == 64;
+            !(ip.is_private() || ip.is_link_local() || ip.is_loopback() || carrier)
+        }
+        IpAddr::V6(ip) => !(ip.is_unique_local() || ip.is_unicast_link_local() || ip.is_loopback()),
     }
 }
 

@@ -75,6 +75,9 @@ pub enum ControlRequest {
         /// What to give.
         link: SecretText,
     },
+    /// Other machines that were heard of lately, which could admit a newcomer in place of this one: for invitation links.
+    /// Answered by [`ControlResponse::Peers`].
+    Peers,
 }
 
 /// Text that is not to be logged.
@@ -172,6 +175,8 @@ pub enum ControlResponse {
     Connected,
     /// Raw bytes follow.
     Raw,
+    /// See [`ControlRequest::Peers`]; best first.
+    Peers(Vec<PeerAddr>),
 }
 
 /// The clan as one of its machines sees it.

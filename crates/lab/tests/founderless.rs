@@ -1,0 +1,201 @@
+//! A clan whose founder is gone goes on: who was invited gets in by any member, and an admin decides. Needs root, for network
+//! namespaces.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
+
+use std::{
+    fs,
+    io::{ErrorKind, Read, Write},
+    net::{Ipv6Addr, TcpListener, TcpStream},
+    os::unix::fs::PermissionsExt,
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use clan_lab::{
+    LabConfig, LabError, Screen,
+    five::{CLAN, ping_once},
+    fleet::Fleet,
+    leftovers,
+    nat::{Nat, SiteSpec},
+    story::until,
+};
+use serde_json::Value;
+
+/// Every reachable member drops a revoked machine's packets within this time of the command.
+const CUT_OFF: Duration = Duration::from_secs(3);
+/// How long other things may take.
+const LIMIT: Duration = Duration::from_secs(30);
+/// A stream that carried nothing for so long is dead: a living one never pauses for so long on an idle wire.
+const DEAD: Duration = Duration::from_secs(5);
+const PORT: u16 = 7000;
+
+#[test]
+fn with_all_founders_stopped_members_admit_and_an_admin_decides() {
+    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
+    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
+    let own = std::env::current_exe().unwrap();
+    // target/<triple>/<profile>/deps/<test>: the programs are two above.
+    let mut config = LabConfig::new(own.parent().and_then(std::path::Path::parent).unwrap());
+    config.prefix = "clanalone".into();
+    config.state = Some(folder.path().join("fleet"));
+    let specs: Vec<SiteSpec> =
+        ["founder", "admin", "member", "early", "late"].map(|name| SiteSpec::new(name, Nat::Open)).into();
+    let screen = Screen::stdout();
+    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let record = fleet.record().clone();
+    let told = tell(&mut fleet);
+    if told.is_err() {
+        for computer in fleet.computers() {
+            for kind in ["controller", "manager"] {
+                screen.heading(&format!("{}'s {kind}", computer.name()));
+                computer.log_tail(kind, 30).lines().for_each(|line| screen.said(line));
+            }
+        }
+    }
+    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
+    told.unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+}
+
+fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
+    let screen = fleet.screen().clone();
+    fleet.computer("founder").found(CLAN)?;
+    for (name, role) in [("admin", "admin"), ("member", "member")] {
+        let link = fleet.computer("founder").invite(role)?;
+        fleet.computer(name).join(&link)?.success()?;
+    }
+    for (one, other) in [("admin", "member"), ("member", "admin")] {
+        until(LIMIT, "the machines meeting", || ping_once(fleet.computer(one), other))?;
+    }
+
+    screen.heading("Invited by an admin, let in by a member: founder and admin are off");
+    let early = fleet.computer("admin").invite("member")?;
+    let invited =
+        |v: &Value| v.as_array().is_some_and(|all| all.iter().any(|i| i["by"] == "admin" || i["by_name"] == "admin"));
+    until(LIMIT, "the member hearing of the invite", || {
+        Ok(invited(&fleet.computer("member").clan_json(&["invites"])?).then_some(()))
+    })?;
+    fleet.computer("founder").stop()?;
+    fleet.computer("admin").stop()?;
+    let began = Instant::now();
+    fleet.computer("early").join(&early)?.success()?;
+    screen.seen("the newcomer is admitted by the member", began.elapsed());
+    until(LIMIT, "the newcomer reaching the member", || ping_once(fleet.computer("early"), "member"))?;
+
+    screen.heading("The admin decides: the founder stays off");
+    fleet.computer("admin").start()?;
+    until(LIMIT, "the admin hearing of the newcomer", || names(fleet, "admin", "early", true))?;
+    let late = fleet.computer("admin").invite("member")?;
+    fleet.computer("late").join(&late)?.success()?;
+    for other in ["admin", "member", "early"] {
+        until(LIMIT, "the last one reaching the others", || ping_once(fleet.computer("late"), other))?;
+    }
+
+    let stream = Flow::start(fleet, "early", "member")?;
+    let began = Instant::now();
+    fleet.computer("admin").clan(&["revoke", "person", "early", "--yes"])?.success()?;
+    let command = began.elapsed();
+    let died =
+        until(LIMIT, "the end of the revoked person's stream", || Ok(stream.died()))?.saturating_duration_since(began);
+    screen.seen(
+        &format!(
+            "the last byte of a revoked person's stream came {:.2} s after the command was typed",
+            died.as_secs_f64()
+        ),
+        command,
+    );
+    if died > CUT_OFF {
+        return Err(LabError::Promise(format!("a revoked machine's stream went on for {died:?}")));
+    }
+    for other in ["admin", "member", "late"] {
+        until(LIMIT, "everybody hearing of it", || names(fleet, other, "early", false))?;
+        let answers = ping_once(fleet.computer("early"), other)?;
+        if answers.is_some() {
+            return Err(LabError::Promise(format!("{other} still answers the revoked machine")));
+        }
+    }
+
+    screen.heading("The founder comes back");
+    let founder = fleet.computer("founder");
+    founder.start()?;
+    until(LIMIT, "the founder hearing of the last one", || names(fleet, "founder", "late", true))?;
+    until(LIMIT, "the founder hearing of the revocation", || names(fleet, "founder", "early", false))?;
+    Ok(())
+}
+
+/// Whether `asked` has a member of that name as it should be.
+fn names(fleet: &mut Fleet, asked: &str, name: &str, there: bool) -> Result<Option<()>, LabError> {
+    let members = fleet.computer(asked).clan_json(&["members"])?;
+    let all = members.as_array().map(Vec::as_slice).unwrap_or_default();
+    // An empty list means that nothing is known yet.
+    let has = all.iter().any(|m| m["name"] == name);
+    Ok((!all.is_empty() && has == there).then_some(()))
+}
+
+/// A TCP stream through the mesh that is written to without pause.
+struct Flow {
+    last: Arc<Mutex<Instant>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Flow {
+    fn start(fleet: &mut Fleet, from: &str, to: &str) -> Result<Self, LabError> {
+        let address = address_of(fleet, from, to)?;
+        let listener = fleet.world().site(to).enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
+        let sender = fleet.world().site(from).enter(move || TcpStream::connect((address, PORT)))?;
+        let (receiver, _) = listener.accept().map_err(|source| LabError::Io { what: "accept".into(), source })?;
+        let flow = Self { last: Arc::new(Mutex::new(Instant::now())), stop: Arc::default() };
+        let (last, stop) = (flow.last.clone(), flow.stop.clone());
+        thread::spawn(move || {
+            let (mut receiver, mut buffer) = (receiver, vec![0; 1 << 16]);
+            receiver.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+            while !stop.load(Ordering::Relaxed) {
+                match receiver.read(&mut buffer) {
+                    Ok(0) => return,
+                    Ok(_) => *last.lock().unwrap() = Instant::now(),
+                    Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                    Err(_) => return,
+                }
+            }
+        });
+        let stop = flow.stop.clone();
+        thread::spawn(move || {
+            let mut sender = sender;
+            sender.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+            let chunk = vec![7; 1 << 14];
+            while !stop.load(Ordering::Relaxed) {
+                match sender.write(&chunk) {
+                    Ok(_) => thread::sleep(Duration::from_millis(5)),
+                    Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                    Err(_) => return,
+                }
+            }
+        });
+        let before = *flow.last.lock().unwrap();
+        until(LIMIT, "the stream flowing", || Ok((*flow.last.lock().unwrap() > before).then_some(())))?;
+        Ok(flow)
+    }
+
+    /// When the last byte came, once none has for long.
+    fn died(&self) -> Option<Instant> {
+        let last = *self.last.lock().unwrap();
+        (last.elapsed() > DEAD).then_some(last)
+    }
+}
+
+impl Drop for Flow {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+fn address_of(fleet: &mut Fleet, asked: &str, name: &str) -> Result<Ipv6Addr, LabError> {
+    let machines = fleet.computer(asked).clan_json(&["machines"])?;
+    let all = machines.as_array().map(Vec::as_slice).unwrap_or_default();
+    let address = all.iter().find(|m| m["name"] == name).and_then(|m| m["address"].as_str()?.parse().ok());
+    address.ok_or_else(|| LabError::Promise(format!("{asked} knows no address of {name}")))
+}
