@@ -3,7 +3,7 @@
 //! ```text
 //! edges        cli
 //! services     manager  node
-//! cores        replica  ledger  tunnel  pairing   adapters   os  vm  build  store
+//! cores        replica  ledger  tunnel  pairing   adapters   os  relay  vm  build  store
 //! vocabulary   wire  api           agent (a guest's first program) sees wire and types only
 //!              types               lab, xtask are beside all this
 //! ```
@@ -48,6 +48,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("clan-pairing", Layer::Core),
     ("clan-tunnel", Layer::Core),
     ("clan-os", Layer::Adapter),
+    ("clan-relay", Layer::Adapter),
     ("clan-vm", Layer::Adapter),
     ("clan-build", Layer::Adapter),
     ("clan-store", Layer::Adapter),

@@ -18,8 +18,8 @@ use tokio::{
 use crate::{
     ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite, DeleteQuery,
     FindInvitation, FoundInvitation, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login,
-    MachineInfo, OpenedService, PersonInfo, PreviewJoin, Revocation, Revoke, ServiceInfo, Status, TaskEvent, TaskId,
-    TaskInfo, VmInfo, VmStats,
+    MachineInfo, OpenedService, PersonInfo, PreviewJoin, RelayChange, RelayInfo, Revocation, Revoke, ServiceInfo,
+    SetRelay, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats,
 };
 
 /// Largest answer that is read into memory.
@@ -136,6 +136,16 @@ impl ManagerClient {
     /// Puts a person or a machine out, or withdraws an invite.
     pub async fn revoke(&self, clan: &str, request: &Revoke) -> Result<Revocation, ClientError> {
         self.post(&format!("/clans/{}/revocations", segment(clan)), request).await
+    }
+
+    /// The relays of a clan.
+    pub async fn relays(&self, clan: &str) -> Result<Vec<RelayInfo>, ClientError> {
+        self.get(&format!("/clans/{}/relays", segment(clan))).await
+    }
+
+    /// Makes a machine a relay, or makes it one no more.
+    pub async fn set_relay(&self, clan: &str, request: &SetRelay) -> Result<RelayChange, ClientError> {
+        self.post(&format!("/clans/{}/relays", segment(clan)), request).await
     }
 
     /// What was decided in a clan.

@@ -8,6 +8,7 @@ mod authority;
 mod client;
 mod openapi;
 mod problem;
+mod relays;
 mod requests;
 mod status;
 mod tasks;
@@ -18,6 +19,7 @@ pub use authority::{
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
+pub use relays::{RelayChange, RelayInfo, SetRelay};
 pub use requests::{
     CreateClan, CreateInvite, DeleteQuery, FindInvitation, FoundInvitation, IntegratedPlan, Invite, JoinClan,
     JoinPreview, LogQuery, LogSource, Login, OpenedService, PreviewJoin, Transfer, VmPlan,

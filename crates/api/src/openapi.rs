@@ -17,7 +17,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 #[openapi(
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
-        status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, clan_log, members, machines, services, leave,
+        status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, relays, set_relay, clan_log, members, machines, services, leave,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
@@ -91,6 +91,14 @@ fn invites() {}
 /// Put a person or a machine out, or withdraw an invite
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/revocations", params(("clan" = String, Path)), request_body = Revoke, responses((status = 201, body = Revocation, description = "Done"), (status = 200, body = Revocation, description = "What it would do, or: it was out already"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn revoke() {}
+
+/// The relays of a clan
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/relays", params(("clan" = String, Path)), responses((status = 200, body = [RelayInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn relays() {}
+
+/// Make a machine a relay, or make it one no more
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/relays", params(("clan" = String, Path)), request_body = SetRelay, responses((status = 200, body = RelayChange), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn set_relay() {}
 
 /// What was decided in a clan: every entry of its ledger, newest last
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/log", params(("clan" = String, Path), ClanLogQuery), responses((status = 200, body = ClanLog), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

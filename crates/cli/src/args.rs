@@ -85,6 +85,9 @@ pub(crate) enum Command {
     /// Put a person or a machine out of a clan, or withdraw an invite
     #[command(subcommand)]
     Revoke(commands::revoke::Noun),
+    /// Machines that pass packets on between machines that do not reach each other
+    #[command(subcommand)]
+    Relay(commands::relay::Verb),
     /// Show who decided what in a clan
     Log(commands::log::Args),
     /// This computer's machines in its clans

@@ -51,6 +51,7 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
             Command::Create(args) => create::run(args, &context).await,
             Command::Invite(args) => invite::run(args, &context).await,
             Command::Invites(args) => invites::run(args, &context).await,
+            Command::Relay(verb) => relay::run(verb, &context).await,
             Command::Revoke(noun) => revoke::run(noun, &context).await,
             Command::Log(args) => log::run(args, &context).await,
             Command::Join(args) => join::run(args, &context).await,

@@ -154,7 +154,7 @@ pub(crate) fn find_person(state: &State, text: &str) -> Result<(PersonId, Person
     unique("person", text, known)
 }
 
-fn find_machine(state: &State, text: &str) -> Result<(MachineId, MachineName), ApiProblem> {
+pub(crate) fn find_machine(state: &State, text: &str) -> Result<(MachineId, MachineName), ApiProblem> {
     if let Some((id, machine)) = text.parse().ok().and_then(|name| state.machine_named(&name)) {
         return Ok((*id, machine.name.clone()));
     }

@@ -11,7 +11,8 @@ use clan_api::{ApiProblem, ErrorCode};
 use clan_build::{ImageStore, StoreError, StoredImage};
 use clan_ledger::{InviteProblem, Ledger, VmDescription};
 use clan_os::channel::{recv_message, send_message};
-use clan_types::{ImageId, InviteId, InviteLink, MachineId, PeerAddr};
+use clan_relay::Names;
+use clan_types::{ImageId, InviteId, InviteLink, MachineId, PeerAddr, RelayAddr};
 use clan_wire::{
     image::{MAX_MANIFEST, Manifest},
     peer::{
@@ -22,7 +23,7 @@ use clan_wire::{
 use ed25519_dalek::SigningKey;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use iroh::{
-    Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
+    Endpoint, EndpointAddr, RelayUrl, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, RecvStream, presets},
 };
 use iroh_mdns_address_lookup::MdnsAddressLookup;
@@ -53,6 +54,7 @@ const MAX_FOUND: usize = 8;
 pub(crate) struct Passing {
     secret: SecretKey,
     lookup: Option<MdnsAddressLookup>,
+    relays: Names,
 }
 
 impl Passing {
@@ -68,7 +70,7 @@ impl Passing {
             .build(secret.public())
             .inspect_err(|error| tracing::debug!(%error, "no discovery on this network"))
             .ok();
-        Ok(Self { secret, lookup })
+        Ok(Self { secret, lookup, relays: Names::default() })
     }
 
     /// What machines announce on this LAN, if it can be heard.
@@ -79,10 +81,9 @@ impl Passing {
     /// The endpoint.
     pub(crate) async fn bind(self) -> Result<Endpoint, ApiProblem> {
         let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
-        let mut builder = Endpoint::builder(presets::Minimal)
+        let mut builder = clan_relay::prepare(Endpoint::builder(presets::Minimal), &self.relays)
             .crypto_provider(Arc::new(portable_crypto()))
             .secret_key(self.secret)
-            .relay_mode(RelayMode::Disabled)
             .transport_config(transport);
         if let Some(lookup) = self.lookup {
             builder = builder.address_lookup(lookup);
@@ -102,6 +103,8 @@ pub(crate) struct Fetcher {
     invite_key: SigningKey,
     /// The machine that answered last.
     answered: Mutex<Option<MachineId>>,
+    /// The link's relays, by their names in the endpoint.
+    relays: Vec<RelayUrl>,
 }
 
 /// What came of asking every machine of a link.
@@ -121,9 +124,14 @@ pub(crate) struct Found {
 impl Fetcher {
     /// Opens an endpoint of a passing identity. `first` is the machine to ask first, if it is one of the link's.
     pub(crate) async fn open(link: InviteLink, first: Option<MachineId>) -> Result<Self, ApiProblem> {
-        let endpoint = Passing::new()?.bind().await?;
+        let passing = Passing::new()?;
+        let names = passing.relays.clone();
+        let endpoint = passing.bind().await?;
         let invite_key = SigningKey::from_bytes(link.secret.expose());
-        Ok(Self { endpoint, link, invite_key, answered: Mutex::new(first) })
+        let machine = MachineId::from_bytes(*endpoint.id().as_bytes());
+        let proof = InviteProof::new(&invite_key, &link.clan, &machine);
+        let relays = clan_relay::introduce(&endpoint, &names, &link.relays, Some(&proof)).await;
+        Ok(Self { endpoint, link, invite_key, answered: Mutex::new(first), relays })
     }
 
     /// The invite.
@@ -145,6 +153,11 @@ impl Fetcher {
             peer.addrs.extend(new);
         }
         peers
+    }
+
+    /// The relays of the link.
+    pub(crate) fn relays(&self) -> Vec<RelayAddr> {
+        self.link.relays.clone()
     }
 
     /// Closes the endpoint in good order.
@@ -263,7 +276,8 @@ impl Fetcher {
     async fn connect(&self, peer: &PeerAddr, alpn: &[u8]) -> Result<Connection, String> {
         let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes())
             .map_err(|_| "the link names a machine that cannot exist".to_owned())?;
-        let addr = EndpointAddr::from_parts(id, peer.addrs.iter().copied().map(TransportAddr::Ip));
+        let direct = peer.addrs.iter().copied().map(TransportAddr::Ip);
+        let addr = EndpointAddr::from_parts(id, direct.chain(self.relays.iter().cloned().map(TransportAddr::Relay)));
         match timeout(CONNECT, self.endpoint.connect(addr, alpn)).await {
             Ok(connected) => connected.map_err(|e| e.to_string()),
             Err(_) => Err(format!("no answer within {} s", CONNECT.as_secs())),

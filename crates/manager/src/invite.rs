@@ -26,6 +26,8 @@ const MAX_ADDRS: usize = 16;
 /// And so many other machines, for when this one is off, with so many addresses each: a link has to fit a QR code.
 const MAX_OTHERS: usize = 3;
 const MAX_OTHER_ADDRS: usize = 3;
+/// And so many relays.
+const MAX_RELAYS: usize = 2;
 
 /// Makes an invite and its link.
 pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -> Result<Invite, ApiProblem> {
@@ -52,20 +54,26 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         .await?;
     let record = clan.record.get();
     // What leads here from other computers first; what the machine itself knows after it.
+    let mut relays;
     let mut addrs = crate::link::environment(&record, &shared.images).await.quic;
     // Asked now: what it told last may be older than its addresses.
     match guest::open(&control, &ControlRequest::Status, guest::PATIENCE).await {
-        Ok((_, ControlResponse::Status(status))) => addrs.extend(status.quic),
+        Ok((_, ControlResponse::Status(status))) => {
+            addrs.extend(status.quic);
+            relays = status.relays;
+        }
         Ok(_) => return Err(problem::guest(&guest::GuestError::Unexpected { what: "give its state" })),
         Err(error) => return Err(problem::guest(&error)),
     }
     let mut seen = std::collections::HashSet::new();
     addrs.retain(|a| seen.insert(*a));
     addrs.truncate(MAX_ADDRS);
+    relays.truncate(MAX_RELAYS);
     let link = InviteLink {
         clan: record.id,
         secret: InviteSecret::from_bytes(*secret),
         peers: std::iter::once(PeerAddr { machine, addrs }).chain(others(&control).await).collect(),
+        relays,
     };
     let (words, words_expire) = crate::words::open(&control, &link).await.unzip();
     tracing::info!(clan = %record.name, invite = %invite.short(), %role, uses, "made an invite");

@@ -7,7 +7,7 @@ use clan_api::{
 };
 use clan_ledger::{Body, VmDescription};
 use clan_types::{ByteSize, InviteLink, MachineName, PersonName};
-use clan_wire::{control::Redeem, image::Manifest};
+use clan_wire::{control::Redeem, image::Manifest, peer::InviteProof};
 use ed25519_dalek::SigningKey;
 
 use crate::{
@@ -293,10 +293,11 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         .and_then(|bytes| String::from_utf8(bytes).ok())
         .ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
     let link: InviteLink = text.parse().map_err(|e| problem::link(&e))?;
+    let invite_key = SigningKey::from_bytes(link.secret.expose());
     task.begin(0);
     let fetcher = open(shared, link).await?;
     let outcome = prepare(shared, clan, task, &fetcher).await;
-    let peers = fetcher.peers().await;
+    let (peers, relays) = (fetcher.peers().await, fetcher.relays());
     close(shared, fetcher);
     let theirs = outcome?;
     let identity = if clan.record.get().is_integrated() {
@@ -321,7 +322,8 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         create::enrol(clan, &mut log, &mut ledger, &identity)?;
         log.entries().map(<[u8]>::to_vec).collect()
     };
-    let redeem = Redeem { entries: mine, peers };
+    let proof = Some(InviteProof::new(&invite_key, &clan.id(), &identity.machine));
+    let redeem = Redeem { entries: mine, peers, relays, proof };
     create::provision(shared, clan, theirs, Some(redeem), Vec::new(), task).await?;
     create::finish(clan)
 }

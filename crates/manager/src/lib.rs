@@ -34,6 +34,7 @@ mod manager;
 mod paths;
 mod problem;
 mod record;
+mod relay;
 mod sign;
 mod status;
 mod tasks;

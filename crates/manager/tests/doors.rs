@@ -171,6 +171,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
             ),
             addrs: vec![silent.local_addr().unwrap()],
         }],
+        relays: Vec::new(),
     };
     let join = JoinClan {
         link: link.to_string(),

@@ -14,10 +14,11 @@ use clan_os::{
     tun::Tun,
     wireguard::Wireguard,
 };
+use clan_relay::Names;
 use clan_store::LedgerStore;
 use clan_types::ClanId;
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
-use iroh::Endpoint;
+use iroh::{Endpoint, RelayUrl};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{Mutex, Semaphore},
@@ -35,6 +36,7 @@ use crate::{
     join::{self, RedeemError},
     mesh::{self, Mesh, MeshPlan},
     net, own, peer,
+    relay::{self, Certificate},
     report::{Scope, chain},
     services,
     state::{self, Place},
@@ -123,6 +125,9 @@ struct Ways {
     tun: Result<Tun, NodeError>,
     endpoint: Endpoint,
     ports: Ports,
+    names: Names,
+    /// Relays that the endpoint was introduced to.
+    introduced: Vec<RelayUrl>,
 }
 
 /// What most requests need of a node, without holding its lock.
@@ -334,11 +339,13 @@ impl Controller {
     }
 
     async fn take_place(&self, provision: Provision) -> Result<Node, ProvisionError> {
-        let ways = self.ways(&provision.clan).await?;
+        let mut ways = self.ways(&provision.clan).await?;
         let mut entries = provision.entries;
         let mut peers = Vec::new();
         if let Some(redeem) = provision.redeem {
-            entries.extend(join::redeem(&ways.endpoint, &redeem).await?);
+            ways.introduced =
+                clan_relay::introduce(&ways.endpoint, &ways.names, &redeem.relays, redeem.proof.as_ref()).await;
+            entries.extend(join::redeem(&ways.endpoint, &redeem, &ways.introduced).await?);
             peers = redeem.peers;
         }
         // The services are those of the image; a computer's own are not for the clan to start.
@@ -370,10 +377,11 @@ impl Controller {
         let address = timeout(patience, base_address()).await.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
         let external = self.environment.lock().await.quic.clone();
         let bind = SocketAddr::new(address, ports.quic);
-        let endpoint = net::endpoint(identity.endpoint_key(), bind, &external).await?;
+        let names = Names::default();
+        let endpoint = net::endpoint(identity.endpoint_key(), bind, &external, &names).await?;
         match tun {
             Err(error) if self.host.is_guest() => Err(error),
-            tun => Ok(Ways { tun, endpoint, ports }),
+            tun => Ok(Ways { tun, endpoint, ports, names, introduced: Vec::new() }),
         }
     }
 
@@ -381,7 +389,7 @@ impl Controller {
     async fn start_node(
         &self,
         place: Place,
-        Ways { tun, endpoint, ports }: Ways,
+        Ways { tun, endpoint, ports, names, introduced }: Ways,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
         let store = LedgerStore::open(self.dir.join("ledger.redb"), &place.clan).map_err(NodeError::from)?;
@@ -394,7 +402,15 @@ impl Controller {
         let environment = self.environment.lock().await.clone();
         let seen = if self.host.is_guest() { None } else { own::look(&endpoint, ports).await };
         let (quic, wireguard) = seen.unwrap_or((environment.quic, environment.wireguard));
-        let own = Own { quic, wireguard, manifest: environment.manifest, ..Own::default() };
+        let certificate = Arc::new(Certificate::load_or_create(&self.dir)?);
+        let own = Own {
+            quic,
+            wireguard,
+            manifest: environment.manifest,
+            // From outside, no TCP port leads into a VM.
+            certificate: (!self.host.is_guest()).then(|| certificate.hash()),
+            ..Own::default()
+        };
         let cancel = self.cancel.child_token();
         let identity = self.identity();
         let bootstrap = place.peers.clone();
@@ -439,6 +455,8 @@ impl Controller {
             self.cancel.clone(),
         ));
         tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
+        tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
+        tasks.spawn(relay::serve(certificate, handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
         tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, words, mesh, tasks, cancel })

@@ -8,7 +8,7 @@ use clan_wire::{
     control::Redeem,
     peer::{ALPN_JOIN, EncodedEntry, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE},
 };
-use iroh::{Endpoint, endpoint::Connection};
+use iroh::{Endpoint, RelayUrl, endpoint::Connection};
 use tokio::time::timeout;
 
 use crate::{core::CoreHandle, net};
@@ -66,11 +66,15 @@ pub(crate) enum RedeemError {
     },
 }
 
-/// Asks the machines named by the link, one after the other, to admit this one.
-pub(crate) async fn redeem(endpoint: &Endpoint, redeem: &Redeem) -> Result<Vec<EncodedEntry>, RedeemError> {
+/// Asks the machines named by the link, one after the other, to admit this one; directly, or through `relays`.
+pub(crate) async fn redeem(
+    endpoint: &Endpoint,
+    redeem: &Redeem,
+    relays: &[RelayUrl],
+) -> Result<Vec<EncodedEntry>, RedeemError> {
     let mut last = String::from("the link names no machine");
     for peer in &redeem.peers {
-        let Some(addr) = net::endpoint_addr(peer) else { continue };
+        let Some(addr) = net::endpoint_addr(peer, relays) else { continue };
         let attempt = timeout(CONNECT_LIMIT, async {
             let connection = endpoint.connect(addr, ALPN_JOIN).await.map_err(|e| e.to_string())?;
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;

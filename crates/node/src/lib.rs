@@ -22,6 +22,7 @@ mod mesh;
 mod net;
 mod own;
 mod peer;
+mod relay;
 mod report;
 mod services;
 mod state;

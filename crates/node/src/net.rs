@@ -2,14 +2,15 @@
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
+use clan_relay::Names;
 use clan_types::{MachineId, PeerAddr};
 use clan_wire::{
     peer::{ALPN_IMAGE, ALPN_JOIN, ALPN_PEER},
     words::ALPN_WORDS,
 };
 use iroh::{
-    Endpoint, EndpointAddr, RelayMode, SecretKey, TransportAddr,
-    endpoint::{Connection, QuicTransportConfig, presets},
+    Endpoint, EndpointAddr, RelayUrl, SecretKey, TransportAddr,
+    endpoint::{Builder, Connection, QuicTransportConfig, presets},
 };
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -23,12 +24,13 @@ const MAX_CONNECTIONS: usize = 256;
 
 /// Opens the endpoint. `bind` names the address of the base network: bound to everything, the endpoint would offer our
 /// own tunnel as a path.
-pub(crate) async fn endpoint(key: SecretKey, bind: SocketAddr, external: &[SocketAddr]) -> Result<Endpoint, NodeError> {
-    let mut builder = Endpoint::builder(presets::Minimal)
-        .secret_key(key)
-        .alpns(vec![ALPN_PEER.to_vec(), ALPN_JOIN.to_vec(), ALPN_IMAGE.to_vec(), ALPN_WORDS.to_vec()])
-        .relay_mode(RelayMode::Disabled)
-        .transport_config(transport())
+pub(crate) async fn endpoint(
+    key: SecretKey,
+    bind: SocketAddr,
+    external: &[SocketAddr],
+    names: &Names,
+) -> Result<Endpoint, NodeError> {
+    let mut builder = builder(key, names)
         .clear_ip_transports()
         .bind_addr(bind)
         .map_err(|e| NodeError::network("the QUIC endpoint", e))?
@@ -37,6 +39,14 @@ pub(crate) async fn endpoint(key: SecretKey, bind: SocketAddr, external: &[Socke
         builder = builder.external_addr(*addr);
     }
     builder.bind().await.map_err(|e| NodeError::network("the QUIC endpoint", e))
+}
+
+/// An endpoint that asks nobody anything but machines and relays of the clan.
+pub(crate) fn builder(key: SecretKey, names: &Names) -> Builder {
+    clan_relay::prepare(Endpoint::builder(presets::Minimal), names)
+        .secret_key(key)
+        .alpns(vec![ALPN_PEER.to_vec(), ALPN_JOIN.to_vec(), ALPN_IMAGE.to_vec(), ALPN_WORDS.to_vec()])
+        .transport_config(transport())
 }
 
 /// Packets of 1312 bytes (a WireGuard packet of our MTU) must fit a datagram from the start.
@@ -106,8 +116,9 @@ pub(crate) fn machine_of(connection: &Connection) -> MachineId {
     MachineId::from_bytes(*connection.remote_id().as_bytes())
 }
 
-/// A machine's address in iroh's form; `None` if the id is no key.
-pub(crate) fn endpoint_addr(peer: &PeerAddr) -> Option<EndpointAddr> {
+/// A machine's address in iroh's form, with the relays through which it may be reached; `None` if the id is no key.
+pub(crate) fn endpoint_addr(peer: &PeerAddr, relays: &[RelayUrl]) -> Option<EndpointAddr> {
     let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes()).ok()?;
-    Some(EndpointAddr::from_parts(id, peer.addrs.iter().copied().map(TransportAddr::Ip)))
+    let direct = peer.addrs.iter().copied().map(TransportAddr::Ip);
+    Some(EndpointAddr::from_parts(id, direct.chain(relays.iter().cloned().map(TransportAddr::Relay))))
 }

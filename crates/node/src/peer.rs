@@ -7,13 +7,13 @@ use clan_replica::LinkId;
 use clan_types::{MachineId, PeerAddr};
 use clan_wire::peer::{ALPN_PEER, MAX_MESSAGE, PeerMessage};
 use iroh::{
-    Endpoint,
+    Endpoint, RelayUrl,
     endpoint::{Connection, RecvStream, SendStream},
 };
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
-use crate::{core::CoreHandle, net};
+use crate::{core::CoreHandle, net, relay};
 
 /// Messages that may wait for a slow peer; more are dropped, and made up for when vectors are compared.
 const QUEUE: usize = 64;
@@ -35,7 +35,8 @@ pub(crate) async fn dial(
                 let Some(peer) = peer else { break };
                 let (endpoint, core) = (endpoint.clone(), core.clone());
                 attempts.spawn(async move {
-                    if let Some(connection) = connect(&endpoint, &peer).await {
+                    let relays = relay::urls(&core.view());
+                    if let Some(connection) = connect(&endpoint, &peer, &relays).await {
                         dialled(connection, core).await;
                     }
                     peer.machine
@@ -51,8 +52,8 @@ pub(crate) async fn dial(
     attempts.shutdown().await;
 }
 
-async fn connect(endpoint: &Endpoint, peer: &PeerAddr) -> Option<Connection> {
-    let addr = net::endpoint_addr(peer)?;
+async fn connect(endpoint: &Endpoint, peer: &PeerAddr, relays: &[RelayUrl]) -> Option<Connection> {
+    let addr = net::endpoint_addr(peer, relays)?;
     match timeout(CONNECT_LIMIT, endpoint.connect(addr, ALPN_PEER)).await {
         Ok(Ok(connection)) => Some(connection),
         Ok(Err(error)) => {

@@ -10,7 +10,7 @@ use iroh::{TransportAddr, endpoint::Connection};
 
 use crate::{
     core::{View, now},
-    mesh,
+    mesh, relay,
 };
 
 /// Assembles the report.
@@ -19,6 +19,7 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
         Some(wireguard) => mesh::paths(wireguard).await,
         None => Default::default(),
     };
+    let relays = relay::known(view);
     let machines: Vec<MachineStatus> = view
         .state
         .good_machines()
@@ -31,9 +32,11 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
                 owner: machine.owner,
                 address: mesh_address(&view.clan, id),
                 this,
-                path: if this { Some(local()) } else { path(paths.get(id), view.links.get(id)) },
+                path: if this { Some(local()) } else { path(view, paths.get(id), view.links.get(id)) },
                 last_seen: beacon.map(|b| b.made),
                 version: beacon.map(|b| b.version.clone()),
+                certificate: beacon.and_then(|b| b.certificate),
+                relay: relays.iter().find(|(relay, _)| relay == id).map(|(_, relay)| relay.clone()),
             }
         })
         .collect();
@@ -42,6 +45,7 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
         clan_name: view.clan_name.clone(),
         machine: view.machine,
         quic: view.addresses_of(&view.machine).addrs,
+        relays: relays.iter().map(|(_, relay)| relay.clone()).collect(),
         people: view
             .state
             .people
@@ -111,7 +115,7 @@ fn local() -> PathStatus {
     PathStatus { kind: PathKind::Local, remote: None, rtt_us: None, why: "this machine".to_owned() }
 }
 
-fn path(status: Option<&WgPeerStatus>, link: Option<&Connection>) -> Option<PathStatus> {
+fn path(view: &View, status: Option<&WgPeerStatus>, link: Option<&Connection>) -> Option<PathStatus> {
     if let Some(WgPeerStatus { path: PathChoice::Direct { addr, rtt }, .. }) = status {
         return Some(PathStatus {
             kind: PathKind::Direct,
@@ -131,11 +135,20 @@ fn path(status: Option<&WgPeerStatus>, link: Option<&Connection>) -> Option<Path
             rtt_us,
             why: "no WireGuard address of the machine answers; its QUIC address does".to_owned(),
         },
+        TransportAddr::Relay(url) => {
+            let via = relay::machine_at(view, url).map_or_else(|| "a relay".to_owned(), |name| name.to_string());
+            PathStatus {
+                kind: PathKind::Relayed,
+                remote: None,
+                rtt_us,
+                why: format!("relayed via {via}, because no address of the machine answers directly"),
+            }
+        }
         _ => PathStatus {
             kind: PathKind::Relayed,
             remote: None,
             rtt_us,
-            why: "no address of the machine answers directly".to_owned(),
+            why: "no address of the machine answers".to_owned(),
         },
     })
 }

@@ -4,6 +4,7 @@ use std::{io::Write, net::Ipv4Addr, sync::Arc, time::Duration};
 
 use clan_ledger::{AuthorId, Body, Ledger};
 use clan_os::channel::{recv_message, send_message};
+use clan_relay::Names;
 use clan_store::LedgerStore;
 use clan_types::{ByteSize, ClanId, FileHash, InviteId, MachineId, PeerAddr, PersonId, Role, Timestamp, WgPublicKey};
 use clan_wire::{
@@ -31,15 +32,15 @@ const LIMIT: Duration = Duration::from_secs(20);
 /// Whoever is put out is cut off by every machine that can be reached within this time.
 const CUT_OFF: Duration = Duration::from_secs(3);
 
-struct Machine {
-    core: CoreHandle,
+pub(crate) struct Machine {
+    pub(crate) core: CoreHandle,
     endpoint: Endpoint,
-    key: SigningKey,
+    pub(crate) key: SigningKey,
     images: Arc<ImageServer>,
     words: Arc<WordsDesk>,
     cancel: CancellationToken,
     _tasks: JoinSet<()>,
-    dir: tempfile::TempDir,
+    pub(crate) dir: tempfile::TempDir,
 }
 
 impl Machine {
@@ -83,7 +84,7 @@ impl Machine {
         Self { core: handle, endpoint, key, images, words, cancel, _tasks: tasks, dir }
     }
 
-    fn id(&self) -> MachineId {
+    pub(crate) fn id(&self) -> MachineId {
         MachineId::from_bytes(self.key.verifying_key().to_bytes())
     }
 
@@ -92,7 +93,7 @@ impl Machine {
     }
 
     /// Waits until what the machine knows satisfies the condition.
-    async fn until(&self, what: &str, condition: impl Fn(&View) -> bool) {
+    pub(crate) async fn until(&self, what: &str, condition: impl Fn(&View) -> bool) {
         let mut views = self.core.watch();
         let reached = timeout(LIMIT, async { views.wait_for(|v| condition(v)).await.map(drop).unwrap() }).await;
         assert!(reached.is_ok(), "not within {LIMIT:?}: {what}");
@@ -105,7 +106,7 @@ impl Drop for Machine {
     }
 }
 
-fn key(seed: u8) -> SigningKey {
+pub(crate) fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
 }
 
@@ -114,7 +115,9 @@ fn person(seed: u8) -> PersonId {
 }
 
 async fn endpoint(key: &SigningKey) -> Endpoint {
-    net::endpoint(iroh::SecretKey::from_bytes(&key.to_bytes()), (Ipv4Addr::LOCALHOST, 0).into(), &[]).await.unwrap()
+    net::endpoint(iroh::SecretKey::from_bytes(&key.to_bytes()), (Ipv4Addr::LOCALHOST, 0).into(), &[], &Names::default())
+        .await
+        .unwrap()
 }
 
 fn add(ledger: &mut Ledger, author: &SigningKey, body: Body) {
@@ -135,7 +138,7 @@ fn encode(ledger: &Ledger) -> Vec<EncodedEntry> {
 }
 
 /// A clan with one machine and one invite (secret `key(3)`).
-async fn founded(uses: u32, expires: Timestamp) -> (Machine, ClanId) {
+pub(crate) async fn founded(uses: u32, expires: Timestamp) -> (Machine, ClanId) {
     let (founder, machine) = (key(1), key(2));
     let (mut ledger, _) =
         Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
@@ -162,7 +165,8 @@ async fn ask(
     entries: Vec<EncodedEntry>,
 ) -> (Endpoint, Result<Vec<EncodedEntry>, RedeemError>) {
     let endpoint = endpoint(machine).await;
-    let outcome = join::redeem(&endpoint, &Redeem { entries, peers: vec![host.addr()] }).await;
+    let redeem = Redeem { entries, peers: vec![host.addr()], relays: Vec::new(), proof: None };
+    let outcome = join::redeem(&endpoint, &redeem, &[]).await;
     (endpoint, outcome)
 }
 
@@ -248,7 +252,7 @@ async fn a_revoked_machine_loses_its_connection_and_gets_no_other() {
     let entry = ledger.author(&key(1), revoke, now()).unwrap();
     founder.core.insert(vec![entry.encode()]).await.unwrap();
     founder.until("the connection is gone", |v| v.links.is_empty()).await;
-    let addr = net::endpoint_addr(&founder.addr()).unwrap();
+    let addr = net::endpoint_addr(&founder.addr(), &[]).unwrap();
     let connection = second.endpoint.connect(addr, clan_wire::peer::ALPN_PEER).await.unwrap();
     timeout(LIMIT, connection.closed()).await.expect("refused");
     assert!(founder.core.view().links.is_empty());
@@ -335,7 +339,7 @@ async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
 
     let stranger = key(40);
     let from = endpoint(&stranger).await;
-    let connection = from.connect(net::endpoint_addr(&founder.addr()).unwrap(), ALPN_IMAGE).await.unwrap();
+    let connection = from.connect(net::endpoint_addr(&founder.addr(), &[]).unwrap(), ALPN_IMAGE).await.unwrap();
     let me = MachineId::from_bytes(stranger.verifying_key().to_bytes());
     let request = async |proof: Option<InviteProof>, offset: u64| {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();

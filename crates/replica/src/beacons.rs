@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use clan_types::{ClanId, MachineId, Timestamp};
+use clan_types::{CertificateHash, ClanId, MachineId, Timestamp};
 use clan_wire::{
     beacon::{Beacon, BeaconError, ServiceOffer, SignedBeacon},
     image::Manifest,
@@ -25,6 +25,8 @@ pub struct Own {
     pub services: Vec<ServiceOffer>,
     /// The encoded manifest of the image that it runs; empty where there is none.
     pub manifest: Vec<u8>,
+    /// The certificate that it would show as a relay.
+    pub certificate: Option<CertificateHash>,
 }
 
 impl Own {
@@ -38,6 +40,7 @@ impl Own {
             wireguard: self.wireguard.clone(),
             services: self.services.clone(),
             image: (!self.manifest.is_empty()).then(|| Manifest::id_of(&self.manifest)),
+            certificate: self.certificate,
         }
     }
 }

@@ -199,6 +199,7 @@ fn beacon(n: u8, made: Timestamp, clan: ClanId) -> SignedBeacon {
         wireguard: vec![],
         services: vec![],
         image: None,
+        certificate: None,
     };
     SignedBeacon::sign(&beacon, &key(n)).unwrap()
 }

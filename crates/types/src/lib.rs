@@ -19,7 +19,7 @@ pub use addr::{
 pub use ids::{
     CertificateHash, ClanId, DeviceId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey,
 };
-pub use link::{InviteLink, InviteSecret, LinkError, PeerAddr};
+pub use link::{InviteLink, InviteSecret, LinkError, PeerAddr, RelayAddr};
 pub use name::{ClanName, DeviceName, GroupName, MachineName, NameError, PersonName, RuleName, ServiceName};
 pub use role::{Role, RoleError};
 pub use size::{ByteSize, SizeError};

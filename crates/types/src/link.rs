@@ -9,15 +9,16 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 use data_encoding::BASE64URL_NOPAD;
 use serde::{Deserialize, Serialize};
 
-use crate::{ClanId, MachineId};
+use crate::{CertificateHash, ClanId, Host, MachineId};
 
 const SCHEME: &str = "clan://";
 const PREFIX: &str = "clan://join/";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
 /// INVARIANT: a link longer than this is refused before it is decoded.
 const MAX_TEXT: usize = 2048;
 const MAX_PEERS: usize = 8;
 const MAX_ADDRS: usize = 16;
+const MAX_RELAYS: usize = 2;
 
 /// Where a machine can be reached on the base network.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -26,6 +27,17 @@ pub struct PeerAddr {
     pub machine: MachineId,
     /// QUIC addresses, best first.
     pub addrs: Vec<SocketAddr>,
+}
+
+/// Where a relay is, for whoever cannot read the clan's ledger yet.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct RelayAddr {
+    /// Where it is reached.
+    pub host: Host,
+    /// TCP port, and UDP port of address discovery.
+    pub port: u16,
+    /// The certificate that it shows.
+    pub certificate: CertificateHash,
 }
 
 /// The private half of an invite: whoever holds it may redeem the invite.
@@ -59,6 +71,8 @@ pub struct InviteLink {
     pub secret: InviteSecret,
     /// Machines that can admit the newcomer: at least one.
     pub peers: Vec<PeerAddr>,
+    /// Relays at which these machines can be reached if not at their addresses: two at most, so that links stay short.
+    pub relays: Vec<RelayAddr>,
 }
 
 /// Why a text is not an invitation link.
@@ -114,6 +128,7 @@ impl FromStr for InviteLink {
                 let link: Self = postcard::from_bytes(body).map_err(|_| LinkError::Damaged)?;
                 let within = !link.peers.is_empty()
                     && link.peers.len() <= MAX_PEERS
+                    && link.relays.len() <= MAX_RELAYS
                     && link.peers.iter().all(|p| p.addrs.len() <= MAX_ADDRS);
                 within.then_some(link).ok_or(LinkError::Damaged)
             }
@@ -135,6 +150,11 @@ mod tests {
             peers: vec![PeerAddr {
                 machine: MachineId::from_bytes([3; 32]),
                 addrs: vec!["192.0.2.1:4433".parse().unwrap()],
+            }],
+            relays: vec![RelayAddr {
+                host: "203.0.113.7".parse().unwrap(),
+                port: 443,
+                certificate: CertificateHash::from_bytes([4; 32]),
             }],
         }
     }

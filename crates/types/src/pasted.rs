@@ -60,6 +60,7 @@ mod tests {
                 machine: MachineId::from_bytes([3; 32]),
                 addrs: vec!["192.0.2.1:41640".parse().unwrap(), "[2001:db8::1]:41640".parse().unwrap()],
             }],
+            relays: Vec::new(),
         }
     }
 

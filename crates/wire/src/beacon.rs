@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use clan_types::{ClanId, ImageId, MachineId, ServiceName, Timestamp};
+use clan_types::{CertificateHash, ClanId, ImageId, MachineId, ServiceName, Timestamp};
 use ed25519_dalek::{Signature, Signer, SigningKey, Verifier, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
@@ -34,6 +34,8 @@ pub struct Beacon {
     pub services: Vec<ServiceOffer>,
     /// The image it runs, and serves to others.
     pub image: Option<ImageId>,
+    /// The certificate that it would show as a relay.
+    pub certificate: Option<CertificateHash>,
 }
 
 /// A service that a machine offers to its clan.
@@ -125,6 +127,7 @@ mod tests {
             wireguard: vec![],
             services: vec![],
             image: None,
+            certificate: None,
         };
         let signed = SignedBeacon::sign(&beacon, &key).unwrap();
         assert_eq!(signed.open(), Ok(beacon.clone()));

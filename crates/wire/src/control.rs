@@ -10,14 +10,14 @@ use std::{
 };
 
 use clan_types::{
-    ByteSize, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, Role, ServiceName, Timestamp,
-    WgPublicKey, Words,
+    ByteSize, CertificateHash, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, RelayAddr,
+    Role, ServiceName, Timestamp, WgPublicKey, Words,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
     beacon::ServiceKind,
-    peer::{EncodedEntry, JoinRefusal},
+    peer::{EncodedEntry, InviteProof, JoinRefusal},
 };
 
 /// Name of the virtio-serial port.
@@ -126,6 +126,10 @@ pub struct Redeem {
     pub entries: Vec<EncodedEntry>,
     /// Machines to ask, in this order.
     pub peers: Vec<PeerAddr>,
+    /// Relays at which they can be reached.
+    pub relays: Vec<RelayAddr>,
+    /// What this machine shows to the relays until it is admitted.
+    pub proof: Option<InviteProof>,
 }
 
 /// What a machine cannot see from inside.
@@ -190,6 +194,8 @@ pub struct NodeStatus {
     pub machine: MachineId,
     /// Where this machine's QUIC endpoint may be reached, for invitation links.
     pub quic: Vec<SocketAddr>,
+    /// Relays that the clan has, best first, for invitation links.
+    pub relays: Vec<RelayAddr>,
     /// Its people.
     pub people: Vec<PersonStatus>,
     /// Its machines, this one included.
@@ -232,6 +238,10 @@ pub struct MachineStatus {
     pub last_seen: Option<Timestamp>,
     /// Its program version, if known.
     pub version: Option<String>,
+    /// The certificate that it would show as a relay, if known.
+    pub certificate: Option<CertificateHash>,
+    /// Where it is a relay, if it is one.
+    pub relay: Option<RelayAddr>,
 }
 
 /// How a machine is reached.

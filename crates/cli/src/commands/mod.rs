@@ -11,6 +11,7 @@ pub(crate) mod log;
 pub(crate) mod machines;
 pub(crate) mod manager;
 pub(crate) mod members;
+pub(crate) mod relay;
 pub(crate) mod revoke;
 pub(crate) mod service;
 pub(crate) mod status;

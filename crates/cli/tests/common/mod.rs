@@ -20,8 +20,8 @@ use snapbox::{
 /// A well-formed invitation link.
 pub(crate) fn link() -> String {
     let peer = PeerAddr { machine: MachineId::from_bytes([3; 32]), addrs: vec!["192.0.2.1:41640".parse().unwrap()] };
-    InviteLink { clan: ClanId::from_bytes([1; 32]), secret: InviteSecret::from_bytes([2; 32]), peers: vec![peer] }
-        .to_string()
+    let (clan, secret) = (ClanId::from_bytes([1; 32]), InviteSecret::from_bytes([2; 32]));
+    InviteLink { clan, secret, peers: vec![peer], relays: Vec::new() }.to_string()
 }
 
 /// A link that is whole, but of another format version.

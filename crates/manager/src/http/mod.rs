@@ -6,6 +6,7 @@ mod authority;
 mod clans;
 mod problems;
 mod proxy;
+mod relays;
 mod tasks;
 mod vms;
 mod web;
@@ -263,6 +264,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/tasks/{id}/cancel", post(tasks::cancel))
         .route("/clans/{clan}/invites", get(authority::invites).post(clans::invite))
         .route("/clans/{clan}/revocations", post(authority::revoke))
+        .route("/clans/{clan}/relays", get(relays::list).post(relays::set))
         .route("/clans/{clan}/log", get(authority::log))
         .route("/clans/{clan}/members", get(clans::members))
         .route("/clans/{clan}/machines", get(clans::machines))

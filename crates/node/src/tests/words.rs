@@ -14,7 +14,7 @@ fn id(endpoint: &Endpoint) -> MachineId {
 
 /// What a newcomer's manager does with the words; `None` if the machine broke off.
 async fn pair(host: &Machine, from: &Endpoint, words: &Words) -> Option<Result<String, WordsRefusal>> {
-    let connection = from.connect(net::endpoint_addr(&host.addr()).unwrap(), ALPN_WORDS).await.unwrap();
+    let connection = from.connect(net::endpoint_addr(&host.addr(), &[]).unwrap(), ALPN_WORDS).await.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
     let (newcomer, share) = Newcomer::begin(words, &id(from), &host.id(), &[7; 32]);
     let request = WordsRequest::Begin { channel: words.channel(), share };
@@ -102,7 +102,7 @@ async fn a_stranger_who_sends_rubbish_gets_nothing() {
     let words = Words::from_entropy([1; 6]);
     founder.words.open(&words, LINK).unwrap();
     let from = endpoint(&key(5)).await;
-    let connection = from.connect(net::endpoint_addr(&founder.addr()).unwrap(), ALPN_WORDS).await.unwrap();
+    let connection = from.connect(net::endpoint_addr(&founder.addr(), &[]).unwrap(), ALPN_WORDS).await.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
     send.write_all(&u32::MAX.to_le_bytes()).await.unwrap();
     send.write_all(&[0xaa; 5000]).await.unwrap();
