@@ -235,6 +235,7 @@ Commands:
   members      Show who belongs to a clan
   machines     Show a clan's machines and how they are reached
   revoke       Put a person or a machine out of a clan, or withdraw an invite
+  relay        Machines that pass packets on between machines that do not reach each other
   log          Show who decided what in a clan
   vm           This computer's machines in its clans
   service      What the clan's machines offer
