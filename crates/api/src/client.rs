@@ -16,10 +16,11 @@ use tokio::{
 };
 
 use crate::{
-    ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite, DeleteQuery,
-    FindInvitation, FoundInvitation, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login,
-    MachineInfo, OpenedService, PersonInfo, PreviewJoin, RelayChange, RelayInfo, Revocation, Revoke, ServiceInfo,
-    SetRelay, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats,
+    AddWireguard, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite,
+    DeleteQuery, FindInvitation, FoundInvitation, GroupInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery,
+    LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin, RelayChange, RelayInfo, RemoveNamed,
+    Revocation, Revoke, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRule, Status, TaskEvent, TaskId, TaskInfo,
+    VmInfo, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -146,6 +147,46 @@ impl ManagerClient {
     /// Makes a machine a relay, or makes it one no more.
     pub async fn set_relay(&self, clan: &str, request: &SetRelay) -> Result<RelayChange, ClientError> {
         self.post(&format!("/clans/{}/relays", segment(clan)), request).await
+    }
+
+    /// Admits a standard WireGuard machine, and says what it has to be told.
+    pub async fn add_wireguard(&self, clan: &str, request: &AddWireguard) -> Result<WireguardMachine, ClientError> {
+        self.post(&format!("/clans/{}/wireguard", segment(clan)), request).await
+    }
+
+    /// Takes a standard WireGuard machine out.
+    pub async fn remove_wireguard(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
+        self.post(&format!("/clans/{}/wireguard/removals", segment(clan)), request).await
+    }
+
+    /// The access rules in force.
+    pub async fn rules(&self, clan: &str) -> Result<Vec<RuleInfo>, ClientError> {
+        self.get(&format!("/clans/{}/rules", segment(clan))).await
+    }
+
+    /// Makes or replaces an access rule.
+    pub async fn set_rule(&self, clan: &str, request: &SetRule) -> Result<RuleInfo, ClientError> {
+        self.post(&format!("/clans/{}/rules", segment(clan)), request).await
+    }
+
+    /// Takes an access rule away.
+    pub async fn drop_rule(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
+        self.post(&format!("/clans/{}/rules/removals", segment(clan)), request).await
+    }
+
+    /// The groups.
+    pub async fn groups(&self, clan: &str) -> Result<Vec<GroupInfo>, ClientError> {
+        self.get(&format!("/clans/{}/groups", segment(clan))).await
+    }
+
+    /// Makes a group, or replaces its members.
+    pub async fn set_group(&self, clan: &str, request: &SetGroup) -> Result<GroupInfo, ClientError> {
+        self.post(&format!("/clans/{}/groups", segment(clan)), request).await
+    }
+
+    /// Takes a group away.
+    pub async fn drop_group(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
+        self.post(&format!("/clans/{}/groups/removals", segment(clan)), request).await
     }
 
     /// What was decided in a clan.

@@ -6,6 +6,7 @@
 
 mod authority;
 mod client;
+mod mesh;
 mod openapi;
 mod problem;
 mod relays;
@@ -17,6 +18,7 @@ pub use authority::{
     AuthorKind, ClanLog, ClanLogEntry, ClanLogQuery, InviteInfo, InviteState, Revocation, RevocationKind, Revoke,
 };
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
+pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use relays::{RelayChange, RelayInfo, SetRelay};

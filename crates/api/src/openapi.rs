@@ -18,6 +18,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
         status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, relays, set_relay, clan_log, members, machines, services, leave,
+        add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
@@ -103,6 +104,38 @@ fn set_relay() {}
 /// What was decided in a clan: every entry of its ledger, newest last
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/log", params(("clan" = String, Path), ClanLogQuery), responses((status = 200, body = ClanLog), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn clan_log() {}
+
+/// Admit a standard WireGuard machine, and learn what it has to be told
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/wireguard", params(("clan" = String, Path)), request_body = AddWireguard, responses((status = 201, body = WireguardMachine, description = "Done"), (status = 200, body = WireguardMachine, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn add_wireguard() {}
+
+/// Take a standard WireGuard machine out
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/wireguard/removals", params(("clan" = String, Path)), request_body = RemoveNamed, responses((status = 201, body = RemoveNamed, description = "Done"), (status = 200, body = RemoveNamed, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn remove_wireguard() {}
+
+/// The access rules in force
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/rules", params(("clan" = String, Path)), responses((status = 200, body = [RuleInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn rules() {}
+
+/// Make or replace an access rule
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/rules", params(("clan" = String, Path)), request_body = SetRule, responses((status = 201, body = RuleInfo, description = "Done"), (status = 200, body = RuleInfo, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn set_rule() {}
+
+/// Take an access rule away
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/rules/removals", params(("clan" = String, Path)), request_body = RemoveNamed, responses((status = 201, body = RemoveNamed, description = "Done"), (status = 200, body = RemoveNamed, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn drop_rule() {}
+
+/// The groups
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/groups", params(("clan" = String, Path)), responses((status = 200, body = [GroupInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn groups() {}
+
+/// Make a group, or replace its members
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/groups", params(("clan" = String, Path)), request_body = SetGroup, responses((status = 201, body = GroupInfo, description = "Done"), (status = 200, body = GroupInfo, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn set_group() {}
+
+/// Take a group away
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/groups/removals", params(("clan" = String, Path)), request_body = RemoveNamed, responses((status = 201, body = RemoveNamed, description = "Done"), (status = 200, body = RemoveNamed, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn drop_group() {}
 
 /// The people of a clan
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/members", params(("clan" = String, Path)), responses((status = 200, body = [PersonInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

@@ -165,6 +165,9 @@ pub struct MachineInfo {
     pub last_seen: Option<Timestamp>,
     /// Program version, if known.
     pub version: Option<String>,
+    /// Name of the machine that speaks the mesh for it, if it is a standard WireGuard machine.
+    #[schema(value_type = Option<String>)]
+    pub behind: Option<MachineName>,
 }
 
 /// How a machine is reached.

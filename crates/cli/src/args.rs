@@ -82,6 +82,15 @@ pub(crate) enum Command {
     Members(commands::members::Args),
     /// Show a clan's machines and how they are reached
     Machines(commands::machines::Args),
+    /// Phones and other machines that speak standard WireGuard
+    #[command(subcommand)]
+    Machine(commands::machine::Verb),
+    /// Who may reach what in a clan
+    #[command(subcommand)]
+    Rule(commands::rule::Verb),
+    /// Groups of people and machines, for rules
+    #[command(subcommand)]
+    Group(commands::group::Verb),
     /// Put a person or a machine out of a clan, or withdraw an invite
     #[command(subcommand)]
     Revoke(commands::revoke::Noun),

@@ -234,6 +234,9 @@ Commands:
   status       Show clans, machines and what needs attention
   members      Show who belongs to a clan
   machines     Show a clan's machines and how they are reached
+  machine      Phones and other machines that speak standard WireGuard
+  rule         Who may reach what in a clan
+  group        Groups of people and machines, for rules
   revoke       Put a person or a machine out of a clan, or withdraw an invite
   relay        Machines that pass packets on between machines that do not reach each other
   log          Show who decided what in a clan

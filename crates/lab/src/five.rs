@@ -108,6 +108,9 @@ pub fn tell(fleet: &mut Fleet) -> Result<Report, LabError> {
 
     let began = Instant::now();
     screen.step(4, "How they reach each other");
+    // What is neither a service of the clan nor one's own machine is not to be reached without a rule.
+    let rule = ["rule", "add", "measure", "--from", "everybody", "--to", "everybody", "--ports", "tcp/5201"];
+    fleet.computer(FOUNDER).clan(&rule)?.success()?;
     let servers = names.iter().map(|name| serve(fleet.computer(name))).collect::<Result<Vec<_>, _>>()?;
     for (at, one) in names.iter().enumerate() {
         for other in &names[at + 1..] {

@@ -107,6 +107,8 @@ enum Verb {
         number: usize,
         #[arg(long)]
         peer: SocketAddr,
+        #[arg(long)]
+        rules: bool,
     },
 }
 
@@ -174,7 +176,9 @@ fn dispatch(cli: &Cli, screen: &Screen) -> Result<(), LabError> {
             };
             bench::run(&config, screen)
         }
-        Verb::TunnelEnd { number, peer } => bench::tunnel_end(&EndConfig { number: *number, peer: *peer }),
+        Verb::TunnelEnd { number, peer, rules } => {
+            bench::tunnel_end(&EndConfig { number: *number, peer: *peer, rules: *rules })
+        }
     }
 }
 

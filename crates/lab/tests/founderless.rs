@@ -64,6 +64,10 @@ fn with_all_founders_stopped_members_admit_and_an_admin_decides() {
 fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     let screen = fleet.screen().clone();
     fleet.computer("founder").found(CLAN)?;
+    // For the stream that a revocation ends: what is no service of the clan takes a rule.
+    let ports = format!("tcp/{PORT}");
+    let rule = ["rule", "add", "stream", "--from", "everybody", "--to", "everybody", "--ports", ports.as_str()];
+    fleet.computer("founder").clan(&rule)?.success()?;
     for (name, role) in [("admin", "admin"), ("member", "member")] {
         let link = fleet.computer("founder").invite(role)?;
         fleet.computer(name).join(&link)?.success()?;

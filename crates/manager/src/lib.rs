@@ -31,6 +31,7 @@ mod leave;
 mod link;
 mod logs;
 mod manager;
+mod mesh;
 mod paths;
 mod problem;
 mod record;

@@ -166,6 +166,9 @@ fn machine(machine: &control::MachineStatus, status: &control::NodeStatus) -> Ma
         path: machine.path.as_ref().map(path),
         last_seen: machine.last_seen,
         version: machine.version.as_deref().map(short),
+        behind: machine
+            .behind
+            .and_then(|via| status.machines.iter().find(|front| front.id == via).map(|front| front.name.clone())),
     }
 }
 

@@ -21,7 +21,7 @@ pub const DEFAULT_PORT: u16 = 41640;
 const PORTS_TO_TRY: u16 = 128;
 /// The name server of QEMU's user-mode network.
 const GUEST_UPSTREAM: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 2, 3)), 53);
-const DNS_PORT: u16 = 53;
+pub(crate) const DNS_PORT: u16 = 53;
 pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
 
 /// What the controller runs on.
@@ -215,7 +215,7 @@ fn may_administer_network() -> bool {
 }
 
 /// The first name server that the computer used without us.
-fn upstream(own: IpAddr) -> Option<SocketAddr> {
+pub(crate) fn upstream(own: IpAddr) -> Option<SocketAddr> {
     match resolv::previous_nameservers(Path::new(RESOLV_CONF)) {
         Ok(servers) => servers.into_iter().find(|s| *s != own).map(|s| SocketAddr::new(s, DNS_PORT)),
         Err(error) => {

@@ -12,6 +12,7 @@
 //! has no place in a clan yet only answers its manager; [`control`] starts the rest once it was provisioned. What
 //! differs between a clan's own VM and a computer that has other business too is decided in [`host`].
 
+mod access;
 mod control;
 mod core;
 mod host;

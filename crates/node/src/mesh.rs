@@ -2,18 +2,20 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::Arc,
     time::Duration,
 };
 
 use bytes::Bytes;
+use clan_ledger::{Machine, Peer};
 use clan_os::{
     dns::{DnsServer, Zone},
     resolv::{ResolvConf, Undo},
     tun::Tun,
     wireguard::{Carrier, CarrierEnds, Timing, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
 };
-use clan_types::{ClanId, MachineId, mesh_address};
+use clan_types::{ClanId, MachineId, WgPublicKey, mesh_address, peer_address};
 use iroh::endpoint::Connection;
 use tokio::{
     sync::{
@@ -25,9 +27,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    NodeError,
+    NodeError, access,
     core::{CoreHandle, View},
-    host::NamesPlan,
+    host::{self, DNS_PORT, NamesPlan},
     identity::Identity,
     report::chain,
 };
@@ -134,7 +136,8 @@ impl Mesh {
         };
 
         let mut tasks = JoinSet::new();
-        tasks.spawn(follow(core.clone(), wireguard.clone(), zone, cancel.clone()));
+        let upstream = plan.names.upstream;
+        tasks.spawn(follow(core.clone(), wireguard.clone(), zone, upstream, cancel.clone()));
         tasks.spawn(carry(core.clone(), ends, cancel.clone()));
         Ok(Self { wireguard, names, tasks })
     }
@@ -157,12 +160,32 @@ async fn follow(
     core: CoreHandle,
     wireguard: Arc<Wireguard>,
     zone: watch::Sender<Arc<Zone>>,
+    upstream: Option<SocketAddr>,
     cancel: CancellationToken,
 ) {
     let mut views = core.watch();
     let mut current: Vec<WgPeer> = Vec::new();
+    let mut policies = None;
+    // Answers the standard machines behind this one, which do not know our loopback address.
+    let mut behind: Option<DnsServer> = None;
+    let mut ipv4 = None;
     loop {
         let view = views.borrow_and_update().clone();
+        // INVARIANT: who may reach what is known before anybody can send.
+        let wanted = access::policies(&view);
+        if policies.as_ref() != Some(&wanted) {
+            let (own, behind) = wanted.clone();
+            wireguard.set_policy(own, behind);
+            policies = Some(wanted);
+        }
+        let own = view.state.machine_in_good_standing(&view.machine).and_then(|machine| second(machine.ipv4));
+        if own != ipv4 {
+            match wireguard.set_ipv4(own) {
+                Ok(()) => tracing::debug!(address = ?own, "second address"),
+                Err(error) => tracing::warn!(error = %chain(&error), "this machine has no IPv4 address in the clan"),
+            }
+            ipv4 = own;
+        }
         let peers = peers_of(&view);
         if peers != current {
             match wireguard.set_peers(peers.clone()).await {
@@ -176,27 +199,78 @@ async fn follow(
             *old = names;
             changed
         });
-        tokio::select! {
-            () = cancel.cancelled() => return,
-            changed = views.changed() => if changed.is_err() { return },
+        if current.iter().any(|peer| peer.standard) && behind.is_none() {
+            let bind = SocketAddr::new(mesh_address(&view.clan, &view.machine).into(), DNS_PORT);
+            // A phone asks here for all names there are.
+            let upstream = upstream.or_else(|| host::upstream(bind.ip()));
+            match DnsServer::start(bind, zone.subscribe(), upstream).await {
+                Ok(server) => behind = Some(server),
+                Err(error) => {
+                    tracing::warn!(error = %chain(&error), "the machines behind this one get no names");
+                }
+            }
         }
+        tokio::select! {
+            () = cancel.cancelled() => break,
+            changed = views.changed() => if changed.is_err() { break },
+        }
+    }
+    if let Some(server) = behind {
+        server.stop().await;
     }
 }
 
-/// The machines that packets are exchanged with.
+/// An IPv4 address, if the ledger had one left.
+fn second(address: Ipv4Addr) -> Option<Ipv4Addr> {
+    (!address.is_unspecified()).then_some(address)
+}
+
+/// How the mesh calls a standard WireGuard machine, which has no key of ours.
+pub(crate) fn standard_id(wg: &WgPublicKey) -> MachineId {
+    MachineId::from_bytes(*wg.as_bytes())
+}
+
+/// What a standard WireGuard machine sends from.
+pub(crate) fn peer_addresses(view: &View, wg: &WgPublicKey, peer: &Peer) -> Vec<IpAddr> {
+    let first = IpAddr::from(peer_address(&view.clan, wg));
+    [Some(first), second(peer.ipv4).map(IpAddr::from)].into_iter().flatten().collect()
+}
+
+/// What a machine sends from itself.
+pub(crate) fn machine_addresses(view: &View, id: &MachineId, machine: &Machine) -> Vec<IpAddr> {
+    let first = IpAddr::from(mesh_address(&view.clan, id));
+    [Some(first), second(machine.ipv4).map(IpAddr::from)].into_iter().flatten().collect()
+}
+
+/// The machines that packets are exchanged with. Behind some of them are standard ones, which this machine speaks to
+/// itself if they are its own.
 pub(crate) fn peers_of(view: &View) -> Vec<WgPeer> {
-    view.state
-        .good_machines()
-        .filter(|(id, _)| **id != view.machine)
-        .map(|(id, machine)| WgPeer {
-            id: *id,
-            public_key: machine.wg,
-            addresses: vec![mesh_address(&view.clan, id).into()],
-            standard: false,
-            candidates: view.beacons.get(id).map(|b| b.wireguard.clone()).unwrap_or_default(),
-            keepalive: Some(KEEPALIVE),
-        })
-        .collect()
+    let mut behind: BTreeMap<MachineId, Vec<IpAddr>> = BTreeMap::new();
+    let mut standard = Vec::new();
+    for (wg, peer) in view.state.good_peers() {
+        let addresses = peer_addresses(view, wg, peer);
+        if peer.via == view.machine {
+            standard.push(WgPeer {
+                id: standard_id(wg),
+                public_key: *wg,
+                addresses,
+                standard: true,
+                candidates: Vec::new(),
+                keepalive: None,
+            });
+        } else {
+            behind.entry(peer.via).or_default().extend(addresses);
+        }
+    }
+    let machines = view.state.good_machines().filter(|(id, _)| **id != view.machine).map(|(id, machine)| WgPeer {
+        id: *id,
+        public_key: machine.wg,
+        addresses: [machine_addresses(view, id, machine), behind.get(id).cloned().unwrap_or_default()].concat(),
+        standard: false,
+        candidates: view.beacons.get(id).map(|b| b.wireguard.clone()).unwrap_or_default(),
+        keepalive: Some(KEEPALIVE),
+    });
+    machines.chain(standard).collect()
 }
 
 /// Machines by their names, services by theirs; a machine's name wins over a service's.
@@ -211,10 +285,18 @@ fn zone_of(view: &View) -> Zone {
             }
         }
     }
-    for (id, machine) in view.state.good_machines() {
-        hosts.insert(machine.name.to_string(), mesh_address(&view.clan, id));
+    let mut ipv4 = BTreeMap::new();
+    for (wg, peer) in view.state.good_peers() {
+        let address = peer_address(&view.clan, wg);
+        hosts.insert(peer.name.to_string(), address);
+        ipv4.extend(second(peer.ipv4).map(|second| (address, second)));
     }
-    Zone { clan: view.clan_name.clone(), hosts }
+    for (id, machine) in view.state.good_machines() {
+        let address = mesh_address(&view.clan, id);
+        hosts.insert(machine.name.to_string(), address);
+        ipv4.extend(second(machine.ipv4).map(|second| (address, second)));
+    }
+    Zone { clan: view.clan_name.clone(), hosts, ipv4 }
 }
 
 /// Moves WireGuard packets in and out of QUIC datagrams.

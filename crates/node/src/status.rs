@@ -1,10 +1,10 @@
 //! What a machine reports to its manager about the clan.
 
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
-use clan_ledger::Standing;
+use clan_ledger::{Peer, Standing};
 use clan_os::wireguard::{PathChoice, WgPeerStatus, Wireguard};
-use clan_types::{PeerAddr, mesh_address};
+use clan_types::{MachineId, PeerAddr, Timestamp, WgPublicKey, mesh_address, peer_address};
 use clan_wire::control::{MachineStatus, NodeStatus, PathKind, PathStatus, PersonStatus, ServiceStatus};
 use iroh::{TransportAddr, endpoint::Connection};
 
@@ -12,6 +12,9 @@ use crate::{
     core::{View, now},
     mesh, relay,
 };
+
+/// A session of WireGuard lives no longer than this (`Reject-After-Time`): whoever has not renewed it is gone.
+const STANDARD_THERE: Duration = Duration::from_secs(180);
 
 /// Assembles the report.
 pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeStatus {
@@ -37,8 +40,11 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
                 version: beacon.map(|b| b.version.clone()),
                 certificate: beacon.and_then(|b| b.certificate),
                 relay: relays.iter().find(|(relay, _)| relay == id).map(|(_, relay)| relay.clone()),
+                wireguard: beacon.map(|b| b.wireguard.clone()).unwrap_or_default(),
+                behind: None,
             }
         })
+        .chain(view.state.good_peers().map(|(wg, peer)| standard(view, wg, peer, &paths)))
         .collect();
     NodeStatus {
         clan: view.clan,
@@ -91,6 +97,39 @@ fn is_public(ip: IpAddr) -> bool {
         }
         IpAddr::V6(ip) => !(ip.is_unique_local() || ip.is_unicast_link_local() || ip.is_loopback()),
     }
+}
+
+/// A standard WireGuard machine. Only the machine in front of it knows whether it is there.
+fn standard(view: &View, wg: &WgPublicKey, peer: &Peer, paths: &BTreeMap<MachineId, WgPeerStatus>) -> MachineStatus {
+    let id = mesh::standard_id(wg);
+    let known = paths.get(&id).filter(|status| status.last_handshake.is_some_and(|ago| ago < STANDARD_THERE));
+    let path = known.and_then(|status| match status.path {
+        PathChoice::Direct { addr, .. } => Some(PathStatus {
+            kind: PathKind::Direct,
+            remote: Some(addr),
+            rtt_us: None,
+            why: "it has shaken hands from this address".to_owned(),
+        }),
+        PathChoice::Carrier => None,
+    });
+    MachineStatus {
+        id,
+        name: peer.name.clone(),
+        owner: peer.owner,
+        address: peer_address(&view.clan, wg),
+        this: false,
+        path,
+        last_seen: known.and_then(|status| status.last_handshake).map(|ago| before(now(), ago)),
+        version: None,
+        certificate: None,
+        relay: None,
+        wireguard: Vec::new(),
+        behind: Some(peer.via),
+    }
+}
+
+fn before(now: Timestamp, ago: Duration) -> Timestamp {
+    Timestamp::from_millis(now.as_millis().saturating_sub(u64::try_from(ago.as_millis()).unwrap_or(u64::MAX)))
 }
 
 fn services(view: &View, machines: &[MachineStatus]) -> Vec<ServiceStatus> {

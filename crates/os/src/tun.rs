@@ -3,11 +3,13 @@
 
 use std::{
     io::{self, IoSlice},
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd},
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use clan_tunnel::offload::{Group, HEADER_LEN, Offload};
+use clan_types::IPV4_PREFIX;
 use tracing::debug;
 use tun_rs::SyncDevice;
 
@@ -22,6 +24,8 @@ pub struct Tun {
     name: String,
     mtu: u16,
     address: Ipv6Addr,
+    /// The second address; 0: none.
+    ipv4: AtomicU32,
 }
 
 /// Why a TUN device could not be made.
@@ -53,7 +57,7 @@ impl Tun {
         device.set_nonblocking(true).map_err(failed)?;
         let name = device.name().map_err(failed)?;
         debug!(device = %name, %address, mtu, tcp_offload = device.tcp_gso(), udp_offload = device.udp_gso(), "network device is up");
-        Ok(Self { device, name, mtu, address })
+        Ok(Self { device, name, mtu, address, ipv4: AtomicU32::new(0) })
     }
 
     /// The device's name.
@@ -66,13 +70,32 @@ impl Tun {
         self.address
     }
 
+    /// Gives the device a second address, with the route to 100.64.0.0/10, or takes it away.
+    pub(crate) fn set_ipv4(&self, ipv4: Option<Ipv4Addr>) -> io::Result<()> {
+        let wanted = ipv4.map_or(0, Ipv4Addr::to_bits);
+        let had = self.ipv4.swap(wanted, Ordering::Relaxed);
+        if had == wanted {
+            return Ok(());
+        }
+        if had != 0 {
+            self.device.remove_address(Ipv4Addr::from_bits(had).into())?;
+        }
+        ipv4.map_or(Ok(()), |address| self.device.add_address_v4(address, IPV4_PREFIX.1))
+    }
+
     pub(crate) fn mtu(&self) -> usize {
         usize::from(self.mtu)
     }
 
     /// Whether a packet to `destination` is for this machine.
     pub(crate) fn is_own(&self, destination: IpAddr) -> bool {
-        destination == IpAddr::V6(self.address)
+        match destination {
+            IpAddr::V6(destination) => destination == self.address,
+            IpAddr::V4(destination) => {
+                let own = self.ipv4.load(Ordering::Relaxed);
+                own != 0 && destination.to_bits() == own
+            }
+        }
     }
 
     /// The next packet that an application sends, without waiting.

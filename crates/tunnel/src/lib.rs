@@ -6,6 +6,7 @@
 //!
 //! Time is a [`std::time::Duration`] since any fixed moment, and must not run backwards.
 
+pub mod filter;
 pub mod ip;
 pub mod offload;
 mod paths;

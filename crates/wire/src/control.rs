@@ -242,6 +242,10 @@ pub struct MachineStatus {
     pub certificate: Option<CertificateHash>,
     /// Where it is a relay, if it is one.
     pub relay: Option<RelayAddr>,
+    /// Where its WireGuard socket may be reached.
+    pub wireguard: Vec<SocketAddr>,
+    /// The machine that speaks the mesh for it, if it is a standard WireGuard machine; its id is then its WireGuard key.
+    pub behind: Option<MachineId>,
 }
 
 /// How a machine is reached.

@@ -38,6 +38,8 @@ pub(crate) fn table(machines: &[MachineInfo], now: Timestamp) -> Table {
             (None, None) => (Tone::Faint, "never seen".to_owned()),
         };
         let why = machine.path.as_ref().filter(|_| !machine.this).map_or("", |p| p.why.as_str());
+        let behind = machine.behind.as_ref().map(|front| format!("standard WireGuard, behind {front}"));
+        let why = behind.as_deref().unwrap_or(why);
         let owner = machine.owner_name.as_ref().map_or_else(|| machine.owner.short(), ToString::to_string);
         table.row([machine.name.as_str().into(), owner.into(), Cell::toned(tone, path), why.into()]);
     }

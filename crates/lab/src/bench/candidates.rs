@@ -41,7 +41,10 @@ pub(super) struct Candidate {
 
 enum Kind {
     Cable,
-    Ours,
+    /// With access rules, or without any: what they cost.
+    Ours {
+        rules: bool,
+    },
     WireguardGo,
     Nebula,
     Tinc,
@@ -54,7 +57,8 @@ pub(super) fn all(rivals: &Path) -> Vec<Candidate> {
     let of = |name, kind, root: &Path| Candidate { name, kind, root: root.to_owned() };
     vec![
         of("cable", Kind::Cable, &stable),
-        of("clan", Kind::Ours, &stable),
+        of("clan", Kind::Ours { rules: true }, &stable),
+        of("clan-without-rules", Kind::Ours { rules: false }, &stable),
         of("wireguard-go", Kind::WireguardGo, &unstable),
         of("wireguard-go-stable", Kind::WireguardGo, &stable),
         of("nebula", Kind::Nebula, &unstable),
@@ -68,7 +72,7 @@ pub(super) fn all(rivals: &Path) -> Vec<Candidate> {
 impl Candidate {
     fn program(&self) -> Option<PathBuf> {
         match self.kind {
-            Kind::Cable | Kind::Ours => None,
+            Kind::Cable | Kind::Ours { .. } => None,
             Kind::WireguardGo => Some(self.root.join("usr/bin/wireguard-go")),
             Kind::Nebula => Some(self.root.join("usr/bin/nebula")),
             Kind::Tinc => Some(self.root.join("usr/sbin/tincd")),
@@ -83,7 +87,7 @@ impl Candidate {
     /// The version of its package.
     pub(super) fn version(&self) -> Option<String> {
         let package = match self.kind {
-            Kind::Cable | Kind::Ours => return None,
+            Kind::Cable | Kind::Ours { .. } => return None,
             Kind::WireguardGo => "wireguard-go_",
             Kind::Nebula => "nebula_",
             Kind::Tinc => "tinc_",
@@ -100,19 +104,22 @@ impl Candidate {
             (Kind::Nebula, Some(program)) => nebula(site, &program),
             (Kind::Tinc, Some(program)) => tinc(site, &program, &self.root),
             (Kind::Yggdrasil, Some(program)) => yggdrasil(site, &program),
-            (Kind::Ours, _) => ours(site),
+            (Kind::Ours { rules }, _) => ours(site, *rules),
             _ => Ok(Network { daemons: Vec::new(), target: CABLE[1].into() }),
         }
     }
 }
 
-fn ours(site: &Site) -> Result<Network, LabError> {
+fn ours(site: &Site, rules: bool) -> Result<Network, LabError> {
     let program = std::env::current_exe().map_err(LabError::io("find this program"))?;
     let mut daemons = Vec::new();
     for own in ENDS {
         let mut command = site.command(own, &program)?;
         let peer = format!("{}:{}", CABLE[1 - own], end::PORT);
         command.args(["tunnel-end", "--number", &own.to_string(), "--peer", &peer]);
+        if rules {
+            command.arg("--rules");
+        }
         daemons.push(Daemon::start(command, &site.scratch(own)?.join("log"))?);
     }
     Ok(Network { daemons, target: EndConfig::address(1).into() })

@@ -1,10 +1,13 @@
 //! One end of our own data plane, as the controller runs it but with a known key and a single peer.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv6Addr, SocketAddr},
+};
 
 use clan_os::{
     tun::Tun,
-    wireguard::{Carrier, Timing, WgPeer, Wireguard, WireguardConfig},
+    wireguard::{Access, Carrier, Policy, Timing, Transport, WgPeer, Wireguard, WireguardConfig},
 };
 use clan_types::{ClanId, MachineId, WgPublicKey, mesh_address};
 use tokio::signal::unix::{SignalKind, signal};
@@ -24,6 +27,8 @@ pub struct EndConfig {
     pub number: usize,
     /// The other end's UDP address.
     pub peer: SocketAddr,
+    /// Whether access rules are in force, with a thousand other machines in them.
+    pub rules: bool,
 }
 
 impl EndConfig {
@@ -41,6 +46,21 @@ pub(super) struct Keys {
 
 pub(super) fn ends() -> [Keys; 2] {
     [51, 52].map(|byte| Keys { secret: [byte; 32], public: PublicKey::from(&StaticSecret::from([byte; 32])) })
+}
+
+/// The other end may reach what is measured, as by a rule of a clan of a thousand machines.
+fn policy(peer: Ipv6Addr) -> Policy {
+    const MEASURED: u16 = 5201;
+    let mut policy = Policy::default();
+    let ports = [Transport::Tcp, Transport::Udp].map(|transport| (transport, MEASURED..=MEASURED)).to_vec();
+    let access = Access::Ports { ports, ping: true };
+    for n in 0..1000u16 {
+        let mut octets = peer.octets();
+        octets[14..].copy_from_slice(&n.to_be_bytes());
+        policy.allow(Ipv6Addr::from(octets).into(), access.clone());
+    }
+    policy.allow(peer.into(), access);
+    policy
 }
 
 fn machine(number: usize) -> MachineId {
@@ -67,6 +87,7 @@ pub fn tunnel_end(config: &EndConfig) -> Result<(), LabError> {
         candidates: vec![config.peer],
         keepalive: None,
     };
+    let rules = config.rules;
     runtime.block_on(async move {
         let tun = Tun::create(&format!("end{own}"), MTU, EndConfig::address(own)).await.map_err(|e| failed(&e))?;
         // Nothing travels here: the other half only keeps the queues open.
@@ -82,6 +103,9 @@ pub fn tunnel_end(config: &EndConfig) -> Result<(), LabError> {
         .await
         .map_err(|e| failed(&e))?;
         wireguard.set_peers(vec![peer]).await.map_err(|e| failed(&e))?;
+        if rules {
+            wireguard.set_policy(policy(EndConfig::address(other)), BTreeMap::new());
+        }
         let mut term = signal(SignalKind::terminate()).map_err(LabError::io("listen for signals"))?;
         term.recv().await;
         wireguard.stop().await;

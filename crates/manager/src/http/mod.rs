@@ -4,6 +4,7 @@
 pub(crate) mod auth;
 mod authority;
 mod clans;
+mod mesh;
 mod problems;
 mod proxy;
 mod relays;
@@ -266,6 +267,12 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/clans/{clan}/revocations", post(authority::revoke))
         .route("/clans/{clan}/relays", get(relays::list).post(relays::set))
         .route("/clans/{clan}/log", get(authority::log))
+        .route("/clans/{clan}/wireguard", post(mesh::add_wireguard))
+        .route("/clans/{clan}/wireguard/removals", post(mesh::remove_wireguard))
+        .route("/clans/{clan}/rules", get(mesh::rules).post(mesh::set_rule))
+        .route("/clans/{clan}/rules/removals", post(mesh::drop_rule))
+        .route("/clans/{clan}/groups", get(mesh::groups).post(mesh::set_group))
+        .route("/clans/{clan}/groups/removals", post(mesh::drop_group))
         .route("/clans/{clan}/members", get(clans::members))
         .route("/clans/{clan}/machines", get(clans::machines))
         .route("/clans/{clan}/services", get(clans::services))

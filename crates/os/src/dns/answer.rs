@@ -1,12 +1,15 @@
 //! From the bytes of a question to the bytes of the answer: no I/O.
 
-use std::{net::Ipv6Addr, str::FromStr};
+use std::{
+    net::{Ipv4Addr, Ipv6Addr},
+    str::FromStr,
+};
 
 use hickory_proto::{
     op::{Message, MessageType, OpCode, Query, ResponseCode},
     rr::{
         DNSClass, Name, RData, Record, RecordType,
-        rdata::{AAAA, NS, PTR, SOA},
+        rdata::{A, AAAA, NS, PTR, SOA},
     },
 };
 
@@ -131,8 +134,14 @@ fn look_up(query: &Query, zone: &Zone) -> Option<Found> {
         _ => None,
     };
     if let Some(address) = host {
-        let record = Record::from_rdata(query.name().clone(), TTL, RData::AAAA(AAAA(*address)));
-        return Some(if wants(RecordType::AAAA) { Found::Records(vec![record]) } else { Found::NoData(apex) });
+        let mut records = Vec::new();
+        if wants(RecordType::AAAA) {
+            records.push(Record::from_rdata(query.name().clone(), TTL, RData::AAAA(AAAA(*address))));
+        }
+        if let (true, Some(ipv4)) = (wants(RecordType::A), zone.ipv4.get(address)) {
+            records.push(Record::from_rdata(query.name().clone(), TTL, RData::A(A(*ipv4))));
+        }
+        return Some(if records.is_empty() { Found::NoData(apex) } else { Found::Records(records) });
     }
     match labels[..] {
         ["clan"] if wants(RecordType::SOA) => Some(Found::Records(soa(&apex))),
@@ -148,6 +157,9 @@ fn look_up(query: &Query, zone: &Zone) -> Option<Found> {
 
 /// Names of addresses: ours within the clan's /48, whose zone is the twelve last digits before `ip6.arpa`.
 fn reverse(name: &Name, labels: &[&str], query: &Query, zone: &Zone, wants_ptr: bool) -> Option<Found> {
+    if let [d, c, b, a, "in-addr", "arpa"] = labels {
+        return reverse_ipv4([a, b, c, d], query, zone, wants_ptr);
+    }
     let [digits @ .., "ip6", "arpa"] = labels else { return None };
     let nibbles: Option<Vec<u8>> =
         digits.iter().rev().map(|d| if d.len() == 1 { u8::from_str_radix(d, 16).ok() } else { None }).collect();
@@ -179,15 +191,22 @@ fn reverse(name: &Name, labels: &[&str], query: &Query, zone: &Zone, wants_ptr: 
     if nibbles.len() < 32 || !wants_ptr {
         return Some(Found::NoData(apex));
     }
-    let clan = zone.clan.as_str();
-    let pointer = |label: &String| {
-        Some(Record::from_rdata(
-            query.name().clone(),
-            TTL,
-            RData::PTR(PTR(Name::from_str(&format!("{label}.{clan}.{ZONE}")).ok()?)),
-        ))
-    };
-    Some(Found::Records(hosts.filter_map(|(label, _)| pointer(label)).collect()))
+    Some(Found::Records(hosts.filter_map(|(label, _)| pointer(label, query, zone)).collect()))
+}
+
+/// Names of second addresses. Others of 100.64.0.0/10 are not ours to deny.
+fn reverse_ipv4(octets: [&str; 4], query: &Query, zone: &Zone, wants_ptr: bool) -> Option<Found> {
+    let address: Ipv4Addr = octets.join(".").parse().ok()?;
+    let (owner, _) = zone.ipv4.iter().find(|(_, ipv4)| **ipv4 == address)?;
+    let hosts = zone.hosts.iter().filter(|(_, host)| *host == owner);
+    let records: Vec<Record> = hosts.filter_map(|(label, _)| pointer(label, query, zone)).collect();
+    let found = if wants_ptr { Found::Records(records) } else { Found::NoData(query.name().clone()) };
+    Some(found)
+}
+
+fn pointer(label: &str, query: &Query, zone: &Zone) -> Option<Record> {
+    let name = Name::from_str(&format!("{label}.{}.{ZONE}", zone.clan.as_str())).ok()?;
+    Some(Record::from_rdata(query.name().clone(), TTL, RData::PTR(PTR(name))))
 }
 
 fn server_name() -> Option<Name> {
@@ -210,6 +229,7 @@ mod tests {
         Zone {
             clan: "family".parse().unwrap(),
             hosts: hosts.into_iter().map(|(l, a)| (l.to_owned(), a.parse().unwrap())).collect(),
+            ipv4: [("fd01:203:405::2".parse().unwrap(), "100.70.1.2".parse().unwrap())].into(),
         }
     }
 
@@ -240,6 +260,15 @@ mod tests {
             assert_eq!(texts(&message), ["fd01:203:405::1"]);
             assert_eq!(message.answers[0].ttl, 5);
         }
+    }
+
+    #[test]
+    fn second_addresses_are_told_where_there_are_any() {
+        assert_eq!(texts(&answered("bob.family.clan.", RecordType::A)), ["100.70.1.2"]);
+        assert_eq!(texts(&answered("bob.family.clan.", RecordType::ANY)), ["fd01:203:405::2", "100.70.1.2"]);
+        assert_eq!(texts(&answered("2.1.70.100.in-addr.arpa.", RecordType::PTR)), ["bob.family.clan."]);
+        let other = answer(&ask("3.1.70.100.in-addr.arpa.", RecordType::PTR), &zone());
+        assert!(matches!(other, Answer::Forward { .. }), "somebody else's");
     }
 
     #[test]

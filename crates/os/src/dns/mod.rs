@@ -6,7 +6,10 @@ mod server;
 pub use answer::{Answer, answer};
 pub use server::{DnsError, DnsServer};
 
-use std::{collections::BTreeMap, net::Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
 use clan_types::ClanName;
 
@@ -17,4 +20,6 @@ pub struct Zone {
     pub clan: ClanName,
     /// Host and service labels, lower case, with their addresses.
     pub hosts: BTreeMap<String, Ipv6Addr>,
+    /// The second addresses of those that have one.
+    pub ipv4: BTreeMap<Ipv6Addr, Ipv4Addr>,
 }

@@ -288,6 +288,7 @@ mod tests {
 
     fn zone(host: &str) -> Arc<Zone> {
         Arc::new(Zone {
+            ipv4: Default::default(),
             clan: "family".parse().unwrap(),
             hosts: [(host.to_owned(), "fd01::1".parse().unwrap())].into(),
         })

@@ -10,7 +10,7 @@
 //! No task of the runtime is woken for a packet. Each peer's sessions are behind a lock of their own.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
@@ -19,6 +19,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use clan_tunnel::filter::{Filter, Policy};
 use clan_types::MachineId;
 use gotatun::{
     noise::{
@@ -69,6 +70,44 @@ impl Source {
     }
 }
 
+/// Who may reach what on this machine, and on each standard peer behind it, which has no filter of its own. `None`
+/// until it is known.
+#[derive(Default)]
+pub(crate) struct Filters {
+    own: Option<Filter>,
+    behind: HashMap<MachineId, Filter>,
+}
+
+impl Filters {
+    /// What is sent from here, or from a standard peer behind this machine.
+    pub(crate) fn outbound(&mut self, from: Option<MachineId>, packet: &[u8], now: Duration) {
+        let filter = match from {
+            None => self.own.as_mut(),
+            Some(peer) => self.behind.get_mut(&peer),
+        };
+        if let Some(filter) = filter {
+            filter.outbound(packet, now);
+        }
+    }
+
+    /// Whether a packet may go to this machine, or to a standard peer behind it.
+    pub(crate) fn inbound(&mut self, to: Option<MachineId>, packet: &[u8], now: Duration) -> bool {
+        match (&mut self.own, to) {
+            (None, _) => true,
+            (Some(own), None) => own.inbound(packet, now),
+            (Some(_), Some(peer)) => self.behind.get_mut(&peer).is_some_and(|filter| filter.inbound(packet, now)),
+        }
+    }
+
+    pub(crate) fn set(&mut self, own: Policy, mut behind: BTreeMap<MachineId, Policy>) {
+        self.own.get_or_insert_default().set_policy(own);
+        self.behind.retain(|peer, _| behind.contains_key(peer));
+        for (peer, policy) in std::mem::take(&mut behind) {
+            self.behind.entry(peer).or_default().set_policy(policy);
+        }
+    }
+}
+
 pub(crate) struct Engine {
     private_key: StaticSecret,
     public_key: PublicKey,
@@ -83,6 +122,7 @@ pub(crate) struct Engine {
     pub(crate) directory: Directory,
     outgoing: mpsc::Sender<(MachineId, Bytes)>,
     timing: Timing,
+    filters: Mutex<Filters>,
     /// Tells the prober that its next moment may have come nearer.
     pub(crate) wake: Notify,
     /// Readable once the threads shall end.
@@ -112,6 +152,7 @@ impl Engine {
             directory,
             outgoing,
             timing,
+            filters: Mutex::default(),
             wake: Notify::new(),
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
@@ -141,6 +182,11 @@ impl Engine {
     pub(crate) fn set_table(&self, table: Table) {
         self.by_index().retain(|_, member| table.by_id.get(&member.id).is_some_and(|kept| Arc::ptr_eq(kept, member)));
         *self.table.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(table);
+    }
+
+    /// INVARIANT: nothing else is locked while this is held.
+    pub(crate) fn filters(&self) -> MutexGuard<'_, Filters> {
+        self.filters.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn by_index(&self) -> MutexGuard<'_, HashMap<u32, Arc<Member>>> {

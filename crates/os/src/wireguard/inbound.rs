@@ -90,6 +90,8 @@ struct Inbound<'a> {
     engine: &'a Engine,
     table: Arc<Table>,
     joiner: Joiner,
+    /// Packets that came out, for this machine, not judged yet.
+    opened: Vec<BytesMut>,
     /// The session that the last packet belonged to, and the address it came from inside.
     session: Option<(u32, Arc<Member>)>,
     inside: Option<IpAddr>,
@@ -103,6 +105,7 @@ impl<'a> Inbound<'a> {
             engine,
             table: engine.table(),
             joiner: Joiner::default(),
+            opened: Vec::new(),
             session: None,
             inside: None,
             forwarded: Vec::new(),
@@ -123,6 +126,17 @@ impl<'a> Inbound<'a> {
     fn finish(&mut self) -> io::Result<()> {
         let mut gone = Ok(());
         let tun = &self.engine.tun;
+        if !self.opened.is_empty() {
+            let now = self.engine.directory.now();
+            let mut filters = self.engine.filters();
+            for packet in self.opened.drain(..) {
+                if filters.inbound(None, &packet, now) {
+                    self.joiner.push(packet);
+                } else {
+                    trace!("a packet that no rule allows");
+                }
+            }
+        }
         self.joiner.drain(|group| match tun.write(group) {
             Err(error) if is_gone(&error) => gone = Err(error),
             Err(error) => debug!(%error, "a packet could not be written"),
@@ -171,9 +185,11 @@ impl<'a> Inbound<'a> {
             return;
         }
         let index = u32::from_le_bytes([packet[4], packet[5], packet[6], packet[7]]);
+        let mut fresh = false;
         let member = match &self.session {
             Some((known, member)) if *known == index => member.clone(),
             _ => {
+                fresh = true;
                 let Some(member) = self.engine.member_of_index(index) else { return };
                 self.session = Some((index, member.clone()));
                 self.inside = None;
@@ -194,10 +210,12 @@ impl<'a> Inbound<'a> {
             debug!(peer = %member.id, %addr, "a standard peer moved");
             member.moved_to(addr);
         }
-        if opened.is_empty() {
-            // A keepalive: the first one confirms a session that packets may have waited for.
+        if fresh || opened.is_empty() {
+            // The first packet of a session, mostly a keepalive, confirms it; others may have waited for that.
             let queued = self.engine.with_queued(&mut member.tunnel(), None);
             self.forwarded.extend(queued.into_iter().map(|packet| (member.clone(), packet)));
+        }
+        if opened.is_empty() {
             return;
         }
         let bytes = std::mem::take(opened.buf_mut());
@@ -220,7 +238,7 @@ impl<'a> Inbound<'a> {
         }
         // INVARIANT: only packets for this machine come out of the tunnel, so no member can use it as a way elsewhere.
         if self.engine.tun.is_own(addresses.destination) {
-            self.joiner.push(packet);
+            self.opened.push(packet);
         } else {
             self.forward(packet, addresses.destination, member);
         }
@@ -231,6 +249,17 @@ impl<'a> Inbound<'a> {
         let Some(to) = self.table.by_address.get(&destination) else { return };
         if !(from.standard || to.standard) || Arc::ptr_eq(from, to) || !ip::hop(&mut packet) {
             return;
+        }
+        let now = self.engine.directory.now();
+        {
+            let mut filters = self.engine.filters();
+            if from.standard {
+                filters.outbound(Some(from.id), &packet, now);
+            }
+            if to.standard && !filters.inbound(Some(to.id), &packet, now) {
+                trace!(peer = %to.id, "a packet that no rule allows");
+                return;
+            }
         }
         let sealed = to.tunnel().handle_outgoing_packet(Packet::from_bytes(packet), None);
         self.forwarded.extend(sealed.map(|sealed| (to.clone(), sealed)));

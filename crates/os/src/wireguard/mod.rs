@@ -13,13 +13,14 @@ mod socket;
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     thread,
     time::Duration,
 };
 
 use bytes::Bytes;
+pub use clan_tunnel::filter::{Access, Policy, Transport};
 pub use clan_tunnel::{PathChange, PathChoice};
 use clan_tunnel::{Paths, ProbeKey};
 use clan_types::{MachineId, WgPublicKey};
@@ -143,6 +144,9 @@ pub enum WireguardError {
     /// The threads that move packets could not be started.
     #[error("cannot start the threads that move packets")]
     Threads(#[source] std::io::Error),
+    /// The device took no second address.
+    #[error("the network device takes no IPv4 address")]
+    Address(#[source] std::io::Error),
     /// It was stopped before.
     #[error("WireGuard is stopped")]
     Stopped,
@@ -262,6 +266,21 @@ impl Wireguard {
         running.peers = wanted;
         engine.wake.notify_one();
         Ok(())
+    }
+
+    /// From now on this is who may reach what here, and on the standard peers behind this machine; whoever is not named
+    /// reaches nothing. Before the first call everything passes that comes from a peer.
+    pub fn set_policy(&self, own: Policy, behind: BTreeMap<MachineId, Policy>) {
+        if let Some(running) = self.running().as_ref() {
+            running.engine.filters().set(own, behind);
+        }
+    }
+
+    /// Gives the device a second address, or takes it away. Packets to it are for this machine.
+    pub fn set_ipv4(&self, ipv4: Option<Ipv4Addr>) -> Result<(), WireguardError> {
+        let running = self.running();
+        let running = running.as_ref().ok_or(WireguardError::Stopped)?;
+        running.engine.tun.set_ipv4(ipv4).map_err(WireguardError::Address)
     }
 
     /// Replaces the addresses at which `peer` may be reachable. Unknown peers are ignored.

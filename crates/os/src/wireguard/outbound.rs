@@ -53,6 +53,7 @@ impl Outbound<'_> {
     fn take(&mut self, offload: Offload, packet: &mut [u8]) {
         let Some(destination) = ip::addresses(packet).map(|addresses| addresses.destination) else { return };
         let Some(member) = self.engine.table().by_address.get(&destination).cloned() else { return };
+        self.engine.filters().outbound(None, packet, self.engine.directory.now());
         if self.to.as_ref().is_none_or(|to| !Arc::ptr_eq(to, &member)) {
             self.flush();
         }

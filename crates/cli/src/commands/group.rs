@@ -1,0 +1,88 @@
+//! `clan group`: people and machines that rules name together.
+
+use clan_api::{RemoveNamed, SetGroup};
+use clan_types::GroupName;
+
+use super::rule::How;
+use crate::{context::Context, error::CliError, table::Table};
+
+/// What to do with the groups.
+#[derive(Debug, clap::Subcommand)]
+pub(crate) enum Verb {
+    /// Make a group, or replace its members
+    Set {
+        /// Its name
+        name: GroupName,
+        /// Who is in it: person:NAME, machine:NAME, group:NAME, everybody, members, admins, owners
+        #[arg(required = true, value_name = "WHO")]
+        members: Vec<String>,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Take a group away; rules that name it name nobody then
+    Remove {
+        /// Its name, as `clan group list` shows it
+        name: String,
+        #[command(flatten)]
+        how: How,
+    },
+    /// Show the groups
+    List {
+        /// Which clan, if you are in several
+        #[arg(long)]
+        clan: Option<String>,
+    },
+}
+
+/// Shows or changes the groups.
+pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
+    let printer = &context.printer;
+    match verb {
+        Verb::Set { name, members, how } => {
+            let clan = context.clan(how.clan).await?;
+            let request = SetGroup { name, members, dry_run: how.dry_run };
+            let group = context.ask(context.client.set_group(&clan, &request)).await?;
+            if printer.is_json() {
+                return printer.json(&group);
+            }
+            let would = if how.dry_run { "Would make this group: " } else { "" };
+            printer.talk(&format!("{would}{}: {}.", group.name, group.members.join(", ")));
+            Ok(())
+        }
+        Verb::Remove { name, how } => {
+            let clan = context.clan(how.clan).await?;
+            let mut request = RemoveNamed { name, dry_run: true };
+            context.ask(context.client.drop_group(&clan, &request)).await?;
+            if how.dry_run {
+                printer.talk(&format!("Would take the group {} away.", request.name));
+                return Ok(());
+            }
+            let question = format!("Take the group {} away? Rules that name it name nobody then.", request.name);
+            context.confirm(&question, "take the group away without being asked")?;
+            request.dry_run = false;
+            let gone = context.ask(context.client.drop_group(&clan, &request)).await?;
+            if printer.is_json() {
+                return printer.json(&gone);
+            }
+            printer.talk(&format!("The group {} is gone.", gone.name));
+            Ok(())
+        }
+        Verb::List { clan } => {
+            let clan = context.clan(clan).await?;
+            let groups = context.ask(context.client.groups(&clan)).await?;
+            if printer.is_json() {
+                return printer.json(&groups);
+            }
+            if groups.is_empty() {
+                printer.talk("There are none. Make one: `clan group set kids person:anna person:ben`.");
+                return Ok(());
+            }
+            let mut table = Table::new(&["GROUP", "MEMBERS", "BY"]);
+            for group in &groups {
+                let by = group.by.as_ref().map_or("", |name| name.as_str());
+                table.row([group.name.as_str().into(), group.members.join(", ").into(), by.into()]);
+            }
+            table.print(printer)
+        }
+    }
+}
