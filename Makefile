@@ -7,7 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Lets cargo-nextest run the lab's tests with root's rights where it has none itself.
 RUNNER := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env")
 
-.PHONY: run lab stop web clean-lab test lint bench bench-mesh install deps build help
+.PHONY: run lab sim fuzz stop web clean-lab test lint bench bench-mesh install deps build help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,16 @@ lint:  ## formatting, lints, dependency rules, licences and advisories
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	@if command -v cargo-deny >/dev/null; then cargo deny check; \
 	else echo 'Licences and advisories were NOT checked: there is no cargo-deny (cargo install --locked cargo-deny).'; fi
+
+SEEDS ?= 2000
+SECONDS ?= 600
+
+sim:  ## simulate clans in which everything goes wrong: SEEDS=2000 or SEEDS=5000..6000, then one of 200 machines
+	cargo run --release --locked --package clan-sim -- --seeds $(SEEDS)
+	cargo run --release --locked --package clan-sim -- --seed 1 --machines 200
+
+fuzz:  ## throw garbage at everything that strangers can reach, SECONDS=600 each
+	@./scripts/fuzz $(SECONDS)
 
 bench:  ## measure the ledger; numbers are kept in target/bench
 	cargo run --release --locked --package xtask -- bench

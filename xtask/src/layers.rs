@@ -57,6 +57,8 @@ const LAYERS: &[(&str, Layer)] = &[
     ("clan-manager", Layer::Service),
     ("clan-cli", Layer::Edge),
     ("clan-lab", Layer::Beside),
+    ("clan-hostile", Layer::Beside),
+    ("clan-sim", Layer::Beside),
     ("xtask", Layer::Beside),
 ];
 

@@ -256,6 +256,16 @@ impl Replica {
         &self.state
     }
 
+    /// The ledger, to be looked at. While a write is outstanding it has what is not on disk.
+    pub fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
+    /// Whether this machine is still finding out what its clan's ledger is.
+    pub fn is_learning(&self) -> bool {
+        self.learning
+    }
+
     /// What the ledger has, for greeting other machines.
     pub fn vector(&self) -> &Arc<Vector> {
         &self.vector

@@ -81,6 +81,13 @@ pub enum StoreError {
 #[error("{0}")]
 pub struct Damage(pub(crate) String);
 
+impl Damage {
+    /// From one sentence.
+    pub fn new(why: impl Into<String>) -> Self {
+        Self(why.into())
+    }
+}
+
 impl StoreError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();

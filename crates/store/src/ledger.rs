@@ -1,11 +1,9 @@
 //! A clan's ledger in a `redb` file.
 
 use std::{
-    fs::{self, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
     panic::{AssertUnwindSafe, catch_unwind},
-    path::{Path, PathBuf},
+    path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
@@ -13,10 +11,7 @@ use clan_ledger::{Entry, EntryError, Ledger};
 use clan_types::ClanId;
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
 
-use crate::{
-    StoreError,
-    file::{keep_aside, sibling, sync_parent},
-};
+use crate::{StoreError, medium::FileMedium, medium::Medium};
 
 /// Entry id to encoded entry.
 const ENTRIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("entries");
@@ -33,7 +28,7 @@ const CACHE: usize = 8 << 20;
 /// A clan's ledger on disk. One process has it open at a time.
 #[derive(Debug)]
 pub struct LedgerStore {
-    path: PathBuf,
+    medium: Box<dyn Medium>,
     clan: ClanId,
     /// `None` after a failed write, until the file was opened again.
     database: Mutex<Option<Database>>,
@@ -43,20 +38,24 @@ impl LedgerStore {
     /// Opens a clan's file, or creates it. A damaged file is kept aside under another name and reported as
     /// [`StoreError::Corrupt`]; opening again then begins an empty one, which peers fill.
     pub fn open(path: impl AsRef<Path>, clan: &ClanId) -> Result<Self, StoreError> {
-        let path = path.as_ref().to_owned();
-        match fs::symlink_metadata(&path) {
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => create(&path, clan)?,
-            Err(error) => return Err(StoreError::io("open", &path)(error)),
+        Self::open_on(Box::new(FileMedium::new(path.as_ref())), clan)
+    }
+
+    /// The same on anything that can hold a file.
+    pub fn open_on(medium: Box<dyn Medium>, clan: &ClanId) -> Result<Self, StoreError> {
+        match medium.length() {
+            Ok(Some(_)) => {}
+            Ok(None) => create(&*medium, clan)?,
+            Err(error) => return Err(StoreError::io("open", medium.path())(error)),
         }
-        let store = Self { clan: *clan, database: Mutex::new(None), path };
+        let store = Self { clan: *clan, database: Mutex::new(None), medium };
         store.with(|_| Ok(()))?;
         Ok(store)
     }
 
     /// The file.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.medium.path()
     }
 
     /// Adds an entry. It is on disk on return; adding it again does nothing.
@@ -113,7 +112,7 @@ impl LedgerStore {
         let result = catch_unwind(AssertUnwindSafe(|| {
             let database = match guard.take() {
                 Some(database) => database,
-                None => open(&self.path, &self.clan)?,
+                None => open(&*self.medium, &self.clan)?,
             };
             run(&database).map(|value| (value, database))
         }));
@@ -122,7 +121,7 @@ impl LedgerStore {
                 *guard = Some(database);
                 Ok(value)
             }
-            Err(failure) => Err(failure.report(&self.path)),
+            Err(failure) => Err(failure.report(&*self.medium)),
         }
     }
 
@@ -140,16 +139,15 @@ impl Drop for LedgerStore {
     }
 }
 
-/// Makes an empty file under another name first: one that was cut short in the making is never taken for a damaged one.
-fn create(path: &Path, clan: &ClanId) -> Result<(), StoreError> {
-    let temporary = sibling(path, ".new");
+fn builder() -> redb::Builder {
+    let mut builder = redb::Builder::new();
+    builder.set_cache_size(CACHE);
+    builder
+}
+
+fn create(medium: &dyn Medium, clan: &ClanId) -> Result<(), StoreError> {
     let make = || -> Result<(), Failure> {
-        match fs::remove_file(&temporary) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
-            _ => {}
-        }
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&temporary)?;
-        let database = redb::Builder::new().set_cache_size(CACHE).create_file(file)?;
+        let database = medium.begin(&mut builder())?;
         let write = database.begin_write()?;
         {
             write.open_table(ENTRIES)?;
@@ -159,28 +157,28 @@ fn create(path: &Path, clan: &ClanId) -> Result<(), StoreError> {
             meta.insert(COUNT, 0u64.to_le_bytes().as_slice())?;
         }
         write.commit()?;
-        drop(database);
-        // A link, unlike a rename, never replaces a ledger that somebody else made meanwhile.
-        match fs::hard_link(&temporary, path) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error.into()),
-            _ => Ok(()),
-        }
+        Ok(())
     };
-    let made = make();
-    let _ = fs::remove_file(&temporary);
-    match made {
-        Ok(()) => sync_parent(path),
-        Err(Failure::Io(error)) => Err(StoreError::io("create", path)(error)),
-        Err(failure) => Err(failure.report(path)),
-    }
+    // The database asserts what it expects of its file, and a disk that fails in the middle can defy that.
+    let made = catch_unwind(AssertUnwindSafe(make))
+        .unwrap_or_else(|_| Err(Failure::Io(io::Error::other("the database gave up while it was made"))));
+    let finished = match made {
+        Ok(()) => medium.finish(),
+        Err(Failure::Io(error)) => Err(StoreError::io("create", medium.path())(error)),
+        // There is nothing yet that could be damaged: the disk does not do what it is told.
+        Err(Failure::Damaged(why)) => Err(StoreError::io("create", medium.path())(io::Error::other(why))),
+        Err(failure) => Err(failure.report(medium)),
+    };
+    medium.abandon();
+    finished
 }
 
-fn open(path: &Path, clan: &ClanId) -> Result<Database, Failure> {
+fn open(medium: &dyn Medium, clan: &ClanId) -> Result<Database, Failure> {
     // The database would take an empty file for a new one.
-    if fs::metadata(path)?.len() == 0 {
+    if medium.length()?.ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))? == 0 {
         return Err(Failure::Damaged("it is empty".to_owned()));
     }
-    let mut database = redb::Builder::new().set_cache_size(CACHE).open(path)?;
+    let mut database = medium.open(&mut builder())?;
     // Covers what the entries do not: the database's own pages, on which a later write would stumble.
     if !database.check_integrity()? {
         return Err(Failure::Damaged("its checksums do not fit".to_owned()));
@@ -231,14 +229,15 @@ enum Failure {
 }
 
 impl Failure {
-    fn report(self, path: &Path) -> StoreError {
+    fn report(self, medium: &dyn Medium) -> StoreError {
+        let path = medium.path();
         let path_buf = path.to_owned();
         match self {
             Self::Io(error) => StoreError::io("read or write", path)(error),
             Self::InUse => StoreError::InUse { path: path_buf },
             Self::Newer(found) => StoreError::NewerVersion { path: path_buf, found: found.into() },
             Self::Foreign(found) => StoreError::ForeignClan { path: path_buf, found },
-            Self::Damaged(why) => keep_aside(path, why),
+            Self::Damaged(why) => medium.keep_aside(why),
         }
     }
 }

@@ -167,14 +167,21 @@ fn on_a_full_disk_nothing_acknowledged_is_lost_and_writing_goes_on_once_there_is
         return fill_and_recover(&PathBuf::from(dir));
     }
     let dir = tempfile::tempdir().unwrap();
+    // Root needs no user namespace, which not every kernel and container allows.
+    let how = if fs::metadata("/proc/self").is_ok_and(|me| std::os::unix::fs::MetadataExt::uid(&me) == 0) {
+        "-m"
+    } else {
+        "-Urm"
+    };
     let script = "mount -t tmpfs -o size=2m tmpfs \"$0\" && exec \"$@\"";
-    let probe = Command::new("unshare").args(["-Urm", "sh", "-c", script]).arg(dir.path()).arg("true").output();
+    let probe = Command::new("unshare").args([how, "sh", "-c", script]).arg(dir.path()).arg("true").output();
     if !probe.as_ref().is_ok_and(|output| output.status.success()) {
+        assert_ne!(how, "-m", "root can mount a small file system: {probe:?}");
         eprintln!("skipped: no user and mount namespace for a small file system: {probe:?}");
         return;
     }
     let output = Command::new("unshare")
-        .args(["-Urm", "sh", "-c", script])
+        .args([how, "sh", "-c", script])
         .arg(dir.path())
         .arg(std::env::current_exe().unwrap())
         .args([
@@ -221,7 +228,57 @@ fn fill_and_recover(dir: &Path) {
     assert!(store.load().unwrap().len() > stored);
     let names: Vec<_> = fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["ledger.redb"], "nothing half-written is left");
+    drop(store);
+    fs::remove_file(&path).unwrap();
+    full_at_every_size(dir);
     println!("went on after {stored} entries");
+}
+
+/// With every amount of room from none on: what was acknowledged is there, and work goes on once there is room.
+fn full_at_every_size(dir: &Path) {
+    const STEP: usize = 8192;
+    let (id, all) = clan(12);
+    let (path, ballast, json) = (dir.join("small.redb"), dir.join("ballast"), dir.join("small.json"));
+    let (mut refused, mut whole) = (0, 0);
+    for room in (0..140).map(|step| step * STEP) {
+        fs::write(&ballast, b"").unwrap();
+        let mut fill = fs::OpenOptions::new().append(true).open(&ballast).unwrap();
+        while std::io::Write::write_all(&mut fill, &[0; STEP]).is_ok() {}
+        let length = fs::metadata(&ballast).unwrap().len();
+        fill.set_len(length.saturating_sub(room as u64)).unwrap();
+        drop(fill);
+        let small = serde_json_object(2000);
+        let json_written = clan_store::write_versioned_json(&json, &small);
+        let mut stored = 0;
+        let worked = LedgerStore::open(&path, &id).and_then(|store| {
+            for entry in &all {
+                store.append(entry)?;
+                stored += 1;
+            }
+            Ok(())
+        });
+        match &worked {
+            Ok(()) => whole += 1,
+            Err(error) => {
+                assert_eq!(error.kind(), Some(ErrorKind::StorageFull), "{room} bytes of room: {error:?}");
+                refused += 1;
+            }
+        }
+        fs::remove_file(&ballast).unwrap();
+        let store = LedgerStore::open(&path, &id).unwrap();
+        assert!(store.load().unwrap().len() >= stored, "{room} bytes of room");
+        store.append_all(&all).unwrap();
+        assert_eq!(store.load().unwrap().len(), all.len());
+        let read: Option<std::collections::BTreeMap<String, String>> = clan_store::read_versioned_json(&json).unwrap();
+        assert_eq!(read.is_some(), json_written.is_ok(), "a file is there whole or not at all");
+        drop(store);
+        for file in fs::read_dir(dir).unwrap().map(|file| file.unwrap().path()) {
+            let name = file.file_name().unwrap().to_string_lossy().into_owned();
+            assert!(["small.redb", "small.json"].contains(&name.as_str()), "{name} is left");
+        }
+        let _ = (fs::remove_file(&path), fs::remove_file(&json));
+    }
+    assert!(refused > 10 && whole > 10, "refused {refused} times, whole {whole} times");
 }
 
 fn serde_json_object(size: usize) -> std::collections::BTreeMap<&'static str, String> {
