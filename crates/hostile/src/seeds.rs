@@ -1,0 +1,97 @@
+//! Where fuzzing begins: one well-formed input or two of each kind.
+
+use clan_ledger::Entry;
+use clan_types::{ByteSize, CertificateHash, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, RelayAddr};
+use clan_wire::{
+    agent::{AgentRequest, AgentResponse},
+    beacon::Beacon,
+    control::{ControlRequest, ControlResponse, Environment},
+    image::{FileRole, ImageFile, Manifest},
+    peer::{ImagePart, ImageRequest, InviteProof, JoinRefusal, JoinRequest, JoinResponse, PeerMessage},
+};
+use serde::Serialize;
+
+use crate::clan;
+
+/// Target and input.
+pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
+    let ledger = clan::ledger();
+    let encoded: Vec<Vec<u8>> = ledger.entries().map(Entry::encode).collect();
+    let content = |entry: &Vec<u8>| entry[66.min(entry.len())..entry.len().saturating_sub(64)].to_vec();
+    let mut seeds = Vec::new();
+    for entry in &encoded {
+        seeds.push(("entry", [&[0xff], &entry[..]].concat()));
+        let part = [&[1], &content(entry)[..]].concat();
+        seeds.push(("entry", [vec![0], framed(&part), framed(&part)].concat()));
+        seeds.push(("peer", framed(&[&[1], &content(entry)[..]].concat())));
+        seeds.push(("join", [vec![0], framed(&content(entry))].concat()));
+    }
+    let messages = [
+        PeerMessage::Vector(ledger.vector()),
+        PeerMessage::Entries(encoded.clone()),
+        PeerMessage::Hello { clan: ledger.clan(), vector: vec![] },
+    ];
+    seeds.extend(messages.iter().map(|message| ("peer", framed(&with(9, message)))));
+    let machine = clan::machine(clan::MEMBER);
+    let addrs = vec!["192.0.2.1:41640".parse().expect("an address"), "[2001:db8::1]:1".parse().expect("an address")];
+    let beacon = Beacon {
+        clan: ledger.clan(),
+        machine,
+        made: clan::now(1).wall,
+        version: "0.1.0".into(),
+        quic: addrs.clone(),
+        wireguard: addrs.clone(),
+        services: vec![],
+        image: Some(ImageId::from_bytes([1; 32])),
+        certificate: Some(CertificateHash::from_bytes([5; 32])),
+    };
+    seeds.push(("peer", framed(&[&[0], &bytes(&beacon)[64..]].concat())));
+    let proof = InviteProof::new(&clan::key(50), &ledger.clan(), &clan::machine(clan::STRANGER));
+    let what = ImagePart::File { hash: FileHash::from_bytes([1; 32]), offset: 3 };
+    seeds.push(("join", with(9, &JoinRequest::Preview { proof: proof.clone() })));
+    seeds.push(("join", with(9, &JoinRequest::Redeem { entries: encoded.clone() })));
+    seeds.push(("join", with(1, &JoinResponse::Refused(JoinRefusal::NameTaken { name: "bob".into() }))));
+    seeds.push(("join", with(2, &ImageRequest { proof: Some(proof), what })));
+    let file = |role| ImageFile { role, size: ByteSize::from_mib(1), hash: FileHash::from_bytes([2; 32]) };
+    let manifest = Manifest {
+        version: 1,
+        title: "Debian".into(),
+        architecture: "x86_64".into(),
+        inputs: FileHash::from_bytes([0; 32]),
+        memory_min: ByteSize::from_mib(256),
+        files: [FileRole::Kernel, FileRole::Initramfs, FileRole::Root, FileRole::Layer].map(file).to_vec(),
+    };
+    seeds.push(("manifest", bytes(&manifest)));
+    let environment = Environment { quic: addrs.clone(), wireguard: addrs.clone(), manifest: bytes(&manifest) };
+    seeds.push(("control", with(0, &ControlRequest::SetEnvironment(environment))));
+    seeds.push(("control", with(1, &AgentRequest::SetClock(clan::now(1).wall))));
+    seeds.push(("control", with(2, &AgentResponse::Failed("no".into()))));
+    seeds.push(("control", with(3, &ControlResponse::Entries(encoded))));
+    let peers = vec![PeerAddr { machine, addrs }];
+    let certificate = CertificateHash::from_bytes([4; 32]);
+    let relays = vec![RelayAddr { host: "203.0.113.7".parse().expect("a host"), port: 443, certificate }];
+    let link = InviteLink { clan: ledger.clan(), secret: InviteSecret::from_bytes([3; 32]), peers, relays };
+    seeds.push(("link", [&[0, 2], &bytes(&link)[..]].concat()));
+    seeds.push(("link", [&[1], link.to_string().as_bytes()].concat()));
+    seeds.push(("mux", [vec![0], framed(&[2, 2]), framed(&[&[3, 2][..], b"data"].concat()), framed(&[5, 2])].concat()));
+    seeds.push(("mux", [vec![1], framed(&[0xfe]), framed(&[0xfd, 1, 2, 3]), framed(&[0xff, 0xc1, b'm'])].concat()));
+    for name in ["\u{5}alice\u{6}family\u{4}clan\0", "\u{7}example\u{3}org\0"] {
+        let question = [b"\x12\x34\x01\x00\x00\x01\x00\x00\x00\x00\x00\x00", name.as_bytes(), b"\x00\x1c\x00\x01"];
+        seeds.push(("dns", question.concat()));
+    }
+    seeds.push(("probe", [framed(&[0, 1, 2, 3]), framed(&[1; 60]), framed(&[2; 60]), framed(&[0x80; 80])].concat()));
+    seeds
+}
+
+fn framed(part: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(part.len()).unwrap_or(u16::MAX);
+    [&length.to_le_bytes(), part].concat()
+}
+
+fn bytes(message: &impl Serialize) -> Vec<u8> {
+    postcard::to_allocvec(message).expect("a message of ours")
+}
+
+fn with(kind: u8, message: &impl Serialize) -> Vec<u8> {
+    [vec![kind], bytes(message)].concat()
+}
