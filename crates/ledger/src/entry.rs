@@ -124,10 +124,12 @@ struct Content {
 ///
 /// INVARIANT: a value of this type has a valid signature, and its encoding is the only one it has.
 #[derive(Clone)]
-pub struct Entry {
+pub struct Entry(Arc<Inner>);
+
+struct Inner {
     content: Content,
     id: EntryId,
-    encoded: Arc<[u8]>,
+    encoded: Box<[u8]>,
 }
 
 impl Entry {
@@ -174,59 +176,74 @@ impl Entry {
         Ok(Self::new(content, bytes))
     }
 
+    /// Reads an entry that was checked before, by [`Entry::decode`] or in [`Entry::sign`], and whose id it then had. The
+    /// caller vouches for that, as by a seal that only it can make: neither signature nor id is checked again.
+    pub fn decode_vouched(bytes: &[u8], id: EntryId) -> Result<Self, EntryError> {
+        let (signed, _) = bytes.split_at_checked(bytes.len().wrapping_sub(SIGNATURE)).ok_or(EntryError::Malformed)?;
+        match signed {
+            [VERSION, content @ ..] if bytes.len() <= MAX_ENTRY => {
+                let content = postcard::from_bytes(content).map_err(|_| EntryError::Malformed)?;
+                Ok(Self(Arc::new(Inner { content, id, encoded: bytes.into() })))
+            }
+            [newer, ..] if *newer > VERSION => Err(EntryError::NewerVersion(*newer)),
+            _ => Err(EntryError::Malformed),
+        }
+    }
+
     fn new(content: Content, encoded: &[u8]) -> Self {
-        Self { content, id: EntryId::from_bytes(*blake3::hash(encoded).as_bytes()), encoded: encoded.into() }
+        let id = EntryId::from_bytes(*blake3::hash(encoded).as_bytes());
+        Self(Arc::new(Inner { content, id, encoded: encoded.into() }))
     }
 
     /// The encoding, signature included.
     pub fn encode(&self) -> Vec<u8> {
-        self.encoded.to_vec()
+        self.0.encoded.to_vec()
     }
 
     /// The encoding, signature included, without a copy.
     pub fn as_bytes(&self) -> &[u8] {
-        &self.encoded
+        &self.0.encoded
     }
 
     /// The hash of the encoding.
     pub fn id(&self) -> EntryId {
-        self.id
+        self.0.id
     }
 
     /// The clan that the entry belongs to.
     pub fn clan(&self) -> ClanId {
-        self.content.clan.unwrap_or(ClanId::from_bytes(*self.id.as_bytes()))
+        self.0.content.clan.unwrap_or(ClanId::from_bytes(*self.0.id.as_bytes()))
     }
 
     /// Who signed it.
     pub fn author(&self) -> AuthorId {
-        self.content.author
+        self.0.content.author
     }
 
     /// Its place in the author's log, from 0.
     pub fn seq(&self) -> u64 {
-        self.content.seq
+        self.0.content.seq
     }
 
     /// The entry before it in the author's log.
     pub fn prev(&self) -> Option<EntryId> {
-        self.content.prev
+        self.0.content.prev
     }
 
     /// When its author says it was made.
     pub fn time(&self) -> Hlc {
-        self.content.time
+        self.0.content.time
     }
 
     /// What it says.
     pub fn body(&self) -> &Body {
-        &self.content.body
+        &self.0.content.body
     }
 }
 
 impl PartialEq for Entry {
     fn eq(&self, other: &Self) -> bool {
-        self.encoded == other.encoded
+        Arc::ptr_eq(&self.0, &other.0) || self.0.encoded == other.0.encoded
     }
 }
 
@@ -234,8 +251,8 @@ impl Eq for Entry {}
 
 impl fmt::Debug for Entry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Content { author, seq, time, body, .. } = &self.content;
-        write!(f, "{:?} {author:?}#{seq} @{time:?} {body:?}", self.id)
+        let Content { author, seq, time, body, .. } = &self.0.content;
+        write!(f, "{:?} {author:?}#{seq} @{time:?} {body:?}", self.0.id)
     }
 }
 

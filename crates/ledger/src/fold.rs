@@ -7,9 +7,12 @@ mod roles;
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::Ipv4Addr,
+    sync::Arc,
 };
 
-use clan_types::{DeviceId, EntryId, Hlc, InviteId, MachineId, MachineName, PersonId, PersonName, Role, WgPublicKey};
+use clan_types::{
+    ClanId, DeviceId, EntryId, Hlc, InviteId, MachineId, MachineName, PersonId, PersonName, Role, WgPublicKey,
+};
 
 use crate::{
     AccessRule, AuthorId, Body, DeviceKind, Entry, Group, Invite, Ledger, Node, Published, Relay, Standing, State,
@@ -21,30 +24,32 @@ use crate::{
 };
 
 /// A newcomer who is not in yet.
-struct Newcomer<'a> {
-    admission: &'a Entry,
+struct Newcomer {
+    admission: Entry,
     /// What they wrote since.
-    later: Vec<&'a Entry>,
+    later: Vec<Entry>,
     /// Why the last countersignature did not count.
     failed: Option<VoidReason>,
 }
 
 /// What became of a person's role, and when.
-enum Change<'a> {
+enum Change {
     Given(Role),
-    Lowered(&'a Demotion),
+    Lowered(Arc<Demotion>),
 }
 
 /// One pass over the entries.
-pub(crate) struct Run<'a> {
-    ledger: &'a Ledger,
-    pub(crate) effective: &'a Effective,
+///
+/// It can go on with entries that come later in the order; what claims amount to is not weighed again by that.
+pub(crate) struct Run {
+    clan: ClanId,
+    pub(crate) effective: Effective,
     pub(crate) state: State,
     void: Vec<(At, Void)>,
     pub(crate) claims: Vec<Claim>,
     /// How far the pass is.
     now: At,
-    newcomers: BTreeMap<PersonId, Newcomer<'a>>,
+    newcomers: BTreeMap<PersonId, Newcomer>,
     /// Newcomers, waiting, in or denied, by their admission.
     admissions: HashMap<EntryId, PersonId>,
     denied: HashSet<PersonId>,
@@ -52,7 +57,9 @@ pub(crate) struct Run<'a> {
     pub(crate) joined: HashMap<PersonId, At>,
     /// When each device was added.
     pub(crate) device_since: HashMap<AuthorId, At>,
-    roles: HashMap<PersonId, Vec<(At, Change<'a>)>>,
+    roles: HashMap<PersonId, Vec<(At, Change)>>,
+    /// By whom each person is in the clan and in their role.
+    pub(crate) supports: HashMap<PersonId, Vec<PersonId>>,
     people_out: HashSet<PersonId>,
     devices_out: HashSet<DeviceId>,
     machines_out: HashSet<MachineId>,
@@ -76,10 +83,10 @@ struct Author {
     key: AuthorId,
 }
 
-impl<'a> Run<'a> {
-    pub(crate) fn new(ledger: &'a Ledger, effective: &'a Effective) -> Self {
+impl Run {
+    pub(crate) fn new(clan: ClanId, effective: Effective) -> Self {
         Self {
-            ledger,
+            clan,
             effective,
             state: State::default(),
             void: Vec::new(),
@@ -91,6 +98,7 @@ impl<'a> Run<'a> {
             joined: HashMap::new(),
             device_since: HashMap::new(),
             roles: HashMap::new(),
+            supports: HashMap::new(),
             people_out: HashSet::new(),
             devices_out: HashSet::new(),
             machines_out: HashSet::new(),
@@ -104,46 +112,56 @@ impl<'a> Run<'a> {
         }
     }
 
-    pub(crate) fn fold(&mut self) {
-        let ledger = self.ledger;
+    pub(crate) fn fold(&mut self, ledger: &Ledger) {
         for (at, (author, seq)) in &ledger.order {
             if let Some(entry) = ledger.logs.get(author).and_then(|log| log.get(*seq)) {
-                self.now = *at;
-                self.take(entry);
+                self.advance(*at, entry);
             }
         }
     }
 
-    pub(crate) fn finish(mut self) -> State {
-        for claim in std::mem::take(&mut self.claims) {
-            let reason = self.judge(&claim).err().unwrap_or(VoidReason::NotAllowed);
-            self.void.push((claim.at, void(claim.at.1, claim.device, reason)));
+    /// The next entry in the order.
+    pub(crate) fn advance(&mut self, at: At, entry: &Entry) {
+        self.now = at;
+        self.take(entry);
+    }
+
+    /// How far the pass is.
+    pub(crate) fn now(&self) -> At {
+        self.now
+    }
+
+    /// What it amounts to so far.
+    pub(crate) fn state(&self, ledger: &Ledger) -> State {
+        let mut state = self.state.clone();
+        let mut all = self.void.clone();
+        let of = |entry: &Entry, reason| ((entry.time(), entry.id()), void(entry.id(), entry.author(), reason));
+        for claim in &self.claims {
+            let reason = self.judge(claim).err().unwrap_or(VoidReason::NotAllowed);
+            all.push((claim.at, void(claim.at.1, claim.device, reason)));
         }
-        for (person, newcomer) in std::mem::take(&mut self.newcomers) {
-            let pending = self.state.pending.contains_key(&person);
+        for (person, newcomer) in &self.newcomers {
+            let pending = state.pending.contains_key(person);
             let later = if pending { VoidReason::NotApproved } else { VoidReason::NotCountersigned };
-            let reason = if pending { later } else { newcomer.failed.unwrap_or(later) };
-            self.void(newcomer.admission, reason);
-            for entry in newcomer.later {
-                self.void(entry, later);
-            }
+            all.push(of(&newcomer.admission, if pending { later } else { newcomer.failed.unwrap_or(later) }));
+            all.extend(newcomer.later.iter().map(|entry| of(entry, later)));
         }
-        for (author, log) in &self.ledger.logs {
+        for (author, log) in &ledger.logs {
             if let Some(rival) = &log.rival {
-                self.void(rival, VoidReason::Equivocated);
-                self.state.equivocations.insert(*author, rival.seq());
+                all.push(of(rival, VoidReason::Equivocated));
+                state.equivocations.insert(*author, rival.seq());
             }
         }
-        self.void.sort_by_key(|(at, _)| *at);
-        self.state.void = self.void.into_iter().map(|(_, void)| void).collect();
-        self.state
+        all.sort_by_key(|(at, _)| *at);
+        state.void = all.into_iter().map(|(_, void)| void).collect();
+        state
     }
 
     pub(crate) fn has_owner(&self) -> bool {
         self.state.people.values().any(|person| person.role == Role::Owner && person.standing == Standing::Good)
     }
 
-    fn take(&mut self, entry: &'a Entry) {
+    fn take(&mut self, entry: &Entry) {
         let result = match entry.body() {
             Body::Found { clan, founder, .. } => {
                 self.state.clan_name = Some(clan.clone());
@@ -163,7 +181,7 @@ impl<'a> Run<'a> {
     }
 
     /// An entry that only people write.
-    fn take_person(&mut self, entry: &'a Entry) -> Result<(), VoidReason> {
+    fn take_person(&mut self, entry: &Entry) -> Result<(), VoidReason> {
         let key = entry.author();
         if self.effective.entries.contains(&entry.id()) {
             self.take_effect(entry);
@@ -177,7 +195,7 @@ impl<'a> Run<'a> {
         let Some(device) = self.state.devices.get(&key.device()) else {
             return match self.newcomers.get_mut(&key.person()) {
                 Some(newcomer) => {
-                    newcomer.later.push(entry);
+                    newcomer.later.push(entry.clone());
                     Ok(())
                 }
                 None if self.denied.contains(&key.person()) => Err(VoidReason::Denied),
@@ -204,7 +222,7 @@ impl<'a> Run<'a> {
         }
     }
 
-    fn apply(&mut self, entry: &'a Entry, by: Author) -> Result<(), VoidReason> {
+    fn apply(&mut self, entry: &Entry, by: Author) -> Result<(), VoidReason> {
         match entry.body() {
             Body::Enrol { machine, name, wg } => {
                 allowed(by.role >= Role::Member)?;
@@ -330,7 +348,7 @@ impl<'a> Run<'a> {
                 let demotion = demotions.and_then(|all| all.iter().find(|demotion| demotion.at.1 == entry.id()));
                 // Of somebody who comes in later in this order it counts from there on: see `admit`.
                 if let (Some(demotion), Some(changes)) = (demotion, self.roles.get_mut(person)) {
-                    changes.push((self.now, Change::Lowered(demotion)));
+                    changes.push((self.now, Change::Lowered(demotion.clone())));
                     self.refresh_role(person);
                 }
             }

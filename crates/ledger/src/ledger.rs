@@ -14,7 +14,7 @@ use ed25519_dalek::SigningKey;
 use crate::{
     AuthorId, Body, Entry, EntryError, InviteProblem, LastEntry, State,
     log::{Log, Placed},
-    weigh::fold,
+    weigh::Folded,
 };
 
 /// How far an entry's time may lie ahead of the reader's clock and still be believed.
@@ -85,7 +85,29 @@ pub struct Ledger {
     /// The entries that count for the fold (no evidence, none waiting), in the order in which they take effect.
     pub(crate) order: BTreeMap<(Hlc, EntryId), (AuthorId, u64)>,
     waiting: BTreeMap<(AuthorId, u64, EntryId), Entry>,
-    state: OnceLock<State>,
+    folded: Cache,
+}
+
+/// What the entries amount to, as far as it has been asked for. A copy of a ledger folds for itself.
+#[derive(Default)]
+struct Cache(OnceLock<Box<Folded>>);
+
+impl Cache {
+    fn forget(&mut self) {
+        self.0 = OnceLock::new();
+    }
+}
+
+impl Clone for Cache {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl std::fmt::Debug for Cache {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.0.get().is_some() { "folded" } else { "not folded" })
+    }
 }
 
 /// What became of many inserted entries.
@@ -119,7 +141,7 @@ impl Ledger {
     /// The ledger of a clan, empty. Only entries of that clan enter it, and its founding entry is recognised by its
     /// hash: nothing that arrives later can be somebody else's clan.
     pub fn open(clan: ClanId) -> Self {
-        Self { clan, logs: BTreeMap::new(), order: BTreeMap::new(), waiting: BTreeMap::new(), state: OnceLock::new() }
+        Self { clan, logs: BTreeMap::new(), order: BTreeMap::new(), waiting: BTreeMap::new(), folded: Cache::default() }
     }
 
     /// The clan.
@@ -136,7 +158,7 @@ impl Ledger {
         if self.waiting.contains_key(&(author, entry.seq(), entry.id())) {
             return Ok(Inserted::Known);
         }
-        let log = self.logs.entry(author).or_default();
+        let log = self.logs.entry(author).or_insert_with(|| Log::new(&author));
         let result = match log.place(&entry) {
             Placed::Chained(displaced) => {
                 log.rechecked(entry.seq());
@@ -144,7 +166,7 @@ impl Ledger {
                 Ok(Inserted::New)
             }
             Placed::Evidence => {
-                self.state = OnceLock::new();
+                self.folded.forget();
                 self.drop_waiting_after(&entry);
                 Ok(Inserted::New)
             }
@@ -190,7 +212,7 @@ impl Ledger {
 
     /// What the entries amount to. Folded when asked for the first time after a change.
     pub fn state(&self) -> &State {
-        self.state.get_or_init(|| fold(self))
+        self.folded.0.get_or_init(|| Box::new(Folded::new(self))).state(self)
     }
 
     /// All entries, evidence included, those that wait excluded. Each author's chain is contiguous.
@@ -225,10 +247,10 @@ impl Ledger {
             let wanted = log.wanted();
             vector.push((*author.as_bytes(), wanted));
             if let Some(last) = wanted.checked_sub(1).and_then(|seq| log.get(seq)) {
-                vector.push((tag_key(HEAD, author), short(&last.id())));
+                vector.push((log.tags[0], short(&last.id())));
             }
             if let Some(rival) = &log.rival {
-                vector.push((tag_key(RIVAL, author), short(&rival.id())));
+                vector.push((log.tags[1], short(&rival.id())));
             }
         }
         vector
@@ -244,7 +266,7 @@ impl Ledger {
         // before the dispute is settled, could fill it for ever.
         let mut disputed = Vec::new();
         for (author, log) in &self.logs {
-            let entries = dispute(author, log, next(author), &theirs);
+            let entries = dispute(log, next(author), &theirs);
             if disputed.len() + entries.len() <= limit / 2 {
                 disputed.extend(entries);
             }
@@ -365,13 +387,15 @@ impl Ledger {
 
     /// Books an entry that entered a chain, and places those that waited for it.
     fn chained(&mut self, entry: &Entry, displaced: &[Entry]) {
-        self.state = OnceLock::new();
         let author = entry.author();
+        if !displaced.is_empty() {
+            self.folded.forget();
+        }
         for gone in displaced {
             self.order.remove(&(gone.time(), gone.id()));
             self.drop_waiting_after(gone);
         }
-        self.order.insert((entry.time(), entry.id()), (author, entry.seq()));
+        self.book(entry);
         let mut parents = vec![entry.clone()];
         while let Some(parent) = parents.pop() {
             for child in self.take_waiting_after(&parent) {
@@ -379,12 +403,17 @@ impl Ledger {
                 match log.place(&child) {
                     Placed::Chained(displaced) => {
                         for gone in displaced {
+                            self.folded.forget();
                             self.order.remove(&(gone.time(), gone.id()));
                         }
-                        self.order.insert((child.time(), child.id()), (author, child.seq()));
+                        self.book(&child);
                         parents.push(child);
                     }
-                    Placed::Evidence | Placed::Lost | Placed::TimeRunsBack => self.drop_waiting_after(&child),
+                    Placed::Evidence => {
+                        self.folded.forget();
+                        self.drop_waiting_after(&child);
+                    }
+                    Placed::Lost | Placed::TimeRunsBack => self.drop_waiting_after(&child),
                     Placed::Known => {}
                     // A sibling displaced the parent meanwhile.
                     Placed::Waits => self.drop_waiting_after(&child),
@@ -392,6 +421,14 @@ impl Ledger {
             }
         }
         self.settle(author);
+    }
+
+    /// Puts an entry of a chain into its place in the order of effects.
+    fn book(&mut self, entry: &Entry) {
+        self.order.insert((entry.time(), entry.id()), (entry.author(), entry.seq()));
+        if self.folded.0.get_mut().is_some_and(|folded| !folded.take(entry)) {
+            self.folded.forget();
+        }
     }
 
     /// Takes out the waiting entries that name `parent` as their predecessor.
@@ -426,16 +463,16 @@ impl Ledger {
 }
 
 /// What shows a peer whose log of this author is on another branch that there are two. At most three entries.
-fn dispute<'a>(author: &AuthorId, log: &'a Log, next: u64, theirs: &HashMap<&[u8; 32], u64>) -> Vec<&'a Entry> {
+fn dispute<'a>(log: &'a Log, next: u64, theirs: &HashMap<&[u8; 32], u64>) -> Vec<&'a Entry> {
     let mut entries = Vec::new();
-    if let Some(head) = theirs.get(&tag_key(HEAD, author))
+    if let Some(head) = theirs.get(&log.tags[0])
         && let Some(ours) = next.checked_sub(1).and_then(|seq| log.get(seq))
         && *head != short(&ours.id())
     {
         entries.push(ours);
     }
     if let Some(rival) = &log.rival {
-        if theirs.get(&tag_key(RIVAL, author)) != Some(&short(&rival.id())) {
+        if theirs.get(&log.tags[1]) != Some(&short(&rival.id())) {
             entries.extend(log.get(rival.seq()));
             entries.push(rival);
         }
@@ -445,13 +482,6 @@ fn dispute<'a>(author: &AuthorId, log: &'a Log, next: u64, theirs: &HashMap<&[u8
         }
     }
     entries
-}
-
-const HEAD: &str = "clan 2026-11 ledger vector head v1";
-const RIVAL: &str = "clan 2026-11 ledger vector rival v1";
-
-fn tag_key(kind: &str, author: &AuthorId) -> [u8; 32] {
-    blake3::derive_key(kind, author.as_bytes())
 }
 
 fn short(id: &EntryId) -> u64 {

@@ -2,7 +2,10 @@
 
 use clan_types::{EntryId, Hlc};
 
-use crate::{Body, Entry, LastEntry};
+use crate::{AuthorId, Body, Entry, LastEntry};
+
+const HEAD: &str = "clan 2026-11 ledger vector head v1";
+const RIVAL: &str = "clan 2026-11 ledger vector rival v1";
 
 /// One author's log.
 ///
@@ -10,8 +13,10 @@ use crate::{Body, Entry, LastEntry};
 /// each fork the chain follows the least child by [`precedence`]; `rival` is the least, by place and then id, of the
 /// entries that lost such a choice next to the chain. An entry that loses once loses for good, so that nothing of its
 /// branch has to be kept.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 pub(crate) struct Log {
+    /// What stands for its head, and for its rival, in vectors.
+    pub(crate) tags: [[u8; 32]; 2],
     pub(crate) chain: Vec<Entry>,
     pub(crate) rival: Option<Entry>,
     /// Set while entries wait that contradict the chain: how much of it was offered again since. The place where the
@@ -35,6 +40,11 @@ pub(crate) enum Placed {
 }
 
 impl Log {
+    pub(crate) fn new(author: &AuthorId) -> Self {
+        let tags = [HEAD, RIVAL].map(|kind| blake3::derive_key(kind, author.as_bytes()));
+        Self { tags, chain: Vec::new(), rival: None, recheck: None }
+    }
+
     pub(crate) fn place(&mut self, entry: &Entry) -> Placed {
         let Some(seq) = usize::try_from(entry.seq()).ok().filter(|seq| *seq <= self.chain.len()) else {
             return Placed::Waits;

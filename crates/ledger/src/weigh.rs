@@ -3,44 +3,109 @@
 use std::{
     cmp::Reverse,
     collections::{HashMap, HashSet},
+    sync::{Arc, OnceLock},
 };
 
 use clan_types::{DeviceId, EntryId, Hlc, MachineId, PersonId, Role};
 
-use crate::{AuthorId, Body, DeviceKind, LastEntry, Ledger, State, VoidReason, fold::Run};
+use crate::{AuthorId, Body, DeviceKind, Entry, LastEntry, Ledger, State, VoidReason, fold::Run};
 
 /// Where an entry stands in the order of effects.
 pub(crate) type At = (Hlc, EntryId);
 
-/// Folds the entries once for every group of claims, until no further claim counts. INVARIANT: a pure function of the
-/// set of entries; it ends because every round decides about a claim.
-pub(crate) fn fold(ledger: &Ledger) -> State {
-    let mut effective = Effective::default();
-    loop {
-        let mut run = Run::new(ledger, &effective);
-        run.fold();
-        let claims = run.next_claims();
-        let owned = run.has_owner();
-        match claims {
-            Next::None => return run.finish(),
-            Next::Claims(claims) => {
-                for claim in &claims {
-                    effective.add(ledger, claim);
+/// The claims that count, and the entries folded under them.
+pub(crate) struct Folded {
+    run: Run,
+    /// The keys that revocations and demotions are about, those without effect included.
+    subjects: HashSet<AuthorId>,
+    /// Whether it was weighed if somebody is to stop being owner.
+    unmade: bool,
+    state: OnceLock<State>,
+}
+
+impl Folded {
+    /// Folds the entries once for every group of claims, until no further claim counts. INVARIANT: a pure function of
+    /// the set of entries; it ends because every round decides about a claim.
+    pub(crate) fn new(ledger: &Ledger) -> Self {
+        let (mut effective, mut unmade) = (Effective::default(), false);
+        loop {
+            let mut run = Run::new(ledger.clan(), effective);
+            run.fold(ledger);
+            match run.next_claims(ledger) {
+                Next::None => {
+                    let subjects = ledger
+                        .order
+                        .values()
+                        .filter_map(|(author, seq)| subject(ledger.logs.get(author)?.get(*seq)?.body()));
+                    return Self { subjects: subjects.collect(), run, unmade, state: OnceLock::new() };
                 }
-            }
-            Next::Unmakes(claim) => {
-                let mut tried = effective.clone();
-                tried.add(ledger, &claim);
-                let mut next = Run::new(ledger, &tried);
-                next.fold();
-                // INVARIANT: a clan does not lose its last owner by a demotion.
-                if owned && !next.has_owner() {
-                    effective.refused.insert(claim.at.1);
-                } else {
-                    effective = tried;
+                Next::Claims(claims) => {
+                    effective = run.effective;
+                    for claim in &claims {
+                        effective.add(ledger, claim);
+                    }
+                }
+                Next::Unmakes(claim) => {
+                    unmade = true;
+                    let mut tried = run.effective.clone();
+                    tried.add(ledger, &claim);
+                    let mut next = Run::new(ledger.clan(), tried);
+                    next.fold(ledger);
+                    // INVARIANT: a clan does not lose its last owner by a demotion.
+                    if run.has_owner() && !next.has_owner() {
+                        effective = run.effective;
+                        effective.refused.insert(claim.at.1);
+                    } else {
+                        effective = next.effective;
+                    }
                 }
             }
         }
+    }
+
+    /// Takes one more entry, if that cannot change how claims are weighed. INVARIANT: `true` is said only where
+    /// [`Folded::new`] would come to the same.
+    pub(crate) fn take(&mut self, entry: &Entry) -> bool {
+        let (at, author) = ((entry.time(), entry.id()), entry.author());
+        let effective = &self.run.effective;
+        let simple = at > self.run.now()
+            && !self.unmade
+            && subject(entry.body()).is_none()
+            && !effective.devices.contains_key(&author)
+            && !effective.machines.contains_key(&author)
+            && self.run.state.person_of(&author).is_none_or(|person| !effective.demotions.contains_key(&person))
+            && self.brings_in(entry).is_none_or(|keys| keys.iter().all(|key| !self.subjects.contains(key)));
+        if !simple {
+            return false;
+        }
+        self.state = OnceLock::new();
+        self.run.advance(at, entry);
+        true
+    }
+
+    /// The keys that an entry may bring into the clan; `None`: it brings in none.
+    fn brings_in(&self, entry: &Entry) -> Option<Vec<AuthorId>> {
+        match entry.body() {
+            Body::Enrol { machine, .. } => Some(vec![(*machine).into()]),
+            Body::AddDevice { device, .. } => Some(vec![(*device).into()]),
+            // With the newcomer comes what they wrote before.
+            Body::Countersign { admission } | Body::Approve { admission } => Some(self.run.newcomers_keys(admission)),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn state(&self, ledger: &Ledger) -> &State {
+        self.state.get_or_init(|| self.run.state(ledger))
+    }
+}
+
+/// Whom a claim is about.
+fn subject(body: &Body) -> Option<AuthorId> {
+    match body {
+        Body::RevokePerson { person, .. } | Body::SetRole { person, .. } => Some((*person).into()),
+        Body::RevokeMachine { machine, .. } => Some((*machine).into()),
+        Body::RevokeDevice { device, .. } => Some((*device).into()),
+        _ => None,
     }
 }
 
@@ -114,7 +179,7 @@ pub(crate) struct Effective {
     /// How many entries of a revoked machine's log count.
     pub(crate) machines: HashMap<AuthorId, u64>,
     /// In order of time.
-    pub(crate) demotions: HashMap<PersonId, Vec<Demotion>>,
+    pub(crate) demotions: HashMap<PersonId, Vec<Arc<Demotion>>>,
     /// Who acted against whom.
     people_pairs: HashSet<(PersonId, PersonId)>,
     /// Which device acted against which other one of the same person.
@@ -160,7 +225,7 @@ impl Effective {
                     cut(&mut counts, device, counted(&device, *last));
                 }
                 let demotions = self.demotions.entry(person).or_default();
-                demotions.push(Demotion { at: claim.at, role, counts });
+                demotions.push(Arc::new(Demotion { at: claim.at, role, counts }));
                 demotions.sort_by_key(|demotion| demotion.at);
                 self.people_pairs.insert((claim.author, person));
             }
@@ -168,24 +233,64 @@ impl Effective {
     }
 }
 
-impl Run<'_> {
-    /// The sound claims of the most senior rank.
-    fn next_claims(&self) -> Next {
+impl Run {
+    /// What is to be weighed next: the sound claims of the most senior rank, and with them those of the following ranks
+    /// as long as nothing that is taken before could touch their authors.
+    fn next_claims(&self, ledger: &Ledger) -> Next {
         let sound = self.claims.iter().filter(|claim| self.judge(claim).is_ok());
-        let ranked: Vec<_> = sound.map(|claim| (self.rank(claim), claim)).collect();
-        let Some(first) = ranked.iter().map(|(rank, _)| *rank).min() else { return Next::None };
-        let mut claims: Vec<_> =
-            ranked.into_iter().filter(|(rank, _)| *rank == first).map(|(_, claim)| *claim).collect();
-        claims.sort_by_key(|claim| claim.at);
-        // Each that takes an owner's role is weighed for itself.
-        match claims.iter().position(|claim| self.unmakes_an_owner(claim)) {
-            Some(0) => Next::Unmakes(claims[0]),
-            Some(place) => {
-                claims.truncate(place);
-                Next::Claims(claims)
+        let mut ranked: Vec<_> = sound.map(|claim| (self.rank(claim), *claim)).collect();
+        ranked.sort_by_key(|(rank, claim)| (*rank, claim.at));
+        let Some((first, _)) = ranked.first() else { return Next::None };
+        let (mut rank, mut taken) = (*first, Vec::new());
+        let (mut touched, mut cuts) = (HashSet::new(), false);
+        for (next, claim) in ranked {
+            // Each that takes an owner's role is weighed for itself.
+            if self.unmakes_an_owner(&claim) {
+                return if taken.is_empty() { Next::Unmakes(claim) } else { Next::Claims(taken) };
             }
-            None => Next::Claims(claims),
+            if next != rank && (cuts || self.rests_on(&claim.author, &touched)) {
+                break;
+            }
+            rank = next;
+            cuts |= self.cuts(ledger, &claim);
+            touched.extend(self.owner_of(&claim.subject));
+            taken.push(claim);
         }
+        Next::Claims(taken)
+    }
+
+    fn owner_of(&self, subject: &Subject) -> Option<PersonId> {
+        match subject {
+            Subject::Person(person) | Subject::Role(person, _) => Some(*person),
+            Subject::Machine(machine) => self.state.machines.get(machine).map(|machine| machine.owner),
+            Subject::Device(device) => self.state.devices.get(device).map(|device| device.owner),
+        }
+    }
+
+    /// Whether a claim voids entries that are there, or may: a role is lowered for several logs at once.
+    fn cuts(&self, ledger: &Ledger, claim: &Claim) -> bool {
+        let author = match claim.subject {
+            Subject::Person(person) => person.into(),
+            Subject::Machine(machine) => machine.into(),
+            Subject::Device(device) => device.into(),
+            Subject::Role(..) => return true,
+        };
+        let log = ledger.logs.get(&author);
+        log.is_some_and(|log| claim.last.map_or(0, |last| log.count_up_to(last)) < log.len())
+    }
+
+    /// Whether a person is one of these, or is in the clan or in their role by one of them.
+    fn rests_on(&self, person: &PersonId, touched: &HashSet<PersonId>) -> bool {
+        let (mut seen, mut next) = (HashSet::new(), vec![*person]);
+        while let Some(person) = next.pop() {
+            if touched.contains(&person) {
+                return true;
+            }
+            if seen.insert(person) {
+                next.extend(self.supports.get(&person).into_iter().flatten());
+            }
+        }
+        false
     }
 
     fn unmakes_an_owner(&self, claim: &Claim) -> bool {

@@ -12,7 +12,7 @@ use crate::{
 /// Beyond so many taken ones no IPv4 address is searched for any longer, and the machine has none (0.0.0.0).
 const MAX_CANDIDATES: usize = 1000;
 
-impl Run<'_> {
+impl Run {
     /// Whether somebody may say that a machine does something for others.
     pub(super) fn may_offer(&self, by: &Author, machine: &MachineId) -> Result<(), VoidReason> {
         let owner = self.state.machine_in_good_standing(machine).ok_or(VoidReason::NoSubject)?.owner;
@@ -42,7 +42,7 @@ impl Run<'_> {
     }
 
     pub(super) fn ipv4(&mut self, key: &[u8; 32]) -> Ipv4Addr {
-        let mut candidates = ipv4_candidates(&self.ledger.clan(), key).take(MAX_CANDIDATES);
+        let mut candidates = ipv4_candidates(&self.clan, key).take(MAX_CANDIDATES);
         let address = candidates.find(|address| !self.ipv4s.contains(address)).unwrap_or(Ipv4Addr::UNSPECIFIED);
         self.ipv4s.insert(address);
         address

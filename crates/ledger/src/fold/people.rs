@@ -10,18 +10,18 @@ use crate::{
 /// How many devices a person may have had in all. INVARIANT: a demotion names the last entry of each in one entry.
 const MAX_DEVICES: usize = 48;
 
-impl<'a> Run<'a> {
-    pub(super) fn ask(&mut self, admission: &'a Entry) -> Result<(), VoidReason> {
+impl Run {
+    pub(super) fn ask(&mut self, admission: &Entry) -> Result<(), VoidReason> {
         let person = admission.author().person();
         if self.state.devices.contains_key(&admission.author().device()) {
             return Err(VoidReason::KeyTaken);
         }
         self.admissions.insert(admission.id(), person);
-        self.newcomers.insert(person, Newcomer { admission, later: Vec::new(), failed: None });
+        self.newcomers.insert(person, Newcomer { admission: admission.clone(), later: Vec::new(), failed: None });
         Ok(())
     }
 
-    pub(super) fn countersign(&mut self, entry: &'a Entry, admission: &EntryId) -> Result<(), VoidReason> {
+    pub(super) fn countersign(&mut self, entry: &Entry, admission: &EntryId) -> Result<(), VoidReason> {
         let witness = entry.author().machine();
         let cut = self.effective.machines.get(&entry.author()).copied();
         if cut.is_some_and(|count| entry.seq() >= count) {
@@ -44,8 +44,8 @@ impl<'a> Run<'a> {
         if self.state.pending.contains_key(&person) {
             return Ok(());
         }
-        let asks = newcomer.admission;
-        let result = self.redeem(asks, entry);
+        let asks = newcomer.admission.clone();
+        let result = self.redeem(&asks, entry);
         match result {
             Ok(()) => self.catch_up(&person),
             Err(reason) => {
@@ -102,12 +102,24 @@ impl<'a> Run<'a> {
         self.person_names.free(&pending.name, &person);
         self.denied.insert(person);
         if let Some(newcomer) = self.newcomers.remove(&person) {
-            self.void(newcomer.admission, VoidReason::Denied);
+            self.void(&newcomer.admission, VoidReason::Denied);
             for entry in newcomer.later {
-                self.void(entry, VoidReason::Denied);
+                self.void(&entry, VoidReason::Denied);
             }
         }
         Ok(())
+    }
+
+    /// The keys that come in with a newcomer.
+    pub(crate) fn newcomers_keys(&self, admission: &EntryId) -> Vec<AuthorId> {
+        let Some(person) = self.admissions.get(admission) else { return Vec::new() };
+        let later = self.newcomers.get(person).map_or(&[][..], |newcomer| &newcomer.later);
+        let theirs = later.iter().filter_map(|entry| match entry.body() {
+            Body::Enrol { machine, .. } => Some((*machine).into()),
+            Body::AddDevice { device, .. } => Some((*device).into()),
+            _ => None,
+        });
+        theirs.chain([(*person).into()]).collect()
     }
 
     /// What a newcomer wrote before they were in takes effect once they are.
@@ -117,8 +129,8 @@ impl<'a> Run<'a> {
         }
         let later = self.newcomers.remove(person).map(|newcomer| newcomer.later).unwrap_or_default();
         for entry in later {
-            if let Err(reason) = self.take_person(entry) {
-                self.void(entry, reason);
+            if let Err(reason) = self.take_person(&entry) {
+                self.void(&entry, reason);
             }
         }
     }
@@ -133,13 +145,15 @@ impl<'a> Run<'a> {
         by: &Entry,
     ) {
         let since = by.time().wall;
+        let witness = self.state.machines.get(&by.author().machine()).map(|machine| machine.owner);
+        self.supports.insert(id, invited_by.into_iter().chain(approved_by).chain(witness).collect());
         self.joined.insert(id, self.now);
         let person = Person { name, role, invited_by, approved_by, since, standing: Standing::Good };
         self.state.people.insert(id, person);
         let lowered =
             self.effective.demotions.get(&id).into_iter().flatten().filter(|demotion| demotion.at <= self.now);
         let given = std::iter::once(Change::Given(role));
-        let changes = given.chain(lowered.map(Change::Lowered)).map(|change| (self.now, change)).collect();
+        let changes = given.chain(lowered.cloned().map(Change::Lowered)).map(|change| (self.now, change)).collect();
         self.roles.insert(id, changes);
         self.refresh_role(&id);
         let first = AuthorId::from(id).device();

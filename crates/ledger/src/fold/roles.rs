@@ -8,7 +8,7 @@ use crate::{
     weigh::{At, Subject, may_set_role},
 };
 
-impl Run<'_> {
+impl Run {
     /// What somebody may do in this entry, and what they might without the demotions that touch it.
     pub(super) fn role_for(&self, person: &PersonId, entry: &Entry) -> (Role, Role) {
         let (author, seq) = (entry.author(), entry.seq());
@@ -83,6 +83,7 @@ impl Run<'_> {
             && let Some(changes) = self.roles.get_mut(subject)
         {
             changes.push((self.now, Change::Given(role)));
+            self.supports.entry(*subject).or_default().push(by.person);
             self.refresh_role(subject);
         }
         Ok(())
