@@ -302,6 +302,10 @@ pub struct VmInfo {
     pub pid: Option<u32>,
     /// What executes it, while it runs.
     pub accelerator: Option<AcceleratorKind>,
+    /// While it runs: why its guest can reach what listens on this computer's loopback, and what to do about it. Absent
+    /// where it cannot.
+    #[serde(default)]
+    pub exposure: Option<String>,
     /// Memory of the guest.
     #[schema(value_type = u64)]
     pub memory: ByteSize,

@@ -125,8 +125,8 @@ fn ask(find: impl Fn() -> Vec<ProcessId>, signal: Signal, limit: Duration) -> bo
     }
 }
 
-/// INVARIANT: a process belongs to the lab if it is in one of its networks, carries its mark, or runs a program from
-/// its state folder; nothing else is ever signalled.
+/// INVARIANT: a process belongs to the lab if it is in one of its networks, carries its mark, runs a program from its state
+/// folder, or is a virtual machine that lives in one of its data folders; nothing else is ever signalled.
 fn processes(record: &Record) -> Vec<ProcessId> {
     let networks: Vec<(u64, u64)> = record.namespaces().iter().filter_map(|ns| identity(&ns.path())).collect();
     // An unmounted pin is a plain file: comparing device and inode with a namespace then never matches.
@@ -136,6 +136,10 @@ fn processes(record: &Record) -> Vec<ProcessId> {
             || fs::read(proc.join("environ"))
                 .is_ok_and(|environ| environ.split(|byte| *byte == 0).any(|v| v == mark.as_bytes()))
             || fs::read_link(proc.join("exe")).is_ok_and(|exe| exe.starts_with(record.programs()))
+            // In a network of its own, which ends with it.
+            || (fs::read_link(proc.join("exe")).is_ok_and(|exe| is_emulator(&exe))
+                && fs::read_link(proc.join("cwd"))
+                    .is_ok_and(|cwd| record.people.iter().any(|person| cwd.starts_with(record.data(person)))))
     };
     let found = matching(belongs);
     found.into_iter().filter_map(ProcessId::of).filter(|process| *process != record.owner).collect()
@@ -143,6 +147,10 @@ fn processes(record: &Record) -> Vec<ProcessId> {
 
 fn identity(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
+}
+
+fn is_emulator(program: &Path) -> bool {
+    program.file_name().is_some_and(|name| name.to_string_lossy().contains("qemu"))
 }
 
 fn program(pid: u32) -> Option<PathBuf> {

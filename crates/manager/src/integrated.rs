@@ -303,7 +303,7 @@ fn gone(socket: &Path) -> ApiProblem {
 fn show(publish: &watch::Sender<VmView>, state: VmState, problem: Option<ApiProblem>) {
     publish.send_if_modified(|view| {
         let since = if view.state == state { view.since } else { now() };
-        let next = VmView { state, problem, since, restarts: 0, pid: None, accelerator: None };
+        let next = VmView { problem, since, ..VmView::without_vm(state) };
         let changed = *view != next;
         *view = next;
         changed

@@ -137,6 +137,9 @@ async fn vm_plan(
     if accelerator.kind == clan_api::AcceleratorKind::Tcg {
         warnings.push(format!("The VM will be slow. {}", accelerator.reason));
     }
+    if let Some(exposure) = clan_vm::network::exposure() {
+        warnings.push(format!("{} {}", exposure.why, exposure.remedy));
+    }
     Ok(VmPlan {
         image: description.image,
         image_title: description.title.to_string(),

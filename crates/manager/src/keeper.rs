@@ -22,7 +22,9 @@ use clan_api::{ApiProblem, ErrorCode, VmState};
 use clan_build::ImageStore;
 use clan_os::channel::Channel;
 use clan_types::Timestamp;
-use clan_vm::{AccelKind, Exit, ExitReason, ImageFiles, Qemu, UdpForward, Vm, VmError, VmSpec, probe};
+use clan_vm::{
+    AccelKind, Exit, ExitReason, ImageFiles, Network, Qemu, UdpForward, Vm, VmError, VmSpec, network::Exposure, probe,
+};
 use clan_wire::{agent::AgentRequest, image::FileRole};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -68,6 +70,15 @@ pub(crate) struct VmView {
     pub(crate) restarts: u32,
     pub(crate) pid: Option<u32>,
     pub(crate) accelerator: Option<AccelKind>,
+    /// Why its guest reaches this computer's loopback, if it does.
+    pub(crate) exposure: Option<Exposure>,
+}
+
+impl VmView {
+    /// Where no QEMU runs.
+    pub(crate) fn without_vm(state: VmState) -> Self {
+        Self { state, problem: None, since: now(), restarts: 0, pid: None, accelerator: None, exposure: None }
+    }
 }
 
 /// What keepers share.
@@ -100,8 +111,7 @@ impl Keeper {
     /// Starts the keeper of a clan. It finds a running VM, or starts one if one is wanted.
     pub(crate) fn spawn(record: Arc<RecordCell>, config: KeeperConfig, cancel: CancellationToken) -> Self {
         let (sender, commands) = mpsc::channel(16);
-        let view =
-            VmView { state: VmState::Stopped, problem: None, since: now(), restarts: 0, pid: None, accelerator: None };
+        let view = VmView::without_vm(VmState::Stopped);
         let (publish, view) = watch::channel(view);
         let (vm_publish, vm) = watch::channel(None);
         let out = Outlets::new();
@@ -514,10 +524,14 @@ impl Loop {
 
     fn show(&self, state: VmState, problem: Option<ApiProblem>) {
         let (pid, accelerator) = self.running.as_ref().map_or((None, None), |r| (Some(r.vm.pid()), r.accelerator));
+        let exposure = self.running.as_ref().and_then(|r| match r.vm.network() {
+            Network::Apart => None,
+            Network::Exposed(exposure) => Some(exposure.clone()),
+        });
         let restarts = self.restarts.count;
         self.publish.send_if_modified(|view| {
             let since = if view.state == state { view.since } else { now() };
-            let next = VmView { state, problem, since, restarts, pid, accelerator };
+            let next = VmView { state, problem, since, restarts, pid, accelerator, exposure };
             let changed = *view != next;
             *view = next;
             changed
@@ -583,6 +597,7 @@ fn describe(exit: Exit) -> String {
         ExitReason::Quit => "QEMU was told to quit".into(),
         ExitReason::Signalled(signal) => format!("signal {signal} killed QEMU"),
         ExitReason::Failed(status) => format!("QEMU failed with status {status}"),
+        ExitReason::NetworkLost => "its network ended, as pasta, which connects it, was killed or failed".into(),
         ExitReason::Unknown => "it ended while nobody watched".into(),
     }
 }

@@ -75,6 +75,14 @@ fn clan_problems(clan: &Clan) -> Vec<HealthProblem> {
             hints: problem.hints,
         });
     }
+    if let Some(exposure) = view.exposure {
+        problems.push(HealthProblem {
+            severity: Severity::Warning,
+            clan: Some(name.clone()),
+            message: format!("{name}: {}", exposure.why),
+            hints: vec![exposure.remedy],
+        });
+    }
     for message in clan.told().map(|t| t.status.problems.clone()).unwrap_or_default().iter().take(20) {
         problems.push(HealthProblem {
             severity: Severity::Warning,
@@ -230,6 +238,7 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
         restarts: view.restarts,
         pid: view.pid,
         accelerator: view.accelerator.map(kind),
+        exposure: view.exposure.map(|e| format!("{} {}", e.why, e.remedy)),
         memory: record.memory,
         cpus: u32::from(record.cpus),
         disk: record.disk,

@@ -2,6 +2,7 @@
 
 use std::{
     ffi::OsString,
+    net::Ipv4Addr,
     path::{Path, PathBuf},
 };
 
@@ -29,8 +30,9 @@ const TCG_CACHE: u32 = 32;
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 systemd.getty_auto=0 \
      clan.root=vda clan.layers=vdb clan.data=vdc clan.boot=vdd";
 
-/// The arguments for a virtual machine. `direct` says whether its data disk can bypass the base OS's page cache.
-pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool) -> Result<Vec<OsString>, VmError> {
+/// The arguments for a virtual machine. `direct` says whether its data disk can bypass the base OS's page cache, `apart`
+/// whether its network is a namespace of its own.
+pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool, apart: bool) -> Result<Vec<OsString>, VmError> {
     let mut args = Args(Vec::new());
     args.pair("-name", format!("clan-{}", spec.name));
     args.pair("-machine", format!("{machine},dump-guest-core=off,vmport=off"));
@@ -64,18 +66,19 @@ pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool) -> Result<Ve
 
     // IPv4 only: the network's router advertisements would change the guest's addresses seconds after boot, and make its
     // QUIC endpoint start over.
-    // Beware: through this network's gateway (10.0.2.2) the guest reaches what listens on the base OS's loopback, and
-    // QEMU has no switch against it.
-    let forwards = spec.forwards.iter().map(|f| format!(",hostfwd={}", forward_rule(f)));
+    // Beware: through this network's gateway (10.0.2.2) the guest reaches what listens on the loopback of the namespace
+    // that QEMU is in; see `network`.
+    let forwards = spec.forwards.iter().map(|f| format!(",hostfwd={}", forward_rule(f, apart)));
     args.pair("-netdev", format!("user,id=net,ipv6=off{}", forwards.collect::<String>()));
     // No boot ROM: the kernel is loaded directly.
     args.pair("-device", "virtio-net-pci,netdev=net,romfile=");
     Ok(args.0)
 }
 
-/// As QEMU writes it in its error message, too.
-pub(crate) fn forward_rule(forward: &crate::UdpForward) -> String {
-    format!("udp:{}-:{}", forward.host, forward.guest_port)
+/// As QEMU writes it in its error message, too. In a namespace of its own, what comes in comes for any address.
+pub(crate) fn forward_rule(forward: &crate::UdpForward, apart: bool) -> String {
+    let host = if apart { (Ipv4Addr::UNSPECIFIED, forward.host.port()).into() } else { forward.host };
+    format!("udp:{host}-:{}", forward.guest_port)
 }
 
 struct Args(Vec<OsString>);
@@ -161,7 +164,7 @@ mod tests {
     }
 
     fn line(spec: &VmSpec) -> Vec<String> {
-        arguments(spec, PINNED_MACHINE, true).unwrap().into_iter().map(|a| a.into_string().unwrap()).collect()
+        arguments(spec, PINNED_MACHINE, true, true).unwrap().into_iter().map(|a| a.into_string().unwrap()).collect()
     }
 
     fn disks() -> Vec<Value> {

@@ -48,8 +48,12 @@ pub(crate) fn memory_available() -> Option<ByteSize> {
 /// The parts of `/proc/<pid>/stat` that matter here.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Stat {
+    /// What the process calls itself, at most 15 bytes of it.
+    pub(crate) name: String,
     /// Dead, but not yet reaped.
     pub(crate) zombie: bool,
+    /// The process that started it, or that took it over.
+    pub(crate) parent: u32,
     /// Ticks since the base OS booted; with the process id, unique within a boot.
     pub(crate) start_time: u64,
     cpu_ticks: u64,
@@ -65,11 +69,14 @@ impl Stat {
 
     fn parse(text: &str) -> Option<Self> {
         // The name is in parentheses and may contain anything, parentheses too.
-        let fields: Vec<&str> = text.get(text.rfind(')')? + 1..)?.split_whitespace().collect();
+        let (start, end) = (text.find('(')? + 1, text.rfind(')')?);
+        let fields: Vec<&str> = text.get(end + 1..)?.split_whitespace().collect();
         // proc(5) counts from 1, and the state is field 3.
         let number = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
         Some(Self {
+            name: text.get(start..end)?.to_owned(),
             zombie: matches!(*fields.first()?, "Z" | "X"),
+            parent: u32::try_from(number(4)?).ok()?,
             cpu_ticks: number(14)?.saturating_add(number(15)?),
             threads: u32::try_from(number(20)?).ok()?,
             start_time: number(22)?,
@@ -99,7 +106,10 @@ mod tests {
     fn a_process_name_with_parentheses_does_not_shift_the_fields() {
         let text = "77 (a) R 1 (b)) S 1 77 77 0 -1 4194304 1 2 3 4 50 25 0 0 20 0 3 0 123456 1000000 256 1";
         let stat = Stat::parse(text).unwrap();
-        assert_eq!(stat, Stat { zombie: false, start_time: 123_456, cpu_ticks: 75, threads: 3, rss_pages: 256 });
+        let name = "a) R 1 (b)".into();
+        let expected =
+            Stat { name, zombie: false, parent: 1, start_time: 123_456, cpu_ticks: 75, threads: 3, rss_pages: 256 };
+        assert_eq!(stat, expected);
     }
 
     #[test]

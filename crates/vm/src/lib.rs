@@ -1,4 +1,5 @@
-//! One QEMU virtual machine: is there an accelerator, the process, its disks, its sockets, its monitor (QMP).
+//! One QEMU virtual machine: is there an accelerator, the process, its network, its disks,
+//! its sockets, its monitor (QMP).
 //!
 //! A virtual machine outlives the program that started it: [`Vm::start`] detaches QEMU, [`Vm::adopt`] finds it again.
 //! At most one QEMU runs for a directory; a lock that QEMU itself holds sees to that. Everything runs as an ordinary
@@ -10,6 +11,7 @@ mod disk;
 mod error;
 mod file;
 mod host;
+pub mod network;
 mod preflight;
 pub mod probe;
 mod process;
@@ -21,6 +23,7 @@ mod vm;
 pub use disk::create_data_disk;
 pub use error::VmError;
 pub use host::HostStats;
+pub use network::Network;
 pub use probe::{AccelKind, Accelerator};
 pub use qmp::{Qmp, QmpError, QmpEvent};
 pub use spec::{ImageFiles, Qemu, UdpForward, VmSpec};

@@ -42,7 +42,15 @@ pub(crate) fn check(spec: &VmSpec) -> Result<(), VmError> {
     {
         return Err(VmError::TooLarge { asked: spec.memory, available });
     }
-    for forward in &spec.forwards {
+    ports(spec)
+}
+
+/// Refuses ports that somebody uses.
+pub(crate) fn ports(spec: &VmSpec) -> Result<(), VmError> {
+    for (index, forward) in spec.forwards.iter().enumerate() {
+        if spec.forwards[..index].iter().any(|earlier| earlier.host.port() == forward.host.port()) {
+            return Err(VmError::PortBusy { addr: forward.host });
+        }
         match UdpSocket::bind(forward.host) {
             Ok(_) => {}
             Err(error) if error.kind() == ErrorKind::AddrInUse => {
@@ -83,10 +91,10 @@ pub(crate) async fn machine(qemu: &Path) -> Result<&'static str, VmError> {
 }
 
 /// What the end of QEMU's log means.
-pub(crate) fn diagnose(spec: &VmSpec, log: String) -> VmError {
+pub(crate) fn diagnose(spec: &VmSpec, apart: bool, log: String) -> VmError {
     if log.contains("Could not set up host forwarding rule") {
         // With quotes, so that one port is not taken for the beginning of another.
-        let named = |f: &&crate::UdpForward| log.contains(&format!("'{}'", args::forward_rule(f)));
+        let named = |f: &&crate::UdpForward| log.contains(&format!("'{}'", args::forward_rule(f, apart)));
         if let Some(forward) = spec.forwards.iter().find(named) {
             return VmError::PortBusy { addr: forward.host };
         }

@@ -20,7 +20,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixStream;
 
-use crate::{VmError, args, console, file, host::Stat};
+use crate::{VmError, args, console, file, host::Stat, network::Entrance};
 
 const LOCK: &str = "lock";
 const PID: &str = "pid.json";
@@ -151,8 +151,14 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 }
 
 /// Starts QEMU, detached from this program: a session of its own, no way to more privileges, nothing inherited but the
-/// lock. It ends only by itself or by a signal.
-pub(crate) fn spawn(qemu: &Path, args: Vec<std::ffi::OsString>, dir: &Dir, lock: &Lock) -> Result<Child, VmError> {
+/// lock and its network's lifeline. It ends only by itself or by a signal.
+pub(crate) fn spawn(
+    qemu: &Path,
+    args: Vec<std::ffi::OsString>,
+    dir: &Dir,
+    lock: &Lock,
+    entrance: Option<Entrance>,
+) -> Result<Child, VmError> {
     for log in [QEMU_LOG, args::CONSOLE_LOG] {
         console::rotate(&dir.join(log)).map_err(VmError::io("rename", dir.join(log)))?;
     }
@@ -174,7 +180,7 @@ pub(crate) fn spawn(qemu: &Path, args: Vec<std::ffi::OsString>, dir: &Dir, lock:
             rustix::process::umask(Mode::from_raw_mode(0o077));
             rustix::thread::set_no_new_privs(true)?;
             rustix::io::fcntl_setfd(rustix::fd::BorrowedFd::borrow_raw(lock), FdFlags::empty())?;
-            Ok(())
+            entrance.as_ref().map_or(Ok(()), Entrance::enter)
         });
     }
     command.spawn().map_err(VmError::io("run", qemu))

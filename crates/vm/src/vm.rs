@@ -17,7 +17,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
 
 use crate::{
-    HostStats, Qmp, VmError, VmSpec, args, console, disk, host, preflight,
+    HostStats, Network, Qmp, VmError, VmSpec, args, console, disk, host,
+    network::{Feeder, Found, Namespace},
+    preflight,
     process::{self, Dir, Identity, QEMU_LOG},
     qmp,
 };
@@ -29,6 +31,10 @@ const ADOPT_LIMIT: Duration = Duration::from_secs(1);
 const TRIM_EVERY: Duration = Duration::from_secs(10);
 /// After the process has ended, for reading what it said last.
 const DRAIN_LIMIT: Duration = Duration::from_secs(1);
+/// pasta ends with its QEMU, and may be seen to end first.
+const SAME_END: Duration = Duration::from_millis(200);
+/// For a QEMU without a network to write out what it has.
+const CUT_GRACE: Duration = Duration::from_secs(2);
 const LOG_LINES: usize = 6;
 
 /// Why a virtual machine ended.
@@ -46,6 +52,8 @@ pub enum ExitReason {
     Signalled(i32),
     /// QEMU failed, with this exit status.
     Failed(i32),
+    /// pasta, which connects its network, ended; so QEMU was ended.
+    NetworkLost,
     /// It ended while nobody watched.
     Unknown,
 }
@@ -67,6 +75,7 @@ struct Inner {
     dir: Dir,
     identity: Identity,
     handle: OwnedFd,
+    network: Network,
     qmp: Qmp,
     exit: watch::Receiver<Option<Exit>>,
     killed: Arc<AtomicBool>,
@@ -88,32 +97,38 @@ impl Vm {
         };
         preflight::check(&spec)?;
         let qemu = preflight::executable(&spec.qemu)?;
-        let machine = preflight::machine(&qemu).await?;
-        let direct = disk::supports_direct(&spec.data_disk);
-        let arguments = args::arguments(&spec, machine, direct)?;
-        let mut child = process::spawn(&qemu, arguments, &dir, &lock)?;
-        drop(lock);
-
-        let pid = child.id();
-        let watched = process::open_pidfd(pid)
-            .and_then(|handle| Ok((handle, Identity::of(pid)?)))
-            .map_err(|source| VmError::Process { doing: "watch", source });
-        let recorded = watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity)));
-        let (handle, identity) = match recorded {
-            Ok(recorded) => recorded,
+        let (machine, namespace) = tokio::join!(preflight::machine(&qemu), Namespace::make(&dir, &spec.forwards));
+        let (namespace, network) = match namespace {
+            Ok(namespace) => (Some(namespace), Network::Apart),
+            Err(exposure) => {
+                // Which may be why.
+                preflight::ports(&spec)?;
+                (None, Network::Exposed(exposure))
+            }
+        };
+        let started = machine.and_then(|machine| launch(&spec, &qemu, machine, &dir, &lock, namespace.as_ref()));
+        let (child, handle, identity) = match started {
+            Ok(started) => started,
             Err(error) => {
-                // It may have ended by itself.
-                let _ = child.kill();
-                let _ = child.wait();
+                if let Some(namespace) = namespace {
+                    namespace.end().await;
+                }
                 return Err(error);
             }
         };
-        let vm = Self::watch(dir, identity, handle, Some(child))?;
-        tracing::debug!(name = spec.name, pid, machine, accelerator = ?spec.accelerator, direct, "started QEMU");
+        drop(lock);
+        let pid = identity.pid;
+        let feed = match namespace {
+            Some(namespace) => Feed::By(namespace.into_feeder()),
+            None => Feed::Itself,
+        };
+        let apart = network == Network::Apart;
+        let vm = Self::watch(dir, identity, handle, Some(child), network, feed)?;
+        tracing::debug!(name = spec.name, pid, accelerator = ?spec.accelerator, apart, "started QEMU");
 
         tokio::select! {
             biased;
-            _ = vm.wait_exit() => Err(preflight::diagnose(&spec, vm.qemu_log())),
+            _ = vm.wait_exit() => Err(preflight::diagnose(&spec, apart, vm.qemu_log())),
             () = vm.0.qmp.ready() => Ok(vm),
             () = time::sleep(START_LIMIT) => {
                 vm.kill()?;
@@ -141,7 +156,12 @@ impl Vm {
         };
         dir.record(&identity)?;
         tracing::debug!(pid = identity.pid, "adopted QEMU");
-        let vm = Self::watch(dir, identity, handle, None)?;
+        let (network, feed) = match Feeder::of(identity.pid) {
+            Found::Exposed(exposure) => (Network::Exposed(exposure), Feed::Itself),
+            Found::Fed(feeder) => (Network::Apart, Feed::By(feeder)),
+            Found::Cut => (Network::Apart, Feed::Cut),
+        };
+        let vm = Self::watch(dir, identity, handle, None, network, feed)?;
         // From then on it will tell why it ends.
         tokio::select! {
             biased;
@@ -152,7 +172,14 @@ impl Vm {
         Ok(Some(vm))
     }
 
-    fn watch(dir: Dir, identity: Identity, handle: OwnedFd, child: Option<Child>) -> Result<Self, VmError> {
+    fn watch(
+        dir: Dir,
+        identity: Identity,
+        handle: OwnedFd,
+        child: Option<Child>,
+        network: Network,
+        feed: Feed,
+    ) -> Result<Self, VmError> {
         let failed = |source| VmError::Process { doing: "watch", source };
         let owned = handle.try_clone().map_err(failed)?;
         // SAFETY: an `OwnedFd` keeps its descriptor, and keeps it open, for as long as the registration owns it.
@@ -179,6 +206,7 @@ impl Vm {
         let supervisor = Supervisor {
             process: watched,
             child,
+            feed,
             ended,
             monitor,
             qmp: qmp.clone(),
@@ -187,12 +215,26 @@ impl Vm {
             exit: exit_sender,
         };
         tokio::spawn(supervisor.run().instrument(span));
-        Ok(Self(Arc::new(Inner { dir, identity, handle, qmp, exit, killed, _released: released.drop_guard() })))
+        Ok(Self(Arc::new(Inner {
+            dir,
+            identity,
+            handle,
+            network,
+            qmp,
+            exit,
+            killed,
+            _released: released.drop_guard(),
+        })))
     }
 
     /// QEMU's process.
     pub fn pid(&self) -> u32 {
         self.0.identity.pid
+    }
+
+    /// Where its network leads.
+    pub fn network(&self) -> &Network {
+        &self.0.network
     }
 
     /// QEMU's monitor; clone it freely. If the base OS's disk is full, QEMU halts the guest and says so in the event
@@ -281,11 +323,61 @@ impl Vm {
     }
 }
 
+/// Starts the process, and writes down which one it is. Nothing runs after an error.
+fn launch(
+    spec: &VmSpec,
+    qemu: &Path,
+    machine: &str,
+    dir: &Dir,
+    lock: &process::Lock,
+    namespace: Option<&Namespace>,
+) -> Result<(Child, OwnedFd, Identity), VmError> {
+    let failed = |source| VmError::Process { doing: "watch", source };
+    let direct = disk::supports_direct(&spec.data_disk);
+    let arguments = args::arguments(spec, machine, direct, namespace.is_some())?;
+    let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
+    let mut child = process::spawn(qemu, arguments, dir, lock, entrance)?;
+    let pid = child.id();
+    let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
+    match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {
+        Ok((handle, identity)) => Ok((child, handle, identity)),
+        Err(error) => {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
+/// What connects QEMU's network.
+#[derive(Debug)]
+enum Feed {
+    /// Nothing: it is the base OS's.
+    Itself,
+    /// pasta.
+    By(Feeder),
+    /// pasta, which has ended.
+    Cut,
+}
+
+impl Feed {
+    /// Returns when the network is lost.
+    async fn cut(&self) {
+        match self {
+            Self::Itself => std::future::pending().await,
+            Self::By(feeder) => feeder.ended().await,
+            Self::Cut => {}
+        }
+    }
+}
+
 /// Waits for the end of the process, reaps it, and tells.
 struct Supervisor {
     process: AsyncFd<OwnedFd>,
     /// Unless adopted.
     child: Option<Child>,
+    feed: Feed,
     ended: CancellationToken,
     monitor: JoinHandle<()>,
     qmp: Qmp,
@@ -297,6 +389,7 @@ struct Supervisor {
 impl Supervisor {
     async fn run(mut self) {
         let mut trim = time::interval(TRIM_EVERY);
+        let mut cut = false;
         loop {
             tokio::select! {
                 biased;
@@ -307,6 +400,7 @@ impl Supervisor {
                         return;
                     }
                 },
+                () = self.feed.cut(), if !cut => cut = self.end_cut().await,
                 _ = trim.tick() => {
                     // Not there before the guest speaks.
                     if let Err(error) = console::trim(&self.console) {
@@ -320,18 +414,42 @@ impl Supervisor {
             self.monitor.abort();
         }
         let status = self.child.as_mut().and_then(|child| child.try_wait().ok().flatten());
-        let exit = Exit { reason: reason(self.qmp.shutdown_reason(), status, self.killed.load(Ordering::Relaxed)) };
-        tracing::debug!(reason = ?exit.reason, "QEMU ended");
-        self.exit.send_replace(Some(exit));
+        if let Feed::By(feeder) = self.feed {
+            feeder.finish().await;
+        }
+        let reason = reason(self.qmp.shutdown_reason(), status, self.killed.load(Ordering::Relaxed), cut);
+        tracing::debug!(?reason, "QEMU ended");
+        self.exit.send_replace(Some(Exit { reason }));
+    }
+
+    /// Ends QEMU after pasta has ended, unless QEMU's end is why: says which. A guest without a network is of no use, and
+    /// one that is started anew has one.
+    async fn end_cut(&self) -> bool {
+        if time::timeout(SAME_END, self.process.readable()).await.is_ok() {
+            return false;
+        }
+        tracing::warn!("the VM's network is lost, as pasta has ended: ending QEMU");
+        for signal in [Signal::TERM, Signal::KILL] {
+            if let Err(error) = rustix::process::pidfd_send_signal(self.process.get_ref(), signal)
+                && error != rustix::io::Errno::SRCH
+            {
+                tracing::error!(%error, "cannot end QEMU");
+            }
+            if time::timeout(CUT_GRACE, self.process.readable()).await.is_ok() {
+                break;
+            }
+        }
+        true
     }
 }
 
 /// QEMU's own word comes first: its exit status is 0 for most reasons, and unknown of an adopted process.
-fn reason(said: Option<String>, status: Option<ExitStatus>, killed: bool) -> ExitReason {
+fn reason(said: Option<String>, status: Option<ExitStatus>, killed: bool, cut: bool) -> ExitReason {
     match said.as_deref() {
         Some("guest-shutdown") => return ExitReason::PoweredOff,
         Some("guest-reset" | "subsystem-reset") => return ExitReason::Reset,
         Some("guest-panic") => return ExitReason::Panicked,
+        _ if cut => return ExitReason::NetworkLost,
         Some("host-qmp-quit" | "host-signal" | "host-ui") => return ExitReason::Quit,
         _ => {}
     }

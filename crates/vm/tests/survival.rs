@@ -11,7 +11,7 @@ use std::{
 };
 
 use clan_vm::{ExitReason, Vm};
-use guest::{LIMIT, Then, adopted, says_r, spec, started, write_console};
+use guest::{LIMIT, Then, adopted, feeders, gone, kill, says_r, spec, started, write_console};
 use tokio::time::timeout;
 
 const FOLDER: &str = "CLAN_VM_TEST_FOLDER";
@@ -62,6 +62,23 @@ async fn an_adopted_machine_can_be_killed() {
 }
 
 #[tokio::test]
+async fn when_all_are_killed_nothing_is_left_whatever_the_order() {
+    // The program first; then QEMU, pasta, or what pasta waits for.
+    for victim in 0..3 {
+        let folder = tempfile::tempdir().unwrap();
+        let pid = start_and_die(folder.path());
+        let feeders = feeders(pid);
+        kill([pid, feeders[0], feeders[1]][victim]);
+        if victim > 0 {
+            // Whoever comes next ends what has no network, and says so.
+            let vm = adopted(&folder.path().join("vm")).await;
+            assert_eq!(timeout(LIMIT, vm.wait_exit()).await.expect("it ends").reason, ExitReason::NetworkLost);
+        }
+        gone(&[pid, feeders[0], feeders[1]]).await;
+    }
+}
+
+#[tokio::test]
 async fn a_machine_has_a_session_of_its_own_and_no_way_to_more_privileges() {
     let folder = tempfile::tempdir().unwrap();
     let vm = started(&spec(folder.path(), &Then::Halt)).await;
@@ -69,6 +86,13 @@ async fn a_machine_has_a_session_of_its_own_and_no_way_to_more_privileges() {
     assert_eq!(rustix::process::getsid(pid).unwrap(), pid.unwrap());
     let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
     assert!(status.contains("NoNewPrivs:\t1") && status.contains("Seccomp:\t2"), "{status}");
+    // Root in its own namespace can do nothing there either.
+    let capabilities: Vec<_> = status.lines().filter(|line| line.starts_with("Cap")).collect();
+    assert_eq!(*vm.network(), clan_vm::Network::Apart);
+    assert!(
+        capabilities.len() >= 5 && capabilities.iter().all(|line| line.ends_with("\t0000000000000000")),
+        "{status}"
+    );
     let environment = std::fs::read(format!("/proc/{}/environ", vm.pid())).unwrap();
     let names = environment.split(|b| *b == 0).filter_map(|v| v.split(|b| *b == b'=').next());
     assert!(names.filter(|n| !n.is_empty()).all(|n| n == b"PATH" || n == b"LC_ALL"));

@@ -137,7 +137,11 @@ async fn list(context: &Context) -> Result<(), CliError> {
             vm.reason.as_deref().unwrap_or_default().into(),
         ]);
     }
-    table.print(&context.printer)
+    table.print(&context.printer)?;
+    for (vm, exposure) in vms.iter().filter_map(|vm| Some((vm, vm.exposure.as_ref()?))) {
+        context.printer.talk(&format!("{}: {exposure}", vm.clan));
+    }
+    Ok(())
 }
 
 fn since(vm: &VmInfo) -> String {

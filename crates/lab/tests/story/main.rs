@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod failures;
+mod isolation;
 mod links;
 mod secrecy;
 mod traffic;
@@ -72,6 +73,7 @@ fn two_people_meet_and_what_goes_wrong_is_told_or_heals() {
     let packets = lab.take_capture().map(clan_lab::Capture::finish);
     checks.that("nobody between the machines reads the page", || traffic::is_sealed(packets, &report.page));
     links::check(&mut checks, &mut lab, &report.link);
+    isolation::check(&mut checks, &mut lab);
     failures::check(&mut checks, &mut lab);
     secrecy::check(&mut checks, &mut lab, &report.link, watch);
     failures::leave(&mut checks, &mut lab);

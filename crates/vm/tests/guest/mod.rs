@@ -3,12 +3,14 @@
 use std::{
     fs,
     ops::Deref,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
 use clan_types::ByteSize;
 use clan_vm::{AccelKind, ImageFiles, Qemu, Vm, VmSpec};
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::{io::AsyncWriteExt, time::timeout};
 
 /// For anything that an idle computer does in a fraction of a second.
@@ -102,7 +104,8 @@ pub(crate) fn spec(folder: &Path, then: &Then) -> VmSpec {
 }
 
 /// Waits for a condition.
-async fn until(what: &str, mut met: impl FnMut() -> bool) {
+#[allow(dead_code, reason = "not every test program wants it")]
+pub(crate) async fn until(what: &str, mut met: impl FnMut() -> bool) {
     let deadline = Instant::now() + LIMIT;
     while !met() {
         assert!(Instant::now() < deadline, "not in time: {what}");
@@ -142,24 +145,59 @@ impl Drop for Running {
 }
 
 /// Starts it.
+#[allow(dead_code, reason = "not every test program wants it")]
 pub(crate) async fn started(spec: &VmSpec) -> Running {
     Running::new(timeout(LIMIT, Vm::start(spec.clone())).await.expect("start returns").unwrap())
 }
 
 /// Finds it again.
+#[allow(dead_code, reason = "not every test program wants it")]
 pub(crate) async fn adopted(dir: &Path) -> Running {
     Running::new(timeout(LIMIT, Vm::adopt(dir)).await.expect("adopt returns").unwrap().expect("it still runs"))
 }
 
 /// Waits until the guest has said R.
+#[allow(dead_code, reason = "not every test program wants it")]
 pub(crate) async fn says_r(vm: &Vm) {
     until("the guest says R", || vm.console_tail(1).is_ok_and(|text| text.ends_with('R'))).await;
 }
 
 /// Writes a byte to the console.
+#[allow(dead_code, reason = "not every test program wants it")]
 pub(crate) async fn write_console(vm: &Vm) {
     let mut console = vm.connect_console().await.unwrap();
     console.write_all(b"x").await.unwrap();
     // QEMU may be gone before this is over.
     let _ = console.shutdown().await;
+}
+
+/// The processes that make a machine's network: what lives in its namespace beside QEMU, and that one's parent.
+#[allow(dead_code, reason = "not every test program wants it")]
+pub(crate) fn feeders(qemu: u32) -> Vec<u32> {
+    let network = |pid: u32| fs::metadata(format!("/proc/{pid}/ns/net")).map(|meta| meta.ino());
+    let its = network(qemu).unwrap();
+    let others = fs::read_dir("/proc").unwrap().filter_map(|e| e.unwrap().file_name().to_str()?.parse::<u32>().ok());
+    let mut found = Vec::new();
+    for pid in others.filter(|&pid| pid != qemu && network(pid).is_ok_and(|other| other == its)) {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let parent = stat.rsplit_once(") ").unwrap().1.split(' ').nth(1).unwrap().parse().unwrap();
+        found.extend([parent, pid]);
+    }
+    assert_eq!(found.len(), 2, "pasta and its child: {found:?}");
+    found
+}
+
+#[allow(dead_code, reason = "not every test program wants it")]
+pub(crate) fn kill(pid: u32) {
+    kill_process(Pid::from_raw(pid.try_into().unwrap()).unwrap(), Signal::KILL).unwrap();
+}
+
+/// Dead and waiting for its parent counts: in a container, nobody may wait for orphans.
+#[allow(dead_code, reason = "not every test program wants it")]
+pub(crate) async fn gone(pids: &[u32]) {
+    let is_gone = |pid: &u32| {
+        fs::read_to_string(format!("/proc/{pid}/stat"))
+            .map_or(true, |stat| stat.rsplit_once(") ").unwrap().1.starts_with('Z'))
+    };
+    until("they are gone", || pids.iter().all(is_gone)).await;
 }
