@@ -15,7 +15,7 @@ use clan_os::{
     wireguard::Wireguard,
 };
 use clan_relay::Names;
-use clan_store::LedgerStore;
+use clan_store::{LedgerStore, SealKey};
 use clan_types::ClanId;
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use iroh::{Endpoint, RelayUrl};
@@ -392,7 +392,10 @@ impl Controller {
         Ways { tun, endpoint, ports, names, introduced }: Ways,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
-        let store = LedgerStore::open(self.dir.join("ledger.redb"), &place.clan).map_err(NodeError::from)?;
+        // What this machine has verified before it wrote it down need not be verified again at every start.
+        let seal = SealKey::derive(&self.identity().signing().to_bytes());
+        let path = self.dir.join("ledger.redb");
+        let store = LedgerStore::open_sealed(path, &place.clan, seal).map_err(NodeError::from)?;
         let mut ledger = store.load().map_err(NodeError::from)?;
         let known = ledger.len();
         prepare(&mut ledger).map_err(ProvisionOrNodeError::Reason)?;

@@ -1,20 +1,25 @@
 //! A clan's ledger in a `redb` file.
 
 use std::{
-    io,
+    collections::HashSet,
+    fmt, io,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use clan_ledger::{Entry, EntryError, Ledger};
-use clan_types::ClanId;
+use clan_types::{ClanId, EntryId};
 use redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, ReadableTableMetadata, TableDefinition};
+use zeroize::Zeroizing;
 
 use crate::{StoreError, medium::FileMedium, medium::Medium};
 
 /// Entry id to encoded entry.
 const ENTRIES: TableDefinition<&[u8; 32], &[u8]> = TableDefinition::new("entries");
+/// Entry id to what shows that this machine has verified the entry: see [`SealKey`].
+const SEALS: TableDefinition<&[u8; 32], &[u8; SEAL]> = TableDefinition::new("seals");
+const SEAL: usize = 16;
 /// See [`VERSION`], [`CLAN`] and [`COUNT`].
 const META: TableDefinition<&str, &[u8]> = TableDefinition::new("meta");
 const VERSION: &str = "version";
@@ -25,11 +30,29 @@ const CURRENT: u8 = 1;
 /// The ledger is held in memory besides; the file needs little.
 const CACHE: usize = 8 << 20;
 
+/// With it a machine marks the entries that it has verified, so that it need not verify them again when it starts. Only
+/// what the holder of the key wrote bears a seal that fits; anything else in the file is verified in full.
+#[derive(Clone)]
+pub struct SealKey(Zeroizing<[u8; 32]>);
+
+impl SealKey {
+    /// From a secret of this machine, such as its private key.
+    pub fn derive(secret: &[u8; 32]) -> Self {
+        Self(Zeroizing::new(blake3::derive_key("clan 2026-11 ledger file seal v1", secret)))
+    }
+
+    fn seal(&self, id: &[u8; 32]) -> [u8; SEAL] {
+        let mut seal = [0; SEAL];
+        seal.copy_from_slice(&blake3::keyed_hash(&self.0, id).as_bytes()[..SEAL]);
+        seal
+    }
+}
+
 /// A clan's ledger on disk. One process has it open at a time.
-#[derive(Debug)]
 pub struct LedgerStore {
     medium: Box<dyn Medium>,
     clan: ClanId,
+    key: Option<SealKey>,
     /// `None` after a failed write, until the file was opened again.
     database: Mutex<Option<Database>>,
 }
@@ -38,17 +61,26 @@ impl LedgerStore {
     /// Opens a clan's file, or creates it. A damaged file is kept aside under another name and reported as
     /// [`StoreError::Corrupt`]; opening again then begins an empty one, which peers fill.
     pub fn open(path: impl AsRef<Path>, clan: &ClanId) -> Result<Self, StoreError> {
-        Self::open_on(Box::new(FileMedium::new(path.as_ref())), clan)
+        Self::open_with(Box::new(FileMedium::new(path.as_ref())), clan, None)
     }
 
-    /// The same on anything that can hold a file.
+    /// The same, and seals what it writes, so that loading it is quick.
+    pub fn open_sealed(path: impl AsRef<Path>, clan: &ClanId, key: SealKey) -> Result<Self, StoreError> {
+        Self::open_with(Box::new(FileMedium::new(path.as_ref())), clan, Some(key))
+    }
+
+    /// As [`LedgerStore::open`], on anything that can hold a file.
     pub fn open_on(medium: Box<dyn Medium>, clan: &ClanId) -> Result<Self, StoreError> {
+        Self::open_with(medium, clan, None)
+    }
+
+    fn open_with(medium: Box<dyn Medium>, clan: &ClanId, key: Option<SealKey>) -> Result<Self, StoreError> {
         match medium.length() {
             Ok(Some(_)) => {}
             Ok(None) => create(&*medium, clan)?,
             Err(error) => return Err(StoreError::io("open", medium.path())(error)),
         }
-        let store = Self { clan: *clan, database: Mutex::new(None), medium };
+        let store = Self { clan: *clan, key, database: Mutex::new(None), medium };
         store.with(|_| Ok(()))?;
         Ok(store)
     }
@@ -73,8 +105,13 @@ impl LedgerStore {
             let write = database.begin_write()?;
             {
                 let mut table = write.open_table(ENTRIES)?;
+                let mut seals = write.open_table(SEALS)?;
                 for entry in &entries {
                     table.insert(entry.id().as_bytes(), entry.as_bytes())?;
+                    // INVARIANT: an `Entry` has been verified; only such a one is ever sealed.
+                    if let Some(key) = &self.key {
+                        seals.insert(entry.id().as_bytes(), &key.seal(entry.id().as_bytes()))?;
+                    }
                 }
                 let count = table.len()?;
                 write.open_table(META)?.insert(COUNT, count.to_le_bytes().as_slice())?;
@@ -84,12 +121,25 @@ impl LedgerStore {
         })
     }
 
-    /// Reads all entries back and checks each.
+    /// Reads all entries back and checks each: that it is the one that was sealed, or else its signature.
     pub fn load(&self) -> Result<Ledger, StoreError> {
         let mut entries = self.with(|database| {
-            let mut entries = Vec::new();
-            for row in database.begin_read()?.open_table(ENTRIES)?.iter()? {
-                match Entry::decode(row?.1.value()) {
+            let read = database.begin_read()?;
+            let sealed = match (&self.key, read.open_table(SEALS)) {
+                (None, _) | (_, Err(redb::TableError::TableDoesNotExist(_))) => HashSet::new(),
+                (Some(key), table) => sealed(key, &table?)?,
+            };
+            let table = read.open_table(ENTRIES)?;
+            let mut entries = Vec::with_capacity(usize::try_from(table.len()?).unwrap_or(0));
+            for row in table.iter()? {
+                let (id, bytes) = row?;
+                // `check` has compared content and id when the file was opened, and nobody else has it open since.
+                let entry = if sealed.contains(id.value()) {
+                    Entry::decode_vouched(bytes.value(), EntryId::from_bytes(*id.value()))
+                } else {
+                    Entry::decode(bytes.value())
+                };
+                match entry {
                     Ok(entry) => entries.push(entry),
                     Err(EntryError::NewerVersion(found)) => return Err(Failure::Newer(found)),
                     Err(error) => return Err(Failure::Damaged(error.to_string())),
@@ -130,6 +180,12 @@ impl LedgerStore {
     }
 }
 
+impl fmt::Debug for LedgerStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LedgerStore({})", self.path().display())
+    }
+}
+
 impl Drop for LedgerStore {
     fn drop(&mut self) {
         // Closing writes, and can stumble over damage. Everything acknowledged is on disk already; the next opening
@@ -137,6 +193,21 @@ impl Drop for LedgerStore {
         let database = self.lock().take();
         let _ = catch_unwind(AssertUnwindSafe(|| drop(database)));
     }
+}
+
+/// The ids whose seal fits.
+fn sealed(
+    key: &SealKey,
+    table: &impl ReadableTable<&'static [u8; 32], &'static [u8; SEAL]>,
+) -> Result<HashSet<[u8; 32]>, Failure> {
+    let mut ids = HashSet::new();
+    for row in table.iter()? {
+        let (id, seal) = row?;
+        if key.seal(id.value()) == *seal.value() {
+            ids.insert(*id.value());
+        }
+    }
+    Ok(ids)
 }
 
 fn builder() -> redb::Builder {

@@ -13,6 +13,6 @@ mod secret;
 pub use error::{Damage, StoreError};
 pub use file::{atomic_write, create_private_dir};
 pub use json::{read_versioned_json, write_versioned_json};
-pub use ledger::LedgerStore;
+pub use ledger::{LedgerStore, SealKey};
 pub use medium::Medium;
 pub use secret::{Secret, SecretFile};

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clan_ledger::{Body, Entry, Ledger};
-use clan_store::{LedgerStore, StoreError};
+use clan_store::{LedgerStore, SealKey, StoreError};
 use clan_types::{ByteSize, ClanId, ImageId, Timestamp};
 use ed25519_dalek::SigningKey;
 
@@ -60,6 +60,44 @@ fn what_was_appended_is_there_after_opening_again() {
     assert!(ledger.state().published.is_some());
     let names: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(names, ["ledger.redb"], "nothing is left behind");
+}
+
+#[test]
+fn what_was_sealed_loads_and_what_somebody_else_put_there_is_verified() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ledger.redb");
+    let (id, all) = clan(20);
+    let key = SealKey::derive(&[1; 32]);
+    LedgerStore::open_sealed(&path, &id, key.clone()).unwrap().append_all(&all).unwrap();
+    let load = |key: &SealKey| LedgerStore::open_sealed(&path, &id, key.clone()).and_then(|store| store.load());
+    assert_eq!(ids(&load(&key).unwrap()), all.iter().map(Entry::id).collect::<Vec<_>>());
+    assert_eq!(load(&SealKey::derive(&[2; 32])).unwrap().len(), 20, "without a seal that fits each is verified");
+    // Somebody who can write the file, but has not the key, puts an entry there that nobody signed.
+    let mut forged = all[19].encode();
+    let last = forged.len() - 1;
+    forged[last] ^= 1;
+    forge(&path, &forged, blake3::hash(&forged).as_bytes());
+    assert!(matches!(load(&key), Err(StoreError::Corrupt { .. })), "it is noticed, and the file is kept aside");
+    assert!(load(&key).unwrap().is_empty());
+}
+
+/// Adds an entry to the file as somebody would who knows how it is made, with the seal of another one.
+fn forge(path: &Path, bytes: &[u8], id: &[u8; 32]) {
+    let entries = redb::TableDefinition::<&[u8; 32], &[u8]>::new("entries");
+    let seals = redb::TableDefinition::<&[u8; 32], &[u8; 16]>::new("seals");
+    let meta = redb::TableDefinition::<&str, &[u8]>::new("meta");
+    let database = redb::Database::open(path).unwrap();
+    let write = database.begin_write().unwrap();
+    {
+        use redb::ReadableTable as _;
+        let mut seals = write.open_table(seals).unwrap();
+        let seal = *seals.iter().unwrap().next().unwrap().unwrap().1.value();
+        seals.insert(id, &seal).unwrap();
+        let mut entries = write.open_table(entries).unwrap();
+        entries.insert(id, bytes).unwrap();
+        write.open_table(meta).unwrap().insert("count", 21u64.to_le_bytes().as_slice()).unwrap();
+    }
+    write.commit().unwrap();
 }
 
 #[test]
