@@ -33,6 +33,9 @@ pub struct InviteInfo {
     pub uses: u32,
     /// How many have.
     pub used: u32,
+    /// Whether an admin is to approve each newcomer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub approval: bool,
     /// When it expires.
     #[schema(value_type = u64)]
     pub expires: Timestamp,
@@ -91,6 +94,113 @@ pub struct Revocation {
     pub entries: u32,
     /// It was out before.
     pub already: bool,
+}
+
+/// Gives a person another role.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct SetRole {
+    /// Name, id, or a unique beginning of the id.
+    pub person: String,
+    /// Role from now on: guest, member, admin or owner.
+    #[schema(value_type = String)]
+    pub role: Role,
+    /// Only find out whether it would work.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// A role that was given, or would be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct RoleChange {
+    /// The person.
+    #[schema(value_type = String)]
+    pub id: PersonId,
+    /// Their name.
+    #[schema(value_type = String)]
+    pub name: PersonName,
+    /// Their role before.
+    #[schema(value_type = String)]
+    pub from: Role,
+    /// Their role after; the same if there is nothing to do.
+    #[schema(value_type = String)]
+    pub to: Role,
+    /// How many entries were signed; none if it was only asked, or if there was nothing to do.
+    pub entries: u32,
+}
+
+/// What can be renamed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum NamedKind {
+    /// A person.
+    Person,
+    /// A machine.
+    Machine,
+}
+
+/// Gives a person or a machine another name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Rename {
+    /// What.
+    pub kind: NamedKind,
+    /// Its name, its id, or a unique beginning of the id.
+    pub subject: String,
+    /// Its name from now on.
+    pub name: String,
+    /// Only find out whether it would work.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What was renamed, or would be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Renamed {
+    /// What.
+    pub kind: NamedKind,
+    /// Its id.
+    pub id: String,
+    /// Its name before.
+    pub from: String,
+    /// Its name after; the same if there is nothing to do.
+    pub to: String,
+    /// How many entries were signed; none if it was only asked, or if there was nothing to do.
+    pub entries: u32,
+}
+
+/// Lets a newcomer in who waits for it, or refuses them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct DecideAdmission {
+    /// Name, id, or a unique beginning of the id.
+    pub person: String,
+    /// Whether they come in.
+    pub approve: bool,
+    /// Only find out whether it would work.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What was decided about a newcomer, or would be.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct AdmissionDecision {
+    /// The newcomer.
+    #[schema(value_type = String)]
+    pub id: PersonId,
+    /// Their name.
+    #[schema(value_type = String)]
+    pub name: PersonName,
+    /// The role that their invite gives.
+    #[schema(value_type = String)]
+    pub role: Role,
+    /// Who invited them.
+    #[schema(value_type = String)]
+    pub invited_by: PersonName,
+    /// Whether they come in.
+    pub approve: bool,
+    /// How many entries were signed; none if it was only asked.
+    pub entries: u32,
 }
 
 /// Which part of the log.

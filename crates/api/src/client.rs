@@ -16,11 +16,11 @@ use tokio::{
 };
 
 use crate::{
-    AddWireguard, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan, CreateInvite,
-    DeleteQuery, FindInvitation, FoundInvitation, GroupInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery,
-    LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin, RelayChange, RelayInfo, RemoveNamed,
-    Revocation, Revoke, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRule, Status, TaskEvent, TaskId, TaskInfo,
-    VmInfo, VmStats, WireguardMachine,
+    AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan,
+    CreateInvite, DecideAdmission, DeleteQuery, FindInvitation, FoundInvitation, GroupInfo, Invite, InviteInfo,
+    JoinClan, JoinPreview, LogQuery, LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin,
+    RelayChange, RelayInfo, RemoveNamed, Rename, Renamed, Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo,
+    SetGroup, SetRelay, SetRole, SetRule, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -187,6 +187,25 @@ impl ManagerClient {
     /// Takes a group away.
     pub async fn drop_group(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
         self.post(&format!("/clans/{}/groups/removals", segment(clan)), request).await
+    }
+
+    /// Gives a person another role, or finds out whether that would work.
+    pub async fn set_role(&self, clan: &str, request: &SetRole) -> Result<RoleChange, ClientError> {
+        self.post(&format!("/clans/{}/roles", segment(clan)), request).await
+    }
+
+    /// Gives a person or a machine another name, or finds out whether that would work.
+    pub async fn rename(&self, clan: &str, request: &Rename) -> Result<Renamed, ClientError> {
+        self.post(&format!("/clans/{}/names", segment(clan)), request).await
+    }
+
+    /// Lets a newcomer in who waits for it or refuses them, or finds out whether that would work.
+    pub async fn decide_admission(
+        &self,
+        clan: &str,
+        request: &DecideAdmission,
+    ) -> Result<AdmissionDecision, ClientError> {
+        self.post(&format!("/clans/{}/admissions", segment(clan)), request).await
     }
 
     /// What was decided in a clan.

@@ -15,7 +15,8 @@ mod status;
 mod tasks;
 
 pub use authority::{
-    AuthorKind, ClanLog, ClanLogEntry, ClanLogQuery, InviteInfo, InviteState, Revocation, RevocationKind, Revoke,
+    AdmissionDecision, AuthorKind, ClanLog, ClanLogEntry, ClanLogQuery, DecideAdmission, InviteInfo, InviteState,
+    NamedKind, Rename, Renamed, Revocation, RevocationKind, Revoke, RoleChange, SetRole,
 };
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};

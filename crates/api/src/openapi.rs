@@ -17,7 +17,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 #[openapi(
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
-        status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, relays, set_relay, clan_log, members, machines, services, leave,
+        status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, services, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
@@ -100,6 +100,18 @@ fn relays() {}
 /// Make a machine a relay, or make it one no more
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/relays", params(("clan" = String, Path)), request_body = SetRelay, responses((status = 200, body = RelayChange), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn set_relay() {}
+
+/// Give a person another role
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/roles", params(("clan" = String, Path)), request_body = SetRole, responses((status = 201, body = RoleChange, description = "Done"), (status = 200, body = RoleChange, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn set_role() {}
+
+/// Give a person or a machine another name
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/names", params(("clan" = String, Path)), request_body = Rename, responses((status = 201, body = Renamed, description = "Done"), (status = 200, body = Renamed, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn rename() {}
+
+/// Let a newcomer in who waits for it, or refuse them
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/admissions", params(("clan" = String, Path)), request_body = DecideAdmission, responses((status = 201, body = AdmissionDecision, description = "Done"), (status = 200, body = AdmissionDecision, description = "What it would do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn decide_admission() {}
 
 /// What was decided in a clan: every entry of its ledger, newest last
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/log", params(("clan" = String, Path), ClanLogQuery), responses((status = 200, body = ClanLog), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

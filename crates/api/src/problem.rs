@@ -122,6 +122,10 @@ codes! {
     InviteExpired = "invite_expired", 410;
     /// The invite was withdrawn.
     InviteRevoked = "invite_revoked", 410;
+    /// An admin has yet to approve the request to join.
+    ApprovalPending = "approval_pending", 409;
+    /// An admin has denied the request to join.
+    AdmissionDenied = "admission_denied", 410;
     /// What was fetched is not what the link names.
     Untrusted = "untrusted", 502;
     /// No machine of the clan answers.

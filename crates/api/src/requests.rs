@@ -181,6 +181,9 @@ pub struct CreateInvite {
     /// Seconds until it expires; default 24 hours.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub expires_in: Option<u64>,
+    /// Whether an admin is to approve each newcomer; default no.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub approval: bool,
 }
 
 /// An invite.
@@ -201,6 +204,9 @@ pub struct Invite {
     pub role: Role,
     /// How many may redeem it.
     pub uses: u32,
+    /// Whether an admin is to approve each newcomer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub approval: bool,
     /// When it expires.
     #[schema(value_type = u64)]
     pub expires: Timestamp,

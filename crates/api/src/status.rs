@@ -134,6 +134,9 @@ pub struct PersonInfo {
     pub role: Role,
     /// Whether it is this computer's user.
     pub this: bool,
+    /// Has redeemed an invite that asks for approval, and is not in yet: see `clan approve`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub waiting: bool,
 }
 
 /// A machine of a clan.

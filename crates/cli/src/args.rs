@@ -91,6 +91,15 @@ pub(crate) enum Command {
     /// Groups of people and machines, for rules
     #[command(subcommand)]
     Group(commands::group::Verb),
+    /// Let somebody in whose invite asked for approval
+    Approve(commands::approve::Args),
+    /// Refuse somebody whose invite asked for approval
+    Deny(commands::approve::Args),
+    /// Give a person another role
+    Role(commands::role::Args),
+    /// Give a person or a machine another name
+    #[command(subcommand)]
+    Rename(commands::rename::Noun),
     /// Put a person or a machine out of a clan, or withdraw an invite
     #[command(subcommand)]
     Revoke(commands::revoke::Noun),

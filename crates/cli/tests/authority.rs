@@ -1,4 +1,5 @@
-//! Putting out, invites that were made, and the log: what is said, and what is asked of the manager.
+//! Putting out, roles, names, approval, invites that were made, and the log: what is said, and what is asked of the
+//! manager.
 
 mod common;
 
@@ -185,4 +186,126 @@ TIME                 WHO             WHAT
 9 earlier entries are not shown: `clan log -n 12`
 
 "#]]);
+}
+
+const ROLES: &str = "POST /api/v1/clans/family/roles";
+const NAMES: &str = "POST /api/v1/clans/family/names";
+const ADMISSIONS: &str = "POST /api/v1/clans/family/admissions";
+
+fn role_change(from: &str, to: &str) -> Value {
+    json!({"id": PersonId::from_bytes([2; 32]), "name": "ben", "from": from, "to": to, "entries": 1})
+}
+
+#[test]
+fn a_role_is_given_after_asking_and_by_the_id_that_was_shown() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[(ROLES, 200, role_change("member", "admin").to_string())]);
+    computer.clan(&["role", "ben", "admin", "--clan", "family"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
+error: this needs your consent, and there is no terminal to ask on
+hint: add `--yes` to change roles without being asked
+
+"#]]);
+    computer.clan(&["role", "ben", "admin", "--clan", "family", "--dry-run"]).assert().success().stderr_eq(str![[r#"
+Would make ben admin, who is member.
+
+"#]]);
+    computer.clan(&["role", "ben", "admin", "--clan", "family", "--yes"]).assert().success().stdout_eq("").stderr_eq(
+        str![[r#"
+ben is admin now; they were member.
+
+"#]],
+    );
+    let id = PersonId::from_bytes([2; 32]);
+    let last = asked.all().pop().unwrap();
+    assert_eq!(last, format!(r#"{ROLES} {{"person":"{id}","role":"admin","dry_run":false}}"#));
+    assert_eq!(asked.all().iter().filter(|request| request.contains(r#""dry_run":false"#)).count(), 1);
+}
+
+#[test]
+fn a_role_that_is_theirs_already_is_no_mistake() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[(ROLES, 200, role_change("admin", "admin").to_string())]);
+    computer.clan(&["role", "ben", "admin", "--clan", "family"]).assert().success().stdout_eq("").stderr_eq(str![[
+        r#"
+ben is admin already.
+
+"#
+    ]]);
+    assert_eq!(asked.all().len(), 1);
+    computer.clan(&["role", "ben", "king", "--clan", "family"]).assert().code(2);
+}
+
+#[test]
+fn a_machine_is_renamed_without_being_asked() {
+    let computer = Computer::new();
+    let answer = json!({"kind": "machine", "id": "abc", "from": "laptop", "to": "nas", "entries": 1});
+    let asked = computer.manager(&[(NAMES, 201, answer.to_string())]);
+    computer
+        .clan(&["rename", "machine", "laptop", "nas", "--clan", "family"])
+        .assert()
+        .success()
+        .stdout_eq("")
+        .stderr_eq(str![[r#"
+Renamed the machine laptop to nas.
+
+"#]]);
+    let request = r#"{"kind":"machine","subject":"laptop","name":"nas","dry_run":false}"#;
+    assert_eq!(asked.all(), [format!("{NAMES} {request}")]);
+    let json = computer.clan(&["rename", "person", "laptop", "nas", "--clan", "family", "--json"]).assert().success();
+    let shown: Value = serde_json::from_slice(&json.get_output().stdout).unwrap();
+    assert_eq!(shown, answer);
+}
+
+#[test]
+fn newcomers_who_wait_are_shown_and_decided_about() {
+    let computer = Computer::new();
+    let (ben, finn) = (PersonId::from_bytes([2; 32]), PersonId::from_bytes([3; 32]));
+    let people = json!([
+        {"id": ben, "name": "ben", "role": "admin", "this": true},
+        {"id": finn, "name": "finn", "role": "member", "this": false, "waiting": true},
+    ]);
+    let decision = |approve: bool| json!({"id": finn, "name": "finn", "role": "member", "invited_by": "ben", "approve": approve, "entries": 1});
+    let asked = computer.manager(&[
+        ("GET /api/v1/clans/family/members", 200, people.to_string()),
+        (ADMISSIONS, 200, decision(true).to_string()),
+    ]);
+    computer
+        .clan(&["members", "family"])
+        .assert()
+        .success()
+        .stdout_eq(str![[r#"
+NAME  ROLE    KEY
+ben   admin   aibaeaqcai  you
+finn  member  ambqgaydam  waits for approval
+
+"#]])
+        .stderr_eq(str![[r#"
+Let somebody in, or not: `clan approve NAME`, `clan deny NAME`.
+
+"#]]);
+    computer.clan(&["approve", "finn", "--clan", "family", "--dry-run"]).assert().success().stderr_eq(str![[r#"
+Would let finn in as member, invited by ben.
+
+"#]]);
+    computer.clan(&["approve", "finn", "--clan", "family"]).assert().code(1).stderr_eq(str![[r#"
+error: this needs your consent, and there is no terminal to ask on
+hint: add `--yes` to decide without being asked
+
+"#]]);
+    computer.clan(&["approve", "finn", "--clan", "family", "--yes"]).assert().success().stdout_eq("").stderr_eq(str![
+        [r#"
+finn is in, as member.
+
+"#]
+    ]);
+    let last = asked.all().pop().unwrap();
+    assert_eq!(last, format!(r#"{ADMISSIONS} {{"person":"{finn}","approve":true,"dry_run":false}}"#));
+    let computer = Computer::new();
+    computer.manager(&[(ADMISSIONS, 200, decision(false).to_string())]);
+    computer.clan(&["deny", "finn", "--clan", "family", "--yes"]).assert().success().stdout_eq("").stderr_eq(str![[
+        r#"
+finn stays out. The use of the invite stays used: to invite them again takes a new one.
+
+"#
+    ]]);
 }

@@ -130,7 +130,7 @@ pub(crate) fn not_allowed(state: &State, role: Role, needed: Role, act: &str, re
     if able.is_empty() { problem } else { problem.hint(format!("ask somebody who may: {}", able.join(", "))) }
 }
 
-fn name_of(state: &State, person: &PersonId) -> String {
+pub(crate) fn name_of(state: &State, person: &PersonId) -> String {
     state.people.get(person).map_or_else(|| person.short(), |p| p.name.to_string())
 }
 
@@ -169,7 +169,7 @@ fn find_invite(state: &State, text: &str) -> Result<InviteId, ApiProblem> {
     unique("invite", text, state.invites.keys().map(|id| (*id, id.to_string(), ""))).map(|(id, _)| id)
 }
 
-fn unique<I, N: std::fmt::Display>(
+pub(crate) fn unique<I, N: std::fmt::Display>(
     kind: &str,
     text: &str,
     known: impl Iterator<Item = (I, String, N)>,
@@ -220,6 +220,7 @@ fn list(ledger: &Ledger, at: Timestamp) -> Vec<InviteInfo> {
                 role: invite.role,
                 uses: invite.uses,
                 used: invite.used,
+                approval: invite.approval,
                 expires: invite.expires,
                 made: made.wall,
                 by: invite.by,

@@ -8,6 +8,7 @@ use clan_types::{ByteSize, ServiceName};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, Provision, Redeem},
     image::Manifest,
+    peer::JoinRefusal,
 };
 
 use crate::{
@@ -32,6 +33,8 @@ const HOST_RESERVE: ByteSize = ByteSize::from_mib(128);
 /// Being admitted may take several machines of the clan.
 const PROVISION: std::time::Duration = std::time::Duration::from_secs(150);
 const PROVISION_ATTEMPTS: u32 = 3;
+/// How often a newcomer who waits for approval asks again.
+const APPROVAL_INTERVAL: std::time::Duration = std::time::Duration::from_secs(3);
 /// The service of the image that a founder's machine offers.
 const FIRST_SERVICE: &str = "web";
 
@@ -300,12 +303,18 @@ pub(crate) async fn provision(
     let environment = link::environment(&record, &shared.images).await;
     let request = Provision { clan: record.id, name: record.machine, entries, redeem, offers, environment };
     let request = ControlRequest::Provision(Box::new(request));
-    let mut attempt = 1;
+    let (mut attempt, mut waits) = (1, false);
     loop {
         let control = boot::wait(clan, clan.keeper.watch_control(), "controller", PROVISION).await?;
         match guest::open(&control, &request, PROVISION).await {
             Ok((_, ControlResponse::Provisioned { .. })) => return Ok(()),
             Ok(_) => return Err(problem::guest(&GuestError::Unexpected { what: "take its place in the clan" })),
+            Err(GuestError::Refused(JoinRefusal::Pending)) => {
+                if !std::mem::replace(&mut waits, true) {
+                    task.log("waiting for approval: an admin of the clan lets you in with `clan approve`, or not");
+                }
+                tokio::time::sleep(APPROVAL_INTERVAL).await;
+            }
             Err(error @ (GuestError::TimedOut { .. } | GuestError::Channel(_) | GuestError::Message { .. }))
                 if attempt < PROVISION_ATTEMPTS =>
             {

@@ -34,6 +34,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let bad = |message: &str| Err(ApiProblem::new(ErrorCode::BadRequest, message));
     let role = request.role.unwrap_or(Role::Member);
     let uses = request.uses.unwrap_or(1);
+    let approval = request.approval;
     let expires_in = request.expires_in.map_or(DEFAULT_EXPIRY, Duration::from_secs);
     if uses == 0 || uses > MAX_USES {
         return bad("an invite has between 1 and 10000 uses");
@@ -50,8 +51,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let key = SigningKey::from_bytes(&secret);
     let invite = InviteId::from_bytes(key.verifying_key().to_bytes());
     let expires = now().plus(expires_in);
-    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires, approval: false }), ControlRequest::Append)
-        .await?;
+    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires, approval }), ControlRequest::Append).await?;
     let record = clan.record.get();
     // What leads here from other computers first; what the machine itself knows after it.
     let mut relays;
@@ -84,6 +84,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         fingerprint: fingerprint(&record.id),
         role,
         uses,
+        approval,
         expires,
         words: words.map(|words| words.to_string()),
         words_expire,

@@ -18,6 +18,7 @@ mod authority;
 mod boot;
 mod clan;
 mod create;
+mod decisions;
 mod disk;
 mod fetch;
 mod guest;

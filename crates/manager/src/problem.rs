@@ -220,6 +220,8 @@ pub(crate) fn refusal(refusal: &JoinRefusal) -> ApiProblem {
             plain(ErrorCode::BadRequest, refusal).hint("set this computer's clock: `timedatectl set-ntp true`")
         }
         JoinRefusal::NotReady => plain(ErrorCode::Unreachable, refusal).hint("try again in a minute"),
+        JoinRefusal::Pending => plain(ErrorCode::ApprovalPending, refusal).hint("an admin lets you in: `clan approve`"),
+        JoinRefusal::Denied => plain(ErrorCode::AdmissionDenied, refusal).hint("ask the person who invited you"),
         JoinRefusal::Malformed => {
             plain(ErrorCode::Internal, refusal).hint("the clan's machines may run another version of Clan")
         }

@@ -150,7 +150,7 @@ pub(crate) fn clan_info(clan: &Clan) -> ClanInfo {
         machine_name: record.machine,
         online: clan.keeper.control().is_some(),
         as_of: told.as_ref().map(|t| t.at),
-        people: status.map(|s| s.people.iter().map(|p| person_info(p, &person)).collect()).unwrap_or_default(),
+        people: status.map(|s| people(s, &person)).unwrap_or_default(),
         machines,
         services: status.map(|s| s.services.iter().map(|v| service(v, s)).collect()).unwrap_or_default(),
         problems: status.map(|s| s.problems.iter().take(50).map(|p| short(p)).collect()).unwrap_or_default(),
@@ -158,8 +158,16 @@ pub(crate) fn clan_info(clan: &Clan) -> ClanInfo {
     }
 }
 
-fn person_info(person: &control::PersonStatus, this: &PersonId) -> PersonInfo {
-    PersonInfo { id: person.id, name: person.name.clone(), role: person.role, this: person.id == *this }
+fn people(status: &control::NodeStatus, this: &PersonId) -> Vec<PersonInfo> {
+    let info = |person: &control::PersonStatus, waiting: bool| PersonInfo {
+        id: person.id,
+        name: person.name.clone(),
+        role: person.role,
+        this: person.id == *this,
+        waiting,
+    };
+    let waiting = status.pending.iter().map(|person| info(person, true));
+    status.people.iter().map(|person| info(person, false)).chain(waiting).collect()
 }
 
 fn machine(machine: &control::MachineStatus, status: &control::NodeStatus) -> MachineInfo {

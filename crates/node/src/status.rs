@@ -59,6 +59,12 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
             .filter(|(_, person)| person.standing == Standing::Good)
             .map(|(id, person)| PersonStatus { id: *id, name: person.name.clone(), role: person.role })
             .collect(),
+        pending: view
+            .state
+            .pending
+            .iter()
+            .map(|(id, newcomer)| PersonStatus { id: *id, name: newcomer.name.clone(), role: newcomer.role })
+            .collect(),
         services: services(view, &machines),
         machines,
         entries: view.entries,

@@ -1,6 +1,6 @@
 //! What is asked of the entries with which a newcomer comes.
 
-use clan_ledger::{Body, Entry, InviteProblem, RedeemProblem, State};
+use clan_ledger::{Body, Entry, InviteProblem, RedeemProblem, State, VoidReason};
 use clan_types::{InviteId, Timestamp};
 use clan_wire::peer::{EncodedEntry, JoinRefusal};
 
@@ -25,6 +25,16 @@ pub fn belongs(entries: &[Entry], state: &State) -> bool {
             }
             _ => true,
         })
+}
+
+/// What an admin has, or has not, said about a newcomer who asked before.
+pub(crate) fn awaits(entries: &[Entry], state: &State) -> Option<JoinRefusal> {
+    let admission = entries.first()?;
+    if state.pending.contains_key(&admission.author().person()) {
+        return Some(JoinRefusal::Pending);
+    }
+    let mut void = state.void.iter().filter(|void| void.entry == admission.id());
+    void.any(|void| void.reason == VoidReason::Denied).then_some(JoinRefusal::Denied)
 }
 
 /// Whether an invite can be redeemed now.

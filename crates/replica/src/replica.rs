@@ -454,6 +454,9 @@ impl Replica {
             // The answer to an earlier attempt was lost.
             return Err(Ok(self.entries()));
         }
+        if let Some(refusal) = newcomer::awaits(&entries, &self.state) {
+            return Err(Err(refusal));
+        }
         let checked = self.ledger.check_redemption(&entries, now.wall).map_err(newcomer::redeem_refusal);
         let admission = checked.map_err(Err)?.id();
         let mut taking = Taking::default();
@@ -497,8 +500,9 @@ impl Replica {
             Then::Insert { ticket: None, .. } => return,
             Then::Insert { ticket: Some(ticket), outcome } => (ticket, Answer::Inserted(outcome)),
             Then::Redeem { ticket, entries } => {
+                let refusal = || newcomer::awaits(&entries, &self.state).unwrap_or(JoinRefusal::Malformed);
                 let in_clan = newcomer::belongs(&entries, &self.state);
-                (ticket, Answer::Redeemed(if in_clan { Ok(self.entries()) } else { Err(JoinRefusal::Malformed) }))
+                (ticket, Answer::Redeemed(if in_clan { Ok(self.entries()) } else { Err(refusal()) }))
             }
         };
         self.actions.push_back(Action::Answer { ticket, answer });

@@ -198,6 +198,8 @@ pub struct NodeStatus {
     pub relays: Vec<RelayAddr>,
     /// Its people.
     pub people: Vec<PersonStatus>,
+    /// Newcomers whom an admin has yet to let in.
+    pub pending: Vec<PersonStatus>,
     /// Its machines, this one included.
     pub machines: Vec<MachineStatus>,
     /// What they offer.

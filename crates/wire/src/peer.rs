@@ -133,6 +133,12 @@ pub enum JoinRefusal {
     /// The machine could not answer just now.
     #[error("the machine that was asked is not ready")]
     NotReady,
+    /// An admin has yet to let the newcomer in. To be asked again.
+    #[error("an admin of the clan has yet to approve the request to join")]
+    Pending,
+    /// An admin has refused the newcomer.
+    #[error("an admin of the clan has denied the request to join")]
+    Denied,
 }
 
 /// On a `clan/image/1` stream, from the one who fetches.

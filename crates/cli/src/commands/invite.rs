@@ -29,6 +29,9 @@ pub(crate) struct Args {
     /// How long the link works: 30m, 24h, 7d
     #[arg(long, default_value = "24h", value_name = "TIME", value_parser = words::parse_duration)]
     expires: Duration,
+    /// Let nobody in before an admin has approved them: `clan approve`
+    #[arg(long)]
+    approval: bool,
     /// Show the QR code even where nobody seems to look
     #[arg(long)]
     qr: bool,
@@ -40,8 +43,12 @@ pub(crate) struct Args {
 /// Makes the invite and prints its link.
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let clan = context.clan(args.clan).await?;
-    let request =
-        CreateInvite { role: Some(args.role), uses: Some(args.uses), expires_in: Some(args.expires.as_secs()) };
+    let request = CreateInvite {
+        role: Some(args.role),
+        uses: Some(args.uses),
+        expires_in: Some(args.expires.as_secs()),
+        approval: args.approval,
+    };
     let invite = context.ask(context.client.invite(&clan, &request)).await?;
     let printer = &context.printer;
     // What cannot be written is said last: the invite is made, and its link is all that leads to it.
@@ -72,6 +79,9 @@ fn explain(invite: &Invite, expires: Duration, printer: &Printer) {
         invite.role,
         words::span(expires)
     ));
+    if invite.approval {
+        printer.talk("Nobody comes in before an admin has approved them: `clan members`, `clan approve NAME`.");
+    }
     printer.talk(&format!("They will see the fingerprint {}.", printer.err_style(Tone::Strong, &invite.fingerprint)));
     if let Some(words) = &invite.words {
         printer.talk(&format!(

@@ -22,8 +22,17 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
             person.name.as_str().into(),
             person.role.to_string().into(),
             person.id.short().into(),
-            if person.this { "you" } else { "" }.into(),
+            match (person.this, person.waiting) {
+                (_, true) => "waits for approval",
+                (true, false) => "you",
+                (false, false) => "",
+            }
+            .into(),
         ]);
     }
-    table.print(&context.printer)
+    table.print(&context.printer)?;
+    if people.iter().any(|person| person.waiting) {
+        context.printer.talk("Let somebody in, or not: `clan approve NAME`, `clan deny NAME`.");
+    }
+    Ok(())
 }

@@ -1,5 +1,6 @@
 //! One file per noun or daily verb.
 
+pub(crate) mod approve;
 pub(crate) mod completions;
 pub(crate) mod controller;
 pub(crate) mod create;
@@ -14,7 +15,9 @@ pub(crate) mod machines;
 pub(crate) mod manager;
 pub(crate) mod members;
 pub(crate) mod relay;
+pub(crate) mod rename;
 pub(crate) mod revoke;
+pub(crate) mod role;
 pub(crate) mod rule;
 pub(crate) mod service;
 pub(crate) mod status;

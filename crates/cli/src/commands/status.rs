@@ -55,6 +55,12 @@ fn show(clan: &ClanInfo, vm: Option<&VmInfo>, status: &Status, printer: &Printer
             printer.out_style(Tone::Warn, &format!("as of {}:", words::ago(status.now, then)))
         ))?;
     }
+    let waiting: Vec<String> =
+        clan.people.iter().filter(|p| p.waiting).map(|p| harmless(p.name.as_str()).into_owned()).collect();
+    if !waiting.is_empty() {
+        let who = format!("waiting for `clan approve`: {}", waiting.join(", "));
+        printer.data(&format!("  {}", printer.out_style(Tone::Warn, &who)))?;
+    }
     let width = printer.width().map(|w| w.saturating_sub(2));
     let tables = [
         (!clan.machines.is_empty()).then(|| machines::table(&clan.machines, status.now)),

@@ -7,13 +7,16 @@ use axum::{
     extract::{Path, Query, State, rejection::QueryRejection},
     http::StatusCode,
 };
-use clan_api::{ClanLog, ClanLogQuery, InviteInfo, Revocation, Revoke};
+use clan_api::{
+    AdmissionDecision, ClanLog, ClanLogQuery, DecideAdmission, InviteInfo, Rename, Renamed, Revocation, Revoke,
+    RoleChange, SetRole,
+};
 
 use super::{
     problems::{Answer, Json, parse},
     vms::understood,
 };
-use crate::{audit, authority, manager::Shared};
+use crate::{audit, authority, decisions, manager::Shared};
 
 pub(super) async fn invites(
     State(shared): State<Arc<Shared>>,
@@ -30,8 +33,41 @@ pub(super) async fn revoke(
     let request: Revoke = parse(&body)?;
     let clan = shared.find(&clan)?;
     let revocation = authority::revoke(&clan, &request).await?;
-    let status = if revocation.entries > 0 { StatusCode::CREATED } else { StatusCode::OK };
-    Ok(Json(status, revocation))
+    Ok(Json(created(revocation.entries), revocation))
+}
+
+pub(super) async fn set_role(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+    body: Bytes,
+) -> Answer<Json<RoleChange>> {
+    let request: SetRole = parse(&body)?;
+    let change = decisions::set_role(&*shared.find(&clan)?, &request).await?;
+    Ok(Json(created(change.entries), change))
+}
+
+pub(super) async fn rename(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+    body: Bytes,
+) -> Answer<Json<Renamed>> {
+    let request: Rename = parse(&body)?;
+    let renamed = decisions::rename(&*shared.find(&clan)?, &request).await?;
+    Ok(Json(created(renamed.entries), renamed))
+}
+
+pub(super) async fn decide_admission(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+    body: Bytes,
+) -> Answer<Json<AdmissionDecision>> {
+    let request: DecideAdmission = parse(&body)?;
+    let decision = decisions::decide_admission(&*shared.find(&clan)?, &request).await?;
+    Ok(Json(created(decision.entries), decision))
+}
+
+fn created(entries: u32) -> StatusCode {
+    if entries > 0 { StatusCode::CREATED } else { StatusCode::OK }
 }
 
 pub(super) async fn log(
