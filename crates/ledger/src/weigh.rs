@@ -79,8 +79,10 @@ impl Folded {
             return false;
         }
         self.state = OnceLock::new();
+        let claims = self.run.claims.len();
         self.run.advance(at, entry);
-        true
+        // With a newcomer came what they wrote before, claims among it: those are to be weighed.
+        self.run.claims.len() == claims
     }
 
     /// The keys that an entry may bring into the clan; `None`: it brings in none.
