@@ -16,11 +16,12 @@ use tokio::{
 };
 
 use crate::{
-    AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery, CreateClan,
-    CreateInvite, DecideAdmission, DeleteQuery, FindInvitation, FoundInvitation, GroupInfo, Invite, InviteInfo,
-    JoinClan, JoinPreview, LogQuery, LogSource, Login, MachineInfo, OpenedService, PersonInfo, PreviewJoin,
-    RelayChange, RelayInfo, RemoveNamed, Rename, Renamed, Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo,
-    SetGroup, SetRelay, SetRole, SetRule, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats, WireguardMachine,
+    AddDevice, AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery,
+    CreateClan, CreateInvite, CreatedClan, DecideAdmission, DeleteQuery, DeviceInfo, DeviceOffer, FindInvitation,
+    FindRecovery, FoundInvitation, GroupInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login,
+    MachineInfo, OpenedService, PersonInfo, PreviewJoin, RelayChange, RelayInfo, RemoveDeviceQuery, RemoveNamed,
+    RemovedDevice, Rename, Renamed, Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole,
+    SetRule, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -79,13 +80,39 @@ impl ManagerClient {
     }
 
     /// Founds a clan.
-    pub async fn create_clan(&self, request: &CreateClan) -> Result<TaskInfo, ClientError> {
+    pub async fn create_clan(&self, request: &CreateClan) -> Result<CreatedClan, ClientError> {
         self.post("/clans", request).await
     }
 
     /// The link in a pasted text, or the one that four words stand for, which may take as long as a search of the LAN.
     pub async fn find_invitation(&self, text: &str) -> Result<FoundInvitation, ClientError> {
         self.post("/joins/invitation", &FindInvitation { text: text.to_owned() }).await
+    }
+
+    /// A device link for this computer, by right of a recovery phrase.
+    pub async fn find_recovery(&self, request: &FindRecovery) -> Result<FoundInvitation, ClientError> {
+        self.post("/joins/recovery", request).await
+    }
+
+    /// The devices of this person.
+    pub async fn devices(&self, clan: &str) -> Result<Vec<DeviceInfo>, ClientError> {
+        self.get(&format!("/clans/{}/devices", segment(clan))).await
+    }
+
+    /// A link for another device, or a new recovery phrase.
+    pub async fn add_device(&self, clan: &str, request: &AddDevice) -> Result<DeviceOffer, ClientError> {
+        self.post(&format!("/clans/{}/devices", segment(clan)), request).await
+    }
+
+    /// Puts a device out, by its name or the beginning of its id.
+    pub async fn remove_device(
+        &self,
+        clan: &str,
+        device: &str,
+        query: RemoveDeviceQuery,
+    ) -> Result<RemovedDevice, ClientError> {
+        let path = format!("/clans/{}/devices/{}?dry_run={}", segment(clan), segment(device), query.dry_run);
+        self.call(Method::DELETE, &path, None).await
     }
 
     /// What a link leads to. Asks machines of the clan, and may take as long as they do.

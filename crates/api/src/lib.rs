@@ -6,6 +6,7 @@
 
 mod authority;
 mod client;
+mod devices;
 mod mesh;
 mod openapi;
 mod problem;
@@ -19,13 +20,14 @@ pub use authority::{
     NamedKind, Rename, Renamed, Revocation, RevocationKind, Revoke, RoleChange, SetRole,
 };
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
+pub use devices::{AddDevice, DeviceInfo, DeviceKind, DeviceOffer, RemoveDeviceQuery, RemovedDevice};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};
 pub use openapi::openapi;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use relays::{RelayChange, RelayInfo, SetRelay};
 pub use requests::{
-    CreateClan, CreateInvite, DeleteQuery, FindInvitation, FoundInvitation, IntegratedPlan, Invite, JoinClan,
-    JoinPreview, LogQuery, LogSource, Login, OpenedService, PreviewJoin, Transfer, VmPlan,
+    CreateClan, CreateInvite, CreatedClan, DeleteQuery, FindInvitation, FindRecovery, FoundInvitation, IntegratedPlan,
+    Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, OpenedService, PreviewJoin, Transfer, VmPlan,
 };
 pub use status::{
     AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,

@@ -17,7 +17,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 #[openapi(
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
-        status, clans, create_clan, find_invitation, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, services, leave,
+        status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
@@ -50,12 +50,16 @@ fn status() {}
 fn clans() {}
 
 /// Found a clan
-#[utoipa::path(post, path = "/api/v1/clans", request_body = CreateClan, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+#[utoipa::path(post, path = "/api/v1/clans", request_body = CreateClan, responses((status = 202, body = CreatedClan), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn create_clan() {}
 
 /// The link in a pasted text, or the one that four words stand for
 #[utoipa::path(post, path = "/api/v1/joins/invitation", request_body = FindInvitation, responses((status = 200, body = FoundInvitation), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn find_invitation() {}
+
+/// A device link for this computer, by right of a recovery phrase
+#[utoipa::path(post, path = "/api/v1/joins/recovery", request_body = FindRecovery, responses((status = 200, body = FoundInvitation), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn find_recovery() {}
 
 /// What a link leads to
 #[utoipa::path(post, path = "/api/v1/joins/preview", request_body = PreviewJoin, responses((status = 200, body = JoinPreview), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
@@ -160,6 +164,18 @@ fn machines() {}
 /// The services of a clan
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/services", params(("clan" = String, Path)), responses((status = 200, body = [ServiceInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn services() {}
+
+/// The devices of this person in a clan, past ones included, oldest first
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/devices", params(("clan" = String, Path)), responses((status = 200, body = [DeviceInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn devices() {}
+
+/// Make a link that makes another computer a device of this person, or a new recovery phrase
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/devices", params(("clan" = String, Path)), request_body = AddDevice, responses((status = 201, body = DeviceOffer), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn add_device() {}
+
+/// Put a device of this person out, with the machines that it added
+#[utoipa::path(delete, path = "/api/v1/clans/{clan}/devices/{device}", params(("clan" = String, Path), ("device" = String, Path), RemoveDeviceQuery), responses((status = 200, body = RemovedDevice), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn remove_device() {}
 
 /// Leave a clan
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/leave", params(("clan" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

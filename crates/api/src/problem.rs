@@ -104,6 +104,8 @@ codes! {
     LinkInvalid = "link_invalid", 400;
     /// The link was made by a newer Clan.
     LinkNewer = "link_newer", 400;
+    /// The text is not a recovery phrase.
+    PhraseInvalid = "phrase_invalid", 400;
     /// The text is not four words of the list.
     WordsInvalid = "words_invalid", 400;
     /// Nobody on this network waits for these words.

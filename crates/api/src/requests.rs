@@ -4,7 +4,7 @@ use clan_types::{
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
-use crate::{AcceleratorInfo, ApiProblem, ControlMode};
+use crate::{AcceleratorInfo, ApiProblem, ControlMode, TaskInfo};
 
 /// Founds a clan.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -33,6 +33,9 @@ pub struct CreateClan {
     /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrate: Option<String>,
+    /// Makes a recovery phrase for the owner, which the answer tells once.
+    #[serde(default)]
+    pub recovery: bool,
 }
 
 /// Asks what a link leads to.
@@ -52,6 +55,34 @@ pub struct PreviewJoin {
 pub struct FindInvitation {
     /// A link, with whatever is around and in it; or four words, whose machine is looked for on the local network.
     pub text: String,
+}
+
+/// Looks for the clan that a recovery phrase belongs to.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct FindRecovery {
+    /// The twelve words.
+    pub phrase: String,
+    /// Any link to the clan; without one, its machines are looked for on the local network.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub link: Option<String>,
+}
+
+impl std::fmt::Debug for FindRecovery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("FindRecovery(…)")
+    }
+}
+
+/// A clan that is being founded.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CreatedClan {
+    /// The task that founds it.
+    #[serde(flatten)]
+    pub task: TaskInfo,
+    /// The owner's recovery phrase, if it was asked for. It is told here, once, and not kept.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub recovery_phrase: Option<String>,
 }
 
 /// An invitation.
@@ -123,6 +154,10 @@ pub struct JoinPreview {
     /// When the invite expires.
     #[schema(value_type = u64)]
     pub expires: Timestamp,
+    /// Whose device this computer becomes, if the link is for that: nobody comes in, and names are of no concern.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub device_of: Option<PersonName>,
     /// Names of the people in the clan.
     #[schema(value_type = Vec<String>)]
     pub people: Vec<PersonName>,

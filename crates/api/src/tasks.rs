@@ -71,6 +71,8 @@ pub enum TaskKind {
     StopVm,
     /// Deletes a VM and its disk.
     DeleteVm,
+    /// Waits for another computer to become a device of this person.
+    AddDevice,
 }
 
 /// How a task stands.

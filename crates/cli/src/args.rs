@@ -76,6 +76,11 @@ pub(crate) enum Command {
     Invites(commands::invites::Args),
     /// Accept an invitation
     Join(commands::join::Args),
+    /// Your devices: link a second computer, put a lost one out
+    #[command(subcommand)]
+    Device(commands::device::Verb),
+    /// Come back to a clan on a new computer, with your recovery phrase
+    Recover(commands::recover::Args),
     /// Show clans, machines and what needs attention
     Status(commands::status::Args),
     /// Show who belongs to a clan

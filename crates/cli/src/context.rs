@@ -94,6 +94,22 @@ pub(crate) fn read_line() -> Result<String, CliError> {
     Ok(next_line()?.unwrap_or_default().trim().to_owned())
 }
 
+/// One line that is typed without showing.
+pub(crate) fn secret_line(printer: &Printer) -> Result<String, CliError> {
+    use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+    let stdin = std::io::stdin();
+    let hidden = |e| CliError::refused("terminal", "the terminal cannot be kept from showing what you type").why(e);
+    let shown = tcgetattr(&stdin).map_err(hidden)?;
+    let mut quiet = shown.clone();
+    quiet.local_modes.remove(LocalModes::ECHO);
+    tcsetattr(&stdin, OptionalActions::Flush, &quiet).map_err(hidden)?;
+    let line = read_line();
+    let restored = tcsetattr(&stdin, OptionalActions::Now, &shown);
+    printer.talk("");
+    restored.map_err(hidden)?;
+    line
+}
+
 /// One line of stdin with its end; `None` if there is no more.
 pub(crate) fn next_line() -> Result<Option<String>, CliError> {
     let mut line = String::new();

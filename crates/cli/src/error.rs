@@ -5,7 +5,7 @@ use std::error::Error;
 use std::{fmt::Display, io, process::ExitCode, time::Duration};
 
 use clan_api::{ApiProblem, ClientError, ErrorCode};
-use clan_types::{LinkError, WordsError};
+use clan_types::{LinkError, PhraseError, WordsError};
 use clap::error::{ContextKind, ContextValue};
 use serde::Serialize;
 
@@ -286,6 +286,19 @@ impl From<WordsError> for CliError {
             WordsError::Count(_) => {
                 said.hint("type all four, with blanks between them: `clan join one two three four`")
             }
+        }
+    }
+}
+
+impl From<PhraseError> for CliError {
+    fn from(error: PhraseError) -> Self {
+        let said = Self::refused("phrase_invalid", error.to_string());
+        match error {
+            PhraseError::Unknown { nearest: Some(word), .. } => said.hint(format!("did you mean `{word}`?")),
+            PhraseError::Unknown { nearest: None, .. } | PhraseError::Checksum => {
+                said.hint("compare it with what you wrote down, word by word")
+            }
+            PhraseError::Count(_) => said.hint("type all twelve, in their order, with blanks between them"),
         }
     }
 }

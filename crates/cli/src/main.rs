@@ -59,6 +59,8 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
             Command::Revoke(noun) => revoke::run(noun, &context).await,
             Command::Log(args) => log::run(args, &context).await,
             Command::Join(args) => join::run(args, &context).await,
+            Command::Device(verb) => device::run(verb, &context).await,
+            Command::Recover(args) => recover::run(args, &context).await,
             Command::Status(_) => status::run(&context).await,
             Command::Members(args) => members::run(args, &context).await,
             Command::Machines(args) => machines::run(args, &context).await,

@@ -231,6 +231,8 @@ Commands:
   invite       Make a link that lets somebody in
   invites      Show the invites that were made, and what became of them
   join         Accept an invitation
+  device       Your devices: link a second computer, put a lost one out
+  recover      Come back to a clan on a new computer, with your recovery phrase
   status       Show clans, machines and what needs attention
   members      Show who belongs to a clan
   machines     Show a clan's machines and how they are reached

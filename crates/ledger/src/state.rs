@@ -70,6 +70,14 @@ pub struct Device {
     pub standing: Standing,
 }
 
+impl Device {
+    /// Whether it is no device, but the key in a link that makes one: see [`clan_types::DEVICE_LINK`].
+    pub fn is_link(&self) -> bool {
+        let named = self.name.as_ref().is_some_and(|name| name.as_str().starts_with(clan_types::DEVICE_LINK));
+        named && self.kind == DeviceKind::Recovery
+    }
+}
+
 /// A machine of the clan, past ones included.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use clan_ledger::AuthorId;
 use clan_os::channel::Channel;
 use clan_types::{ClanId, ClanName, PersonId};
 use ed25519_dalek::SigningKey;
@@ -69,8 +70,14 @@ impl Clan {
         self.record.lock().name.clone()
     }
 
+    /// Whose computer this is in the clan.
     pub(crate) fn person(&self) -> PersonId {
-        PersonId::from_bytes(self.key.verifying_key().to_bytes())
+        self.record.lock().owner.unwrap_or_else(|| self.author().person())
+    }
+
+    /// Whose log the entries of this computer are in: a device of that person's.
+    pub(crate) fn author(&self) -> AuthorId {
+        AuthorId::of(&self.key)
     }
 
     /// The channel to the controller, if it answers now.

@@ -1,10 +1,10 @@
 //! Founding a clan. Each step finds out what an earlier attempt has done, so that a killed manager goes on here.
 
-use std::sync::Arc;
+use std::{error::Error, sync::Arc};
 
 use clan_api::{ApiProblem, CreateClan, ErrorCode, TaskKind, TaskResult};
-use clan_ledger::{Body, Ledger, Title, VmDescription};
-use clan_types::{ByteSize, ServiceName};
+use clan_ledger::{AuthorId, Body, Ledger, Title, VmDescription};
+use clan_types::{ByteSize, RecoveryPhrase, ServiceName};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, Provision, Redeem},
     image::Manifest,
@@ -14,6 +14,7 @@ use clan_wire::{
 use crate::{
     boot,
     clan::Clan,
+    devices,
     disk::DiskError,
     fetch::blocking,
     guest::{self, GuestError, Identity},
@@ -86,7 +87,12 @@ pub(crate) fn default_cpus(shared: &Shared) -> u8 {
 }
 
 /// Puts a new clan on disk and starts founding it.
-pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<Arc<Task>, ApiProblem> {
+///
+/// The owner's recovery phrase comes back if it was asked for, and is kept nowhere.
+pub(crate) async fn begin(
+    shared: &Arc<Shared>,
+    request: CreateClan,
+) -> Result<(Arc<Task>, Option<RecoveryPhrase>), ApiProblem> {
     let sizes = [request.memory.is_some(), request.disk.is_some(), request.cpus.is_some()];
     let home = match &request.integrate {
         Some(socket) => Home::integrated(shared, socket, sizes.contains(&true)).await?,
@@ -104,9 +110,9 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: CreateClan) -> Result<A
     shared.check_name_free(&request.name)?;
     home.check_free(shared)?;
     let paths = shared.paths.clone();
-    let record = blocking(move || found(&paths, &request, &home)).await??;
+    let (record, phrase) = blocking(move || found(&paths, &request, &home)).await??;
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
-    Ok(spawn(shared, clan))
+    Ok((spawn(shared, clan), phrase))
 }
 
 /// What a clan's machine will be on this computer, checked.
@@ -164,18 +170,34 @@ fn free_ports() -> Result<Ports, ApiProblem> {
         .map_err(|e| ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(e.to_string()))
 }
 
-fn found(paths: &crate::Paths, request: &CreateClan, home: &Home) -> Result<ClanRecord, ApiProblem> {
+fn found(
+    paths: &crate::Paths,
+    request: &CreateClan,
+    home: &Home,
+) -> Result<(ClanRecord, Option<RecoveryPhrase>), ApiProblem> {
     let on_disk = |e: DiskError| problem::disk(&e);
     let staging = Staging::begin(paths).map_err(on_disk)?;
     let nonce = random(&paths.clans()).map_err(on_disk)?;
-    let (ledger, entry) = Ledger::found(&staging.key, request.name.clone(), request.person.clone(), nonce, now())
-        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the clan cannot be founded").why(e.to_string()))?;
+    let unfounded =
+        |e: &dyn Error| ApiProblem::new(ErrorCode::Internal, "the clan cannot be founded").why(e.to_string());
+    let (mut ledger, entry) = Ledger::found(&staging.key, request.name.clone(), request.person.clone(), nonce, now())
+        .map_err(|e| unfounded(&e))?;
     let mut log = PersonLog::default();
     log.push(entry.encode());
+    let phrase = if request.recovery {
+        let (phrase, body) = devices::new_phrase(&ledger, &AuthorId::of(&staging.key))?;
+        let entry = ledger.author(&staging.key, body, now()).map_err(|e| unfounded(&e))?;
+        ledger.insert(entry.clone()).map_err(|e| unfounded(&e))?;
+        log.push(entry.encode());
+        Some(phrase)
+    } else {
+        None
+    };
     let record = ClanRecord {
         id: ledger.clan(),
         name: request.name.clone(),
         person: request.person.clone(),
+        owner: None,
         machine: request.machine.clone(),
         phase: Phase::Creating,
         flavour: home.flavour.clone(),
@@ -188,7 +210,7 @@ fn found(paths: &crate::Paths, request: &CreateClan, home: &Home) -> Result<Clan
         made: now(),
     };
     staging.commit(paths, &record, &log, None).map_err(on_disk)?;
-    Ok(record)
+    Ok((record, phrase))
 }
 
 /// Starts, or goes on with, founding.
@@ -275,7 +297,7 @@ pub(crate) fn enrol(
     identity: &Identity,
 ) -> Result<(), ApiProblem> {
     let is = |body: &Body| matches!(body, Body::Enrol { machine, .. } if *machine == identity.machine);
-    if ledger.entries().any(|e| e.author().person() == clan.person() && is(e.body())) {
+    if ledger.entries().any(|e| e.author() == clan.author() && is(e.body())) {
         return Ok(());
     }
     let body = Body::Enrol { machine: identity.machine, name: clan.record.get().machine, wg: identity.wireguard };

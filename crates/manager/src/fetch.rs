@@ -9,15 +9,15 @@ use std::{
 
 use clan_api::{ApiProblem, ErrorCode};
 use clan_build::{ImageStore, StoreError, StoredImage};
-use clan_ledger::{InviteProblem, Ledger, VmDescription};
+use clan_ledger::{AuthorId, InviteProblem, Ledger, VmDescription};
 use clan_os::channel::{recv_message, send_message};
 use clan_relay::Names;
-use clan_types::{ImageId, InviteId, InviteLink, MachineId, PeerAddr, RelayAddr};
+use clan_types::{DeviceId, ImageId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
 use clan_wire::{
     image::{MAX_MANIFEST, Manifest},
     peer::{
-        ALPN_IMAGE, ALPN_JOIN, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, JoinRequest,
-        JoinResponse, MAX_MESSAGE,
+        ALPN_IMAGE, ALPN_JOIN, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal,
+        JoinRequest, JoinResponse, MAX_MESSAGE,
     },
 };
 use ed25519_dalek::SigningKey;
@@ -124,14 +124,51 @@ pub(crate) struct Found {
 impl Fetcher {
     /// Opens an endpoint of a passing identity. `first` is the machine to ask first, if it is one of the link's.
     pub(crate) async fn open(link: InviteLink, first: Option<MachineId>) -> Result<Self, ApiProblem> {
+        let key = SigningKey::from_bytes(link.secret.expose());
+        Self::open_with(link, key, first).await
+    }
+
+    /// The same by right of a device's key instead of the link's secret.
+    pub(crate) async fn open_with(
+        link: InviteLink,
+        key: SigningKey,
+        first: Option<MachineId>,
+    ) -> Result<Self, ApiProblem> {
         let passing = Passing::new()?;
         let names = passing.relays.clone();
         let endpoint = passing.bind().await?;
-        let invite_key = SigningKey::from_bytes(link.secret.expose());
         let machine = MachineId::from_bytes(*endpoint.id().as_bytes());
-        let proof = InviteProof::new(&invite_key, &link.clan, &machine);
+        let proof = InviteProof::new(&key, &link.clan, &machine);
         let relays = clan_relay::introduce(&endpoint, &names, &link.relays, Some(&proof)).await;
-        Ok(Self { endpoint, link, invite_key, answered: Mutex::new(first), relays })
+        Ok(Self { endpoint, link, invite_key: key, answered: Mutex::new(first), relays })
+    }
+
+    /// What the link is for.
+    pub(crate) fn purpose(&self) -> Purpose {
+        self.link.purpose
+    }
+
+    /// The device whose key this fetcher has, for links that are for one.
+    pub(crate) fn device(&self) -> DeviceId {
+        AuthorId::of(&self.invite_key).device()
+    }
+
+    /// Hands entries of a device in good standing to a machine of the link, and gives the clan's, those included.
+    pub(crate) async fn admit(&self, entries: Vec<EncodedEntry>) -> Result<Ledger, ApiProblem> {
+        let began = Instant::now();
+        let mut last = None;
+        for peer in &self.ordered() {
+            match self.ask(peer, &JoinRequest::Redeem { entries: entries.clone() }).await {
+                Ok(JoinResponse::Admitted { entries }) => {
+                    return Ok(sign::fold(self.link.clan, entries.iter().map(Vec::as_slice)));
+                }
+                Ok(JoinResponse::Refused(refusal @ JoinRefusal::NotReady)) => last = Some(refusal.to_string()),
+                Ok(JoinResponse::Refused(refusal)) => return Err(problem::refusal(&refusal)),
+                Ok(JoinResponse::Preview { .. }) => last = Some("an answer to another question".into()),
+                Err(why) => last = Some(why),
+            }
+        }
+        Err(self.unreachable(began.elapsed(), last))
     }
 
     /// The invite.
@@ -197,7 +234,8 @@ impl Fetcher {
                 Some(answered) = asked.next() => answered,
                 () = sleep_until(due), if waiting.len() > 0 => {
                     if let Some(peer) = waiting.next() {
-                        asked.push(async move { (peer.machine, self.ask_preview(peer).await) });
+                        let request = JoinRequest::Preview { proof: self.proof() };
+                        asked.push(async move { (peer.machine, self.ask(peer, &request).await) });
                     }
                     due = tokio::time::Instant::now() + STAGGER;
                     continue;
@@ -253,7 +291,13 @@ impl Fetcher {
             )
             .hint("ask for a new link: `clan invite` makes one"));
         }
-        state.check_invite(&self.invite(), now()).map_err(|p| problem::refusal(&refusal_of(p)))?;
+        match self.link.purpose {
+            Purpose::Join => {
+                state.check_invite(&self.invite(), now()).map_err(|p| problem::refusal(&refusal_of(p)))?;
+            }
+            Purpose::Device if state.device_in_good_standing(&self.device()).is_some() => {}
+            Purpose::Device => return Err(problem::refusal(&JoinRefusal::Revoked)),
+        }
         let published = state.published.as_ref();
         let description = published.map(|p| p.description.clone());
         Ok(Found { ledger, description })
@@ -284,12 +328,11 @@ impl Fetcher {
         }
     }
 
-    async fn ask_preview(&self, peer: &PeerAddr) -> Result<JoinResponse, String> {
+    async fn ask(&self, peer: &PeerAddr, request: &JoinRequest) -> Result<JoinResponse, String> {
         let connection = self.connect(peer, ALPN_JOIN).await?;
         let answer = timeout(PREVIEW, async {
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
-            let request = JoinRequest::Preview { proof: self.proof() };
-            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+            send_message(&mut send, request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
             recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())
         });
         let answer = answer.await.unwrap_or_else(|_| Err(format!("no answer within {} s", PREVIEW.as_secs())));

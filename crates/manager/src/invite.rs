@@ -5,7 +5,7 @@ use std::time::Duration;
 use clan_api::{ApiProblem, CreateInvite, ErrorCode, Invite};
 use clan_ledger::Body;
 use clan_os::channel::Channel;
-use clan_types::{InviteId, InviteLink, InviteSecret, PeerAddr, Role};
+use clan_types::{InviteId, InviteLink, InviteSecret, PeerAddr, Purpose, RelayAddr, Role};
 use clan_wire::control::{ControlRequest, ControlResponse};
 use ed25519_dalek::SigningKey;
 use zeroize::Zeroizing;
@@ -43,7 +43,6 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         return bad("an invite lasts between a second and a year");
     }
     let control = clan.control().map_err(|e| problem::guest(&e))?;
-    let machine = guest::identify(&control).await.map_err(|e| problem::guest(&e))?.machine;
     let mut secret = Zeroizing::new([0; 32]);
     getrandom::fill(secret.as_mut_slice()).map_err(|e| {
         ApiProblem::new(ErrorCode::Internal, "the operating system gives no randomness").why(e.to_string())
@@ -53,28 +52,9 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let expires = now().plus(expires_in);
     sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires, approval }), ControlRequest::Append).await?;
     let record = clan.record.get();
-    // What leads here from other computers first; what the machine itself knows after it.
-    let mut relays;
-    let mut addrs = crate::link::environment(&record, &shared.images).await.quic;
-    // Asked now: what it told last may be older than its addresses.
-    match guest::open(&control, &ControlRequest::Status, guest::PATIENCE).await {
-        Ok((_, ControlResponse::Status(status))) => {
-            addrs.extend(status.quic);
-            relays = status.relays;
-        }
-        Ok(_) => return Err(problem::guest(&guest::GuestError::Unexpected { what: "give its state" })),
-        Err(error) => return Err(problem::guest(&error)),
-    }
-    let mut seen = std::collections::HashSet::new();
-    addrs.retain(|a| seen.insert(*a));
-    addrs.truncate(MAX_ADDRS);
-    relays.truncate(MAX_RELAYS);
-    let link = InviteLink {
-        clan: record.id,
-        secret: InviteSecret::from_bytes(*secret),
-        peers: std::iter::once(PeerAddr { machine, addrs }).chain(others(&control).await).collect(),
-        relays,
-    };
+    let (peers, relays) = ways(shared, clan, &control).await?;
+    let secret = InviteSecret::from_bytes(*secret);
+    let link = InviteLink { purpose: Purpose::Join, clan: record.id, secret, peers, relays };
     let (words, words_expire) = crate::words::open(&control, &link).await.unzip();
     tracing::info!(clan = %record.name, invite = %invite.short(), %role, uses, "made an invite");
     Ok(Invite {
@@ -89,6 +69,31 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         words: words.map(|words| words.to_string()),
         words_expire,
     })
+}
+
+/// Machines that a link names, the one here first; and relays that lead to them.
+pub(crate) async fn ways(
+    shared: &Shared,
+    clan: &Clan,
+    control: &Channel,
+) -> Result<(Vec<PeerAddr>, Vec<RelayAddr>), ApiProblem> {
+    let machine = guest::identify(control).await.map_err(|e| problem::guest(&e))?.machine;
+    // What leads here from other computers first; what the machine itself knows after it.
+    let mut addrs = crate::link::environment(&clan.record.get(), &shared.images).await.quic;
+    // Asked now: what it told last may be older than its addresses.
+    let mut relays = match guest::open(control, &ControlRequest::Status, guest::PATIENCE).await {
+        Ok((_, ControlResponse::Status(status))) => {
+            addrs.extend(status.quic);
+            status.relays
+        }
+        Ok(_) => return Err(problem::guest(&guest::GuestError::Unexpected { what: "give its state" })),
+        Err(error) => return Err(problem::guest(&error)),
+    };
+    let mut seen = std::collections::HashSet::new();
+    addrs.retain(|a| seen.insert(*a));
+    addrs.truncate(MAX_ADDRS);
+    relays.truncate(MAX_RELAYS);
+    Ok((std::iter::once(PeerAddr { machine, addrs }).chain(others(control).await).collect(), relays))
 }
 
 /// Other machines that can admit a newcomer.

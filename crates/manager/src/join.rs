@@ -5,8 +5,8 @@ use std::sync::{Arc, PoisonError};
 use clan_api::{
     ApiProblem, ControlMode, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan,
 };
-use clan_ledger::{Body, VmDescription};
-use clan_types::{ByteSize, InviteLink, MachineName, PersonName};
+use clan_ledger::{Body, State, VmDescription};
+use clan_types::{ByteSize, DEVICE_LINK_LIFETIME, InviteLink, MachineName, PersonName, Purpose, Role, Timestamp};
 use clan_wire::{control::Redeem, image::Manifest, peer::InviteProof};
 use ed25519_dalek::SigningKey;
 
@@ -14,6 +14,7 @@ use crate::{
     boot,
     clan::{Clan, fingerprint},
     create::{self, Home, Size},
+    devices,
     disk::{self, DiskError},
     fetch::{Fetcher, Found, blocking},
     integrated,
@@ -46,9 +47,13 @@ fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
     Ok(link)
 }
 
-async fn open(shared: &Shared, link: InviteLink) -> Result<Fetcher, ApiProblem> {
+/// `own` is the key to ask with instead of the link's.
+async fn open(shared: &Shared, link: InviteLink, own: Option<SigningKey>) -> Result<Fetcher, ApiProblem> {
     let first = *shared.answered.lock().unwrap_or_else(PoisonError::into_inner);
-    Fetcher::open(link, first).await
+    match own {
+        Some(key) => Fetcher::open_with(link, key, first).await,
+        None => Fetcher::open(link, first).await,
+    }
 }
 
 fn close(shared: &Shared, fetcher: Fetcher) {
@@ -62,7 +67,7 @@ pub(crate) async fn preview(shared: &Shared, link: &str, integrate: Option<&str>
     if let Some(socket) = integrate {
         integrated::socket_path(socket)?;
     }
-    let fetcher = open(shared, link).await?;
+    let fetcher = open(shared, link, None).await?;
     let outcome = look(shared, &fetcher, integrate).await;
     close(shared, fetcher);
     outcome
@@ -71,9 +76,7 @@ pub(crate) async fn preview(shared: &Shared, link: &str, integrate: Option<&str>
 async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Result<JoinPreview, ApiProblem> {
     let found = fetcher.preview().await?;
     let state = found.ledger.state();
-    let invite = state.invites.get(&fetcher.invite());
-    let inviter = invite.and_then(|i| state.people.get(&i.by));
-    let (Some(invite), Some(inviter), Some(clan_name)) = (invite, inviter, &state.clan_name) else {
+    let (Some(offer), Some(clan_name)) = (Offer::of(fetcher, state), &state.clan_name) else {
         return Err(problem::refusal(&clan_wire::peer::JoinRefusal::UnknownInvite));
     };
     let mut warnings = Vec::new();
@@ -95,9 +98,10 @@ async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Re
         clan: found.ledger.clan(),
         clan_name: clan_name.clone(),
         fingerprint: fingerprint(&found.ledger.clan()),
-        inviter: inviter.name.clone(),
-        role: invite.role,
-        expires: invite.expires,
+        device_of: (fetcher.purpose() == Purpose::Device).then(|| offer.by.clone()),
+        inviter: offer.by,
+        role: offer.role,
+        expires: offer.expires,
         people: state.people.keys().filter_map(|id| state.person(id)).map(|p| p.name.clone()).collect(),
         machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
         vm,
@@ -105,6 +109,33 @@ async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Re
         control_mode: ControlMode::Local,
         warnings,
     })
+}
+
+/// What a link offers.
+struct Offer {
+    by: PersonName,
+    role: Role,
+    expires: Timestamp,
+}
+
+impl Offer {
+    fn of(fetcher: &Fetcher, state: &State) -> Option<Self> {
+        match fetcher.purpose() {
+            Purpose::Join => {
+                let invite = state.invites.get(&fetcher.invite())?;
+                let by = state.people.get(&invite.by)?.name.clone();
+                Some(Self { by, role: invite.role, expires: invite.expires })
+            }
+            Purpose::Device => {
+                let device = state.device_in_good_standing(&fetcher.device())?;
+                let person = state.person(&device.owner)?;
+                // A phrase does not expire: what it opened here has the time of a link.
+                let began = if device.is_link() { device.since } else { now() };
+                let expires = began.plus(DEVICE_LINK_LIFETIME);
+                Some(Self { by: person.name.clone(), role: person.role, expires })
+            }
+        }
+    }
 }
 
 async fn integrated_plan(shared: &Shared, socket: &str, warnings: &mut Vec<String>) -> IntegratedPlan {
@@ -188,10 +219,19 @@ fn size(
 /// Starts joining. The link is checked again; only then anything is put on disk.
 pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc<Task>, ApiProblem> {
     let link = parse(shared, &request.link)?;
-    let fetcher = open(shared, link.clone()).await?;
-    let found = fetcher.preview().await;
+    let fetcher = open(shared, link.clone(), None).await?;
+    let outcome = begin_by(shared, request, link, &fetcher).await;
     close(shared, fetcher);
-    let found = found?;
+    outcome
+}
+
+async fn begin_by(
+    shared: &Arc<Shared>,
+    request: JoinClan,
+    link: InviteLink,
+    fetcher: &Fetcher,
+) -> Result<Arc<Task>, ApiProblem> {
+    let found = fetcher.preview().await?;
     let home = match (&request.integrate, &found.description) {
         (Some(socket), _) => {
             let sized = request.memory.is_some() || request.disk.is_some() || request.cpus.is_some();
@@ -202,7 +242,7 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc
         }
         (None, None) => return Err(no_image()),
     };
-    check_names(&found, &request.person, &request.machine)?;
+    check_names(&found, (link.purpose == Purpose::Join).then_some(&request.person), &request.machine)?;
     let _one = shared.admission.lock().await;
     // Another request may have been faster.
     parse(shared, &request.link)?;
@@ -211,7 +251,10 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc
     }
     home.check_free(shared)?;
     let paths = shared.paths.clone();
-    let record = blocking(move || put(&paths, &request, &link, &found, &home)).await??;
+    let record = match link.purpose {
+        Purpose::Join => blocking(move || put(&paths, &request, &link, &found, &home)).await??,
+        Purpose::Device => devices::arrive(paths, &request, &link, fetcher, found, &home).await?,
+    };
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
     Ok(spawn(shared, clan))
 }
@@ -222,14 +265,14 @@ fn no_image() -> ApiProblem {
         .hint("join with this computer itself: `clan join LINK --integrate`")
 }
 
-fn check_names(found: &Found, person: &PersonName, machine: &MachineName) -> Result<(), ApiProblem> {
+fn check_names(found: &Found, person: Option<&PersonName>, machine: &MachineName) -> Result<(), ApiProblem> {
     let taken = |what: &str, name: &str, flag: &str| {
         Err(ApiProblem::new(ErrorCode::NameTaken, format!("the clan has a {what} called `{name}` already"))
             .hint(format!("choose another with `{flag}`")))
     };
     let state = found.ledger.state();
-    if state.person_named(person).is_some() {
-        return taken("person", person.as_str(), "--name");
+    if let Some(person) = person.filter(|person| state.person_named(person).is_some()) {
+        return taken("person", person.as_str(), "--person");
     }
     if state.machine_named(machine).is_some() {
         return taken("machine", machine.as_str(), "--machine");
@@ -264,6 +307,7 @@ fn put(
         id: link.clan,
         name,
         person: request.person.clone(),
+        owner: None,
         machine: request.machine.clone(),
         phase: Phase::Joining,
         flavour: home.flavour.clone(),
@@ -296,9 +340,13 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         .and_then(|bytes| String::from_utf8(bytes).ok())
         .ok_or_else(|| problem::disk(&disk::missing(&clan.record.paths().link())))?;
     let link: InviteLink = text.parse().map_err(|e| problem::link(&e))?;
-    let invite_key = SigningKey::from_bytes(link.secret.expose());
     task.begin(0);
-    let fetcher = open(shared, link).await?;
+    // As a device we are known by our own key: a link's, or a phrase's, is not kept.
+    let right = match link.purpose {
+        Purpose::Join => SigningKey::from_bytes(link.secret.expose()),
+        Purpose::Device => clan.key.clone(),
+    };
+    let fetcher = open(shared, link, Some(right.clone())).await?;
     let outcome = prepare(shared, clan, task, &fetcher).await;
     let (peers, relays) = (fetcher.peers().await, fetcher.relays());
     close(shared, fetcher);
@@ -325,7 +373,7 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         create::enrol(clan, &mut log, &mut ledger, &identity)?;
         log.entries().map(<[u8]>::to_vec).collect()
     };
-    let proof = Some(InviteProof::new(&invite_key, &clan.id(), &identity.machine));
+    let proof = Some(InviteProof::new(&right, &clan.id(), &identity.machine));
     let redeem = Redeem { entries: mine, peers, relays, proof };
     create::provision(shared, clan, theirs, Some(redeem), Vec::new(), task).await?;
     create::finish(clan)

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clan_store::SecretFile;
-use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineName, PersonName, Timestamp};
+use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineName, PersonId, PersonName, Timestamp};
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_dalek::SigningKey;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -59,6 +59,9 @@ pub(crate) struct ClanRecord {
     pub(crate) id: ClanId,
     pub(crate) name: ClanName,
     pub(crate) person: PersonName,
+    /// Whose further device this computer is; absent where the person came in, or founded the clan, from here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) owner: Option<PersonId>,
     pub(crate) machine: MachineName,
     pub(crate) phase: Phase,
     /// A record of an earlier version has none: it is a VM's.
@@ -237,6 +240,7 @@ pub(crate) mod tests {
             id: ClanId::from_bytes([id; 32]),
             name: "family".parse().unwrap(),
             person: "anna".parse().unwrap(),
+            owner: None,
             machine: "laptop".parse().unwrap(),
             phase,
             flavour: Flavour::Vm,

@@ -88,6 +88,7 @@ fn create() -> CreateClan {
         disk: None,
         cpus: None,
         integrate: None,
+        recovery: false,
     }
 }
 
@@ -163,6 +164,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
     let manager = Running::start().await;
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let link = clan_types::InviteLink {
+        purpose: clan_types::Purpose::Join,
         clan: clan_types::ClanId::from_bytes([1; 32]),
         secret: clan_types::InviteSecret::from_bytes([2; 32]),
         peers: vec![clan_types::PeerAddr {
@@ -202,7 +204,7 @@ async fn a_missing_qemu_is_said_before_anything_is_begun() {
 #[tokio::test]
 async fn founding_that_fails_says_why_and_leaves_nothing() {
     let manager = Running::start().await;
-    let task = manager.client.create_clan(&create()).await.unwrap();
+    let task = manager.client.create_clan(&create()).await.unwrap().task;
     let mut events = manager.client.task_events(task.id).await.unwrap();
     let mut last = None;
     while let Some(event) = timeout(LIMIT, events.next()).await.expect("an event in time") {

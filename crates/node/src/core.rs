@@ -17,7 +17,7 @@ use clan_store::{LedgerStore, StoreError};
 use clan_types::{ClanId, ClanName, MachineId, PeerAddr, Timestamp};
 use clan_wire::{
     beacon::{self, Beacon},
-    peer::{EncodedEntry, InviteProof, JoinRefusal, PeerMessage, Vector},
+    peer::{DeviceProof, EncodedEntry, InviteProof, JoinRefusal, PeerMessage, Vector},
 };
 use ed25519_dalek::SigningKey;
 use iroh::endpoint::Connection;
@@ -90,6 +90,11 @@ enum Command {
         endpoint: MachineId,
         reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
     },
+    Locate {
+        proof: DeviceProof,
+        endpoint: MachineId,
+        reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
+    },
     Redeem {
         entries: Vec<EncodedEntry>,
         reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
@@ -157,6 +162,14 @@ impl CoreHandle {
         endpoint: MachineId,
     ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
         self.ask(|reply| Command::Preview { proof, endpoint, reply }).await.unwrap_or(Err(JoinRefusal::NotReady))
+    }
+
+    pub(crate) async fn locate(
+        &self,
+        proof: DeviceProof,
+        endpoint: MachineId,
+    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+        self.ask(|reply| Command::Locate { proof, endpoint, reply }).await.unwrap_or(Err(JoinRefusal::NotReady))
     }
 
     pub(crate) async fn redeem(&self, entries: Vec<EncodedEntry>) -> Result<Vec<EncodedEntry>, JoinRefusal> {
@@ -304,6 +317,9 @@ impl Core {
             Command::DialEnded { machine } => self.replica.handle_dial_ended(machine, now),
             Command::Preview { proof, endpoint, reply } => {
                 let _ = reply.send(self.replica.preview(&proof, &endpoint, now));
+            }
+            Command::Locate { proof, endpoint, reply } => {
+                let _ = reply.send(self.replica.locate(&proof, &endpoint, now));
             }
             Command::Redeem { entries, reply } => {
                 let ticket = Ticket(self.number());

@@ -42,6 +42,9 @@ async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) ->
         JoinRequest::Preview { proof } => {
             core.preview(proof, endpoint).await.map(|entries| JoinResponse::Preview { entries })
         }
+        JoinRequest::Locate { proof } => {
+            core.locate(proof, endpoint).await.map(|entries| JoinResponse::Preview { entries })
+        }
         JoinRequest::Redeem { entries } => core.redeem(entries).await.map(|entries| JoinResponse::Admitted { entries }),
     };
     outcome.unwrap_or_else(|refusal| {

@@ -26,6 +26,7 @@ use crate::{
     words::{self as desk, WordsDesk},
 };
 
+mod devices;
 mod words;
 
 const LIMIT: Duration = Duration::from_secs(20);

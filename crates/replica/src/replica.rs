@@ -10,7 +10,7 @@ use clan_ledger::{Body, Entry, Inserted, Ledger, State};
 use clan_types::{ClanId, EntryId, MachineId, PeerAddr};
 use clan_wire::{
     beacon::{self, Beacon, SignedBeacon},
-    peer::{EncodedEntry, InviteProof, JoinRefusal, MAX_ENTRIES, PeerMessage, Vector},
+    peer::{DeviceProof, EncodedEntry, InviteProof, JoinRefusal, MAX_ENTRIES, PeerMessage, Vector},
 };
 use ed25519_dalek::SigningKey;
 
@@ -337,6 +337,25 @@ impl Replica {
         Ok(self.entries())
     }
 
+    /// What somebody may see who holds the key of a device of the clan, and does not know which clan it is.
+    ///
+    /// # Errors
+    /// When nobody here has the device, or the proof was made for another machine or endpoint.
+    pub fn locate(
+        &self,
+        proof: &DeviceProof,
+        endpoint: &MachineId,
+        now: Now,
+    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+        if self.writing.is_some() || self.learning {
+            return Err(JoinRefusal::NotReady);
+        }
+        if !proof.is_valid(&self.machine(), endpoint) || !newcomer::may_return(&self.state, &proof.device, now.wall)? {
+            return Err(JoinRefusal::UnknownInvite);
+        }
+        Ok(self.entries())
+    }
+
     fn handle(&mut self, input: Input, now: Now) {
         self.inputs.push_back(input);
         self.advance(now);
@@ -453,6 +472,15 @@ impl Replica {
         if newcomer::belongs(&entries, &self.state) {
             // The answer to an earlier attempt was lost.
             return Err(Ok(self.entries()));
+        }
+        if newcomer::returns(&entries, &self.state, now.wall).map_err(Err)? {
+            let mut taking = Taking::default();
+            for entry in &entries {
+                let inserted = self.ledger.insert(entry.clone()).map_err(|_| Err(JoinRefusal::Malformed))?;
+                taking.add(entry.clone(), inserted);
+            }
+            self.persist(taking, None, Then::Redeem { ticket, entries });
+            return Ok(());
         }
         if let Some(refusal) = newcomer::awaits(&entries, &self.state) {
             return Err(Err(refusal));

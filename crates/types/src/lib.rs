@@ -8,6 +8,7 @@ mod ids;
 mod link;
 mod name;
 mod pasted;
+mod phrase;
 mod role;
 mod size;
 mod time;
@@ -19,8 +20,9 @@ pub use addr::{
 pub use ids::{
     CertificateHash, ClanId, DeviceId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey,
 };
-pub use link::{InviteLink, InviteSecret, LinkError, PeerAddr, RelayAddr};
+pub use link::{DEVICE_LINK, DEVICE_LINK_LIFETIME, InviteLink, InviteSecret, LinkError, PeerAddr, Purpose, RelayAddr};
 pub use name::{ClanName, DeviceName, GroupName, MachineName, NameError, PersonName, RuleName, ServiceName};
+pub use phrase::{PhraseError, RecoveryPhrase};
 pub use role::{Role, RoleError};
 pub use size::{ByteSize, SizeError};
 pub use time::{Hlc, Timestamp};

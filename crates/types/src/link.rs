@@ -1,10 +1,10 @@
-//! Invitation links: `clan://join/<payload>`.
+//! Invitation links, `clan://join/<payload>`, and links that make a computer a device of somebody: `clan://device/<payload>`.
 //!
 //! The payload is base64url of `version (1 byte) ‖ postcard body ‖ checksum (4 bytes of BLAKE3)`. The checksum tells a
 //! damaged link from a foreign one; it authenticates nothing. What authenticates is the invite secret: its public half
 //! is in the clan's ledger.
 
-use std::{fmt, net::SocketAddr, str::FromStr};
+use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
 
 use data_encoding::BASE64URL_NOPAD;
 use serde::{Deserialize, Serialize};
@@ -12,7 +12,11 @@ use serde::{Deserialize, Serialize};
 use crate::{CertificateHash, ClanId, Host, MachineId};
 
 const SCHEME: &str = "clan://";
-const PREFIX: &str = "clan://join/";
+const PREFIXES: [(&str, Purpose); 2] = [("clan://join/", Purpose::Join), ("clan://device/", Purpose::Device)];
+/// What the names of the passing devices begin with that device links stand for.
+pub const DEVICE_LINK: &str = "link-";
+/// How long a device link works.
+pub const DEVICE_LINK_LIFETIME: Duration = Duration::from_secs(600);
 const VERSION: u8 = 2;
 /// INVARIANT: a link longer than this is refused before it is decoded.
 const MAX_TEXT: usize = 2048;
@@ -62,10 +66,23 @@ impl fmt::Debug for InviteSecret {
     }
 }
 
+/// What a link is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Purpose {
+    /// Lets somebody in; the secret is an invite's.
+    #[default]
+    Join,
+    /// Makes a computer a device of the person who made the link; the secret is a device's that can do that only.
+    Device,
+}
+
 /// What an invitation link carries.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct InviteLink {
-    /// The clan that the link invites to; what is fetched must hash to it.
+    /// What it is for; in the text form, what stands in front.
+    #[serde(skip)]
+    pub purpose: Purpose,
+    /// The clan that the link leads to; what is fetched must hash to it.
     pub clan: ClanId,
     /// The right to join.
     pub secret: InviteSecret,
@@ -99,7 +116,8 @@ impl fmt::Display for InviteLink {
         bytes.extend(postcard::to_allocvec(self).map_err(|_| fmt::Error)?);
         let checksum = blake3::hash(&bytes);
         bytes.extend_from_slice(&checksum.as_bytes()[..4]);
-        write!(f, "{PREFIX}{}", BASE64URL_NOPAD.encode(&bytes))
+        let prefix = PREFIXES.iter().find(|(_, purpose)| *purpose == self.purpose).map_or("", |(prefix, _)| prefix);
+        write!(f, "{prefix}{}", BASE64URL_NOPAD.encode(&bytes))
     }
 }
 
@@ -110,10 +128,10 @@ impl FromStr for InviteLink {
         if !text.get(..SCHEME.len()).is_some_and(|s| s.eq_ignore_ascii_case(SCHEME)) {
             return Err(LinkError::Foreign);
         }
-        let payload = text
-            .get(PREFIX.len()..)
-            .filter(|_| text[..PREFIX.len()].eq_ignore_ascii_case(PREFIX))
-            .ok_or(LinkError::NotAnInvitation)?;
+        let begins = |prefix: &str| text.get(..prefix.len()).is_some_and(|t| t.eq_ignore_ascii_case(prefix));
+        let (prefix, purpose) =
+            PREFIXES.into_iter().find(|(prefix, _)| begins(prefix)).ok_or(LinkError::NotAnInvitation)?;
+        let payload = &text[prefix.len()..];
         if text.len() > MAX_TEXT {
             return Err(LinkError::Damaged);
         }
@@ -126,6 +144,7 @@ impl FromStr for InviteLink {
         match signed {
             [VERSION, body @ ..] => {
                 let link: Self = postcard::from_bytes(body).map_err(|_| LinkError::Damaged)?;
+                let link = Self { purpose, ..link };
                 let within = !link.peers.is_empty()
                     && link.peers.len() <= MAX_PEERS
                     && link.relays.len() <= MAX_RELAYS
@@ -145,6 +164,7 @@ mod tests {
 
     fn link() -> InviteLink {
         InviteLink {
+            purpose: Purpose::Join,
             clan: ClanId::from_bytes([1; 32]),
             secret: InviteSecret::from_bytes([2; 32]),
             peers: vec![PeerAddr {

@@ -2,7 +2,7 @@
 
 use crate::{InviteLink, LinkError};
 
-const BEGINNING: &str = "clan://join/";
+const BEGINNINGS: [&str; 2] = ["clan://join/", "clan://device/"];
 /// INVARIANT: nothing beyond this many characters is looked at.
 const MAX_PASTED: usize = 16 << 10;
 
@@ -10,14 +10,16 @@ impl InviteLink {
     /// The invitation in a pasted text: quotes and words around it, blanks and line breaks in it do not matter.
     pub fn in_text(text: &str) -> Result<Self, LinkError> {
         let text: String = text.chars().take(MAX_PASTED).filter(|c| !is_invisible(*c)).collect();
-        let Some(at) = text.to_ascii_lowercase().find(BEGINNING) else {
+        let lower = text.to_ascii_lowercase();
+        let found = BEGINNINGS.iter().find_map(|beginning| Some((lower.find(beginning)?, *beginning)));
+        let Some((at, beginning)) = found else {
             // What is wrong with it is said of the text itself, without its quotes.
             return text.trim_matches(|c: char| c.is_whitespace() || is_quote(c)).parse();
         };
         // A mail program may have broken the link, and words may follow it: the checksum says where it ends.
-        let mut link = BEGINNING.to_owned();
+        let mut link = beginning.to_owned();
         let mut outcome = Err(LinkError::Damaged);
-        for piece in text[at + BEGINNING.len()..].split_whitespace() {
+        for piece in text[at + beginning.len()..].split_whitespace() {
             let piece = piece.trim_start_matches(['>', '|']);
             let end = piece.find(|c| !is_payload(c)).unwrap_or(piece.len());
             link.push_str(&piece[..end]);
@@ -49,11 +51,12 @@ fn is_invisible(c: char) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ClanId, InviteSecret, MachineId, PeerAddr};
+    use crate::{ClanId, InviteSecret, MachineId, PeerAddr, Purpose};
     use proptest::prelude::*;
 
     fn link() -> InviteLink {
         InviteLink {
+            purpose: Purpose::Join,
             clan: ClanId::from_bytes([1; 32]),
             secret: InviteSecret::from_bytes([2; 32]),
             peers: vec![PeerAddr {
@@ -82,6 +85,13 @@ mod tests {
         ] {
             assert_eq!(InviteLink::in_text(&pasted), Ok(link()), "{pasted:?}");
         }
+    }
+
+    #[test]
+    fn a_link_for_a_device_is_told_apart_from_one_for_a_person() {
+        let device = InviteLink { purpose: Purpose::Device, ..link() };
+        assert_eq!(InviteLink::in_text(&format!("“{device}”")), Ok(device.clone()));
+        assert!(device.to_string().starts_with("clan://device/"));
     }
 
     #[test]

@@ -139,7 +139,7 @@ fn list() -> &'static [&'static str; 2048] {
     Language::English.word_list()
 }
 
-fn word(at: u16) -> &'static str {
+pub(crate) fn word(at: u16) -> &'static str {
     list().get(usize::from(at)).copied().unwrap_or_default()
 }
 

@@ -1,6 +1,6 @@
 //! What machines of a clan, and newcomers, say over QUIC. One ALPN per conversation.
 
-use clan_types::{ClanId, FileHash, ImageId, InviteId, MachineId};
+use clan_types::{ClanId, DeviceId, FileHash, ImageId, InviteId, MachineId};
 use ed25519_dalek::{Signature, Signer, SigningKey, Verifier, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
@@ -71,6 +71,37 @@ impl InviteProof {
     }
 }
 
+/// Shows to one machine that the connecting endpoint holds a device's key.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceProof {
+    /// The device.
+    pub device: DeviceId,
+    /// Ed25519 signature by it over the machine that is asked and the connecting endpoint; 64 bytes.
+    pub signature: Vec<u8>,
+}
+
+impl DeviceProof {
+    /// Proves the device to `machine`, for the connection that `endpoint` makes.
+    pub fn new(key: &SigningKey, machine: &MachineId, endpoint: &MachineId) -> Self {
+        let signature = key.sign(&Self::statement(machine, endpoint)).to_bytes().to_vec();
+        Self { device: DeviceId::from_bytes(key.verifying_key().to_bytes()), signature }
+    }
+
+    /// Whether the proof was made for this machine by the endpoint that presents it.
+    pub fn is_valid(&self, machine: &MachineId, endpoint: &MachineId) -> bool {
+        let (Ok(key), Ok(signature)) =
+            (VerifyingKey::from_bytes(self.device.as_bytes()), Signature::from_slice(&self.signature))
+        else {
+            return false;
+        };
+        key.verify_strict(&Self::statement(machine, endpoint), &signature).is_ok()
+    }
+
+    fn statement(machine: &MachineId, endpoint: &MachineId) -> Vec<u8> {
+        [b"clan device proof v1".as_slice(), machine.as_bytes(), endpoint.as_bytes()].concat()
+    }
+}
+
 /// On a `clan/join/1` stream, from the newcomer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum JoinRequest {
@@ -81,8 +112,15 @@ pub enum JoinRequest {
     },
     /// Asks to be admitted.
     Redeem {
-        /// The newcomer's log: their admission, then the enrolment of their machine.
+        /// The newcomer's log: their admission, then the enrolment of their machine. Or entries of a device of
+        /// somebody who is in: further devices, and machines.
         entries: Vec<EncodedEntry>,
+    },
+    /// Asks a machine of an unknown clan whether somebody there has this device, as whoever has but a recovery phrase does.
+    /// Answered by [`JoinResponse::Preview`].
+    Locate {
+        /// Right to know.
+        proof: DeviceProof,
     },
 }
 
@@ -178,6 +216,17 @@ pub enum ImageResponse {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_is_proved_to_one_machine_by_one_endpoint() {
+        let key = SigningKey::from_bytes(&[5; 32]);
+        let (machine, endpoint) = (MachineId::from_bytes([1; 32]), MachineId::from_bytes([2; 32]));
+        let proof = DeviceProof::new(&key, &machine, &endpoint);
+        assert!(proof.is_valid(&machine, &endpoint));
+        assert!(!proof.is_valid(&endpoint, &machine), "whom it was shown cannot show it on");
+        assert!(!proof.is_valid(&machine, &MachineId::from_bytes([9; 32])));
+        assert!(!DeviceProof { device: DeviceId::from_bytes([7; 32]), ..proof }.is_valid(&machine, &endpoint));
+    }
 
     #[test]
     fn a_proof_holds_for_its_clan_and_its_endpoint_only() {

@@ -2,10 +2,16 @@
 
 use std::path::PathBuf;
 
-use clan_api::CreateClan;
+use clan_api::{CreateClan, CreatedClan};
 use clan_types::{ByteSize, ClanName, MachineName, PersonName};
 
-use crate::{commands::join::names, context::Context, error::CliError, printer::Tone, progress};
+use crate::{
+    commands::{device, join::names},
+    context::Context,
+    error::CliError,
+    printer::Tone,
+    progress,
+};
 
 /// Arguments of `clan create`.
 #[derive(Debug, clap::Args)]
@@ -72,18 +78,31 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let machine = names::machine(args.machine, &[])?;
     let Size { memory, disk, cpus } = args.size;
     let integrate = args.integrate.controller()?;
-    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate };
-    let task = context.ask(context.client.create_clan(&request)).await?;
-    let task = progress::follow(context, task).await?;
-    if context.printer.is_json() {
-        return context.printer.json(&task);
-    }
     let printer = &context.printer;
+    // A phrase that nobody reads would be a key that nobody has.
+    let recovery = printer.is_json() || printer.stderr_is_terminal();
+    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate, recovery };
+    let CreatedClan { task, recovery_phrase } = context.ask(context.client.create_clan(&request)).await?;
+    let followed = progress::follow(context, task).await;
+    if printer.is_json() {
+        return printer.json(&CreatedClan { task: followed?, recovery_phrase });
+    }
+    // Even where it failed: a manager that goes on later does not know the phrase any more.
+    if let Some(phrase) = &recovery_phrase {
+        device::explain_phrase(printer);
+        printer.talk("");
+        printer.talk(&format!("    {phrase}"));
+        printer.talk("");
+    }
+    followed?;
     printer.talk(&format!(
         "{} is founded; {} is its first machine.",
         printer.err_style(Tone::Strong, request.name.as_str()),
         request.machine
     ));
+    if recovery_phrase.is_none() {
+        printer.talk(&format!("For a recovery phrase: clan device add {} --recovery", request.name));
+    }
     printer.talk(&format!("Invite somebody:  clan invite {}", request.name));
     printer.talk("See what it does: clan web");
     Ok(())

@@ -1,7 +1,7 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
 use clan_api::{JoinClan, JoinPreview, PreviewJoin, VmPlan};
-use clan_types::{MachineName, PersonName};
+use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
     commands::create::{Integrate, Size},
@@ -52,7 +52,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     // The words are used up, whatever became of it.
     let again = || format!("clan join '{link}'");
     match outcome {
-        Ok(Gone::Nowhere) if by_words => {
+        Ok(None) if by_words => {
             printer.talk(&format!("The words are used up now; to join: {}", again()));
             Ok(())
         }
@@ -61,13 +61,20 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     }
 }
 
-/// What came of it.
-enum Gone {
-    There,
-    Nowhere,
+/// Makes this computer a device by a link that was found otherwise. Gives the clan, if it came to that.
+pub(crate) async fn accept(
+    machine: Option<MachineName>,
+    size: Size,
+    integrate: Integrate,
+    dry_run: bool,
+    link: &str,
+    context: &Context,
+) -> Result<Option<ClanName>, CliError> {
+    go(Args { invitation: Vec::new(), person: None, machine, size, integrate, dry_run }, link, context).await
 }
 
-async fn go(args: Args, link: &str, context: &Context) -> Result<Gone, CliError> {
+/// Gives the clan that this computer is in now; `None` if it was only looked at.
+async fn go(args: Args, link: &str, context: &Context) -> Result<Option<ClanName>, CliError> {
     let printer = &context.printer;
     let integrate = args.integrate.controller()?;
     let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone() };
@@ -79,23 +86,27 @@ async fn go(args: Args, link: &str, context: &Context) -> Result<Gone, CliError>
         } else {
             facts(&preview, &args.size).iter().try_for_each(|l| printer.data(l))?;
         }
-        return Ok(Gone::Nowhere);
+        return Ok(None);
     }
-    let person = names::person(args.person, &preview.people)?;
+    let person = match &preview.device_of {
+        Some(person) => person.clone(),
+        None => names::person(args.person, &preview.people)?,
+    };
     let machine = names::machine(args.machine, &preview.machines)?;
     if !printer.is_json() || context.will_ask() {
         show(&preview, &args.size, printer);
     }
-    context.confirm(
-        &format!("Join {} as {person}, with this computer as {machine}?", preview.clan_name),
-        "join without being asked; `--dry-run` shows where the link leads",
-    )?;
+    let question = match &preview.device_of {
+        Some(_) => format!("Make this computer one of {person}'s devices in {}, as {machine}?", preview.clan_name),
+        None => format!("Join {} as {person}, with this computer as {machine}?", preview.clan_name),
+    };
+    context.confirm(&question, "join without being asked; `--dry-run` shows where the link leads")?;
     let Size { memory, disk, cpus } = args.size;
     let request = JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {
-        return printer.json(&task).map(|()| Gone::There);
+        return printer.json(&task).map(|()| Some(preview.clan_name));
     }
     printer.talk(&format!(
         "{} is now a machine of {}.",
@@ -103,15 +114,15 @@ async fn go(args: Args, link: &str, context: &Context) -> Result<Gone, CliError>
         printer.err_style(Tone::Strong, preview.clan_name.as_str())
     ));
     printer.talk(&format!("See what it offers: clan service list {}", preview.clan_name));
-    Ok(Gone::There)
+    Ok(Some(preview.clan_name))
 }
 
 fn show(preview: &JoinPreview, size: &Size, printer: &Printer) {
-    printer.talk(&format!(
-        "{} invites you to the clan {}.",
-        preview.inviter,
-        printer.err_style(Tone::Strong, preview.clan_name.as_str())
-    ));
+    let clan = printer.err_style(Tone::Strong, preview.clan_name.as_str());
+    printer.talk(&match &preview.device_of {
+        Some(person) => format!("This makes this computer one of {person}'s devices in the clan {clan}."),
+        None => format!("{} invites you to the clan {clan}.", preview.inviter),
+    });
     printer.talk("");
     for line in facts(preview, size) {
         printer.talk(&line);
@@ -132,7 +143,7 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
     let mut facts = vec![
         ("Clan", preview.clan_name.to_string()),
         ("Fingerprint", preview.fingerprint.clone()),
-        ("Invited by", preview.inviter.to_string()),
+        (if preview.device_of.is_some() { "Device of" } else { "Invited by" }, preview.inviter.to_string()),
         ("Your role", preview.role.to_string()),
         ("Expires", format!("in {}", words::span(preview.expires.since(words::now())))),
         (

@@ -10,7 +10,7 @@ use std::{
     thread,
 };
 
-use clan_types::{ClanId, InviteLink, InviteSecret, MachineId, PeerAddr};
+use clan_types::{ClanId, InviteLink, InviteSecret, MachineId, PeerAddr, Purpose};
 use data_encoding::BASE64URL_NOPAD;
 use snapbox::{
     Assert, Redactions,
@@ -21,7 +21,7 @@ use snapbox::{
 pub(crate) fn link() -> String {
     let peer = PeerAddr { machine: MachineId::from_bytes([3; 32]), addrs: vec!["192.0.2.1:41640".parse().unwrap()] };
     let (clan, secret) = (ClanId::from_bytes([1; 32]), InviteSecret::from_bytes([2; 32]));
-    InviteLink { clan, secret, peers: vec![peer], relays: Vec::new() }.to_string()
+    InviteLink { purpose: Purpose::Join, clan, secret, peers: vec![peer], relays: Vec::new() }.to_string()
 }
 
 /// A link that is whole, but of another format version.

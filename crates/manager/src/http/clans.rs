@@ -8,8 +8,8 @@ use axum::{
     http::StatusCode,
 };
 use clan_api::{
-    ApiProblem, ClanInfo, CreateClan, CreateInvite, ErrorCode, FindInvitation, FoundInvitation, Invite, JoinClan,
-    JoinPreview, MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskInfo,
+    ApiProblem, ClanInfo, CreateClan, CreateInvite, CreatedClan, ErrorCode, FindInvitation, FoundInvitation, Invite,
+    JoinClan, JoinPreview, MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskInfo,
 };
 use clan_types::{ServiceName, service_url_host};
 use clan_wire::beacon::ServiceKind;
@@ -30,9 +30,11 @@ pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Vec<ClanInfo
     Json(StatusCode::OK, shared.clans().iter().map(|c| states::clan_info(c)).collect())
 }
 
-pub(super) async fn create(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<TaskInfo>> {
+pub(super) async fn create(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<CreatedClan>> {
     let request: CreateClan = parse(&body)?;
-    Ok(Json(StatusCode::ACCEPTED, create::begin(&shared, request).await?.info()))
+    let (task, phrase) = create::begin(&shared, request).await?;
+    let recovery_phrase = phrase.map(|phrase| phrase.words());
+    Ok(Json(StatusCode::ACCEPTED, CreatedClan { task: task.info(), recovery_phrase }))
 }
 
 pub(super) async fn invitation(body: Bytes) -> Answer<Json<FoundInvitation>> {

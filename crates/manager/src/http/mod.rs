@@ -4,6 +4,7 @@
 pub(crate) mod auth;
 mod authority;
 mod clans;
+mod devices;
 mod mesh;
 mod problems;
 mod proxy;
@@ -257,6 +258,9 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/status", get(clans::status))
         .route("/clans", get(clans::list).post(clans::create))
         .route("/joins/invitation", post(clans::invitation))
+        .route("/joins/recovery", post(devices::recovery))
+        .route("/clans/{clan}/devices", get(devices::list).post(devices::add))
+        .route("/clans/{clan}/devices/{device}", delete(devices::remove))
         .route("/joins/preview", post(clans::preview))
         .route("/joins", post(clans::join))
         .route("/tasks", get(tasks::list))

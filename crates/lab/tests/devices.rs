@@ -1,0 +1,155 @@
+//! One person with several computers: a second device by link, a friend by four words, and a new computer with nothing but
+//! the recovery phrase. Needs root, for network namespaces.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clan_lab::{
+    LabConfig, LabError, Screen,
+    five::{CLAN, ping_once},
+    fleet::Fleet,
+    leftovers,
+    nat::{Nat, SiteSpec},
+    story::until,
+};
+use serde_json::Value;
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+#[test]
+fn a_person_has_several_devices_and_comes_back_with_a_recovery_phrase() {
+    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
+    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
+    let own = std::env::current_exe().unwrap();
+    // target/<triple>/<profile>/deps/<test>: the programs are two above.
+    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
+    config.prefix = "clandevices".into();
+    config.state = Some(folder.path().join("fleet"));
+    let specs: Vec<SiteSpec> =
+        ["laptop", "tablet", "friend", "fresh"].map(|name| SiteSpec::new(name, Nat::Open)).into();
+    let screen = Screen::stdout();
+    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let record = fleet.record().clone();
+    let told = tell(&mut fleet, &folder.path().join("fleet"));
+    if told.is_err() {
+        for computer in fleet.computers() {
+            for kind in ["controller", "manager"] {
+                screen.heading(&format!("{}'s {kind}", computer.name()));
+                computer.log_tail(kind, 30).lines().for_each(|line| screen.said(line));
+            }
+        }
+    }
+    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
+    told.unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+}
+
+fn tell(fleet: &mut Fleet, state: &Path) -> Result<(), LabError> {
+    let screen = fleet.screen().clone();
+    screen.heading("Founding tells a recovery phrase, once");
+    let created = integrated(fleet, "laptop", &["create", CLAN, "--person", "ada", "--json"], "")?;
+    let phrase = text(&created, "recovery_phrase")?;
+    if phrase.split(' ').count() != 12 {
+        return Err(LabError::Promise("a recovery phrase has twelve words".into()));
+    }
+
+    screen.heading("A friend is told four words, and is on the same network");
+    let words = text(&fleet.computer("laptop").clan_json(&["invite"])?, "words")?;
+    integrated(fleet, "friend", &["join", "--person", "ben", "--json"], &words)?;
+    until(LIMIT, "the friend reaching the laptop", || ping_once(fleet.computer("friend"), "laptop"))?;
+
+    screen.heading("A second computer becomes a device by a link");
+    let link = text(&fleet.computer("laptop").clan_json(&["device", "add"])?, "link")?;
+    integrated(fleet, "tablet", &["join", "--json"], &link)?;
+    until(LIMIT, "the tablet reaching the friend", || ping_once(fleet.computer("tablet"), "friend"))?;
+    let again = fleet.computer("fresh").clan_typing(&["join", "--dry-run"], &link)?;
+    if again.success().is_ok() {
+        return Err(LabError::Promise("a device link works twice".into()));
+    }
+    until(LIMIT, "the laptop hearing of the tablet", || devices(fleet, "laptop", &["tablet"]))?;
+    let members = fleet.computer("tablet").clan_json(&["members"])?;
+    if members.as_array().map(Vec::len) != Some(2) {
+        return Err(LabError::Promise(format!("the tablet is a device, and nobody's own: {members}")));
+    }
+
+    screen.heading("The first computer is off: the second decides for its person");
+    fleet.computer("laptop").stop()?;
+    let invite = text(&fleet.computer("tablet").clan_json(&["invite", "--role", "admin"])?, "link")?;
+
+    screen.heading("Both computers are gone: the phrase brings the owner back on a new one");
+    let elsewhere = fleet.computer("fresh").clan_typing(&["recover", "--dry-run", "--link", &invite], &phrase)?;
+    elsewhere.success()?;
+    fleet.computer("tablet").stop()?;
+    integrated(fleet, "fresh", &["recover", "--json"], &phrase)?;
+    until(LIMIT, "the new computer reaching the friend", || ping_once(fleet.computer("fresh"), "friend"))?;
+    let all = fleet.computer("fresh").clan_json(&["device", "list"])?;
+    let first = all.as_array().and_then(|all| all.iter().find(|d| d["name"].is_null())).map(|d| text(d, "id"));
+    let first = first.ok_or_else(|| LabError::Promise(format!("no first device: {all}")))??;
+    for lost in [first.as_str(), "tablet"] {
+        fleet.computer("fresh").clan(&["device", "remove", lost, "--yes"])?.success()?;
+    }
+    for asked in ["fresh", "friend"] {
+        until(LIMIT, "everybody hearing of what was lost", || machines(fleet, asked, &["fresh", "friend"]))?;
+    }
+    fleet.computer("tablet").start()?;
+    until(LIMIT, "the lost tablet being refused", || {
+        let invited = fleet.computer("tablet").clan(&["invite"])?;
+        Ok(invited.success().is_err().then_some(()))
+    })?;
+
+    screen.heading("The phrase is nowhere");
+    let own: Vec<String> = [&phrase, &words].into_iter().cloned().collect();
+    for path in files(state) {
+        let bytes = fs::read(&path).unwrap_or_default();
+        if own.iter().any(|secret| bytes.windows(secret.len()).any(|w| w == secret.as_bytes())) {
+            return Err(LabError::Promise(format!("{} holds words that were to be shown once", path.display())));
+        }
+    }
+    Ok(())
+}
+
+/// Runs a command that makes the computer itself a machine of the same name, and gives what it prints.
+fn integrated(fleet: &mut Fleet, name: &str, arguments: &[&str], input: &str) -> Result<Value, LabError> {
+    let computer = fleet.computer(name);
+    let socket = computer.place().socket();
+    let socket = socket.to_str().ok_or_else(|| LabError::Promise("the lab's folder has an odd name".into()))?;
+    let more = ["--machine", name, "--integrate", "--socket", socket, "--yes"];
+    let arguments: Vec<&str> = arguments.iter().copied().chain(more).collect();
+    computer.clan_typing(&arguments, input)?.success()?.json()
+}
+
+fn text(json: &Value, field: &str) -> Result<String, LabError> {
+    json[field].as_str().map(str::to_owned).ok_or_else(|| LabError::Promise(format!("no {field}: {json}")))
+}
+
+fn devices(fleet: &mut Fleet, asked: &str, names: &[&str]) -> Result<Option<()>, LabError> {
+    let all = fleet.computer(asked).clan_json(&["device", "list"])?;
+    let all = all.as_array().cloned().unwrap_or_default();
+    Ok(names.iter().all(|name| all.iter().any(|d| d["name"] == *name)).then_some(()))
+}
+
+fn machines(fleet: &mut Fleet, asked: &str, names: &[&str]) -> Result<Option<()>, LabError> {
+    let all = fleet.computer(asked).clan_json(&["machines"])?;
+    let all = all.as_array().cloned().unwrap_or_default();
+    let same = all.len() == names.len() && names.iter().all(|name| all.iter().any(|m| m["name"] == *name));
+    Ok(same.then_some(()))
+}
+
+/// Every plain file below a folder.
+fn files(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let path = entry.path();
+        match fs::symlink_metadata(&path) {
+            Ok(meta) if meta.is_dir() => found.extend(files(&path)),
+            Ok(meta) if meta.is_file() => found.push(path),
+            _ => {}
+        }
+    }
+    found
+}
