@@ -85,6 +85,29 @@ pub struct Place {
     logs: PathBuf,
 }
 
+/// A further controller, until it is dropped.
+#[derive(Debug)]
+pub struct Another {
+    child: Child,
+    /// Where it listens.
+    pub socket: PathBuf,
+    /// What it keeps.
+    pub state: PathBuf,
+}
+
+impl Drop for Another {
+    fn drop(&mut self) {
+        signal(&self.child, Signal::TERM);
+        let began = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) {
+            if began.elapsed() > GRACE {
+                return end(&mut self.child);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+}
+
 impl Fleet {
     /// Lays networks and computers; nothing runs on them yet. What an earlier fleet of this name left is swept first.
     ///
@@ -331,6 +354,21 @@ impl Computer {
         Ok(())
     }
 
+    /// Starts a further controller, for another clan, with an own socket and folder; as root, or as the ordinary user, who may
+    /// carry no packets.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn another_controller(&self, tag: &str, as_root: bool, more: &[&str]) -> Result<Another, LabError> {
+        let program = self.place.program();
+        let mut command = if as_root { self.place.root_command(program)? } else { self.place.command(program)? };
+        let (folder, state) = (self.place.folder.join(tag), self.place.folder.join(format!("{tag}-state")));
+        let socket = folder.join("controller.sock");
+        command.args(["controller", "--user", &self.place.account.name]).arg("--socket").arg(&socket);
+        command.arg("--state").arg(&state).args(more);
+        Ok(Another { child: self.daemon(command, tag, &folder)?, socket, state })
+    }
+
     /// Starts the manager, as the ordinary user.
     ///
     /// # Errors
@@ -407,7 +445,7 @@ impl Computer {
         }
     }
 
-    /// Where a daemon's talk goes: `manager` or `controller`.
+    /// Where a daemon's talk goes: `manager`, `controller`, or another controller's tag.
     pub fn log(&self, kind: &str) -> PathBuf {
         self.place.logs.join(format!("{}-{kind}.log", self.name))
     }

@@ -13,6 +13,7 @@ use clan_lab::{
     bench::{self, BenchConfig, EndConfig},
     five,
     fleet::{self, Fleet, Place},
+    nat::Nat,
     story, sweep,
 };
 use clap::{Parser, Subcommand};
@@ -55,6 +56,9 @@ enum Verb {
     /// Five machines without virtual ones, behind routers: found, invite, join, reach, and a table of how fast. On a terminal
     /// it stays up until Ctrl-C
     Five {
+        /// What stands before each of the four that join, such as full-cone,carrier,symmetric,udp-blocked
+        #[arg(long, value_name = "KINDS", value_delimiter = ',')]
+        routers: Vec<Nat>,
         /// End when the table is printed, even on a terminal
         #[arg(long)]
         once: bool,
@@ -140,11 +144,14 @@ fn dispatch(cli: &Cli, screen: &Screen) -> Result<(), LabError> {
             config.fresh_second = *fresh_second;
             run(&config, screen, *once)
         }
-        Verb::Five { once } => five(&apart(config), screen, *once),
+        Verb::Five { routers, once } => five(&apart(config), screen, routers, *once),
         Verb::On { name, command } => on(&apart(config), name, command),
         Verb::Stop => {
-            stop(&config, screen)?;
-            let apart = apart(config);
+            let apart = apart(config.clone());
+            // Where neither is up, that is said once.
+            if Record::load(&config.prefix)?.is_some() || Record::load(&apart.prefix)?.is_none() {
+                stop(&config, screen)?;
+            }
             if Record::load(&apart.prefix)?.is_some() {
                 stop(&apart, screen)?;
             }
@@ -227,11 +234,11 @@ fn apart(mut config: LabConfig) -> LabConfig {
     config
 }
 
-fn five(config: &LabConfig, screen: &Screen, once: bool) -> Result<(), LabError> {
+fn five(config: &LabConfig, screen: &Screen, routers: &[Nat], once: bool) -> Result<(), LabError> {
     let interrupt = config.interrupt.clone();
     on_signals(interrupt.clone())?;
     screen.heading("Clan: five machines, no virtual ones, one private network");
-    let mut fleet = Fleet::up(config, &five::specs(), screen)?;
+    let mut fleet = Fleet::up(config, &five::specs(routers), screen)?;
     let told = five::tell(&mut fleet);
     match &told {
         Ok(report) => {

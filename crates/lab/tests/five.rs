@@ -16,7 +16,8 @@ fn five_machines_meet_reach_each_other_by_name_and_leave_nothing_behind() {
     config.state = Some(folder.path().join("five"));
     let before = fs::read("/etc/resolv.conf").ok();
     let screen = Screen::stdout();
-    let mut fleet = Fleet::up(&config, &five::specs(), &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let mut fleet =
+        Fleet::up(&config, &five::specs(&five::ROUTERS), &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
     let record = fleet.record().clone();
     let told = five::tell(&mut fleet);
     if told.is_err() {

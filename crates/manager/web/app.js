@@ -379,16 +379,23 @@ function askJoin() {
     title: "Join a clan",
     text: "You will see where the link leads before anything happens.",
     verb: "Go on",
-    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" }))],
-    done: async ({ text }) => {
+    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" })), homeField()],
+    done: async ({ text, integrate }) => {
       const { link } = await call("POST", "/joins/invitation", { text });
-      const preview = await call("POST", "/joins/preview", { link });
-      setTimeout(() => confirmJoin(link, preview));
+      const home = integrate ? { integrate } : {};
+      const preview = await call("POST", "/joins/preview", { link, ...home });
+      setTimeout(() => confirmJoin(link, preview, home));
     },
   });
 }
 
-function confirmJoin(link, p) {
+/** Where the machine will be: a virtual one, unless a controller on this computer is named. */
+function homeField() {
+  return field("To make this computer itself the machine, without a virtual one: socket of its controller",
+    h("input", { name: "integrate", placeholder: "/run/clan/controller.sock", pattern: "/.+", title: "A path that begins with /", spellcheck: "false" }));
+}
+
+function confirmJoin(link, p, home) {
   ask({
     title: `Join ${p.clan_name}?`,
     text: `${p.inviter} invites you as ${p.role}. Compare the fingerprint with what ${p.inviter} sees.`,
@@ -396,7 +403,8 @@ function confirmJoin(link, p) {
     fields: () => [
       h("dl", { class: "facts panel" }, facts([
         ["Fingerprint", h("code", null, p.fingerprint)],
-        ["Will run", p.vm && p.vm.image_title],
+        ["Will run", p.vm ? p.vm.image_title : p.integrated && "No virtual machine: this computer itself becomes the clan’s machine"],
+        ["Controller", p.integrated && `${p.integrated.socket}: ${p.integrated.problem ? p.integrated.problem.message : "it runs, and is free"}`],
         ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk`],
         ["Download", p.vm && (p.vm.download.missing ? bytes(p.vm.download.missing) : "nothing, it is here already")],
         ["Control", CONTROL_WORD[p.control_mode]],
@@ -406,21 +414,22 @@ function confirmJoin(link, p) {
       field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP })),
     ],
-    done: ({ person, machine }) => call("POST", "/joins", { link, person, machine }).then(() => undefined),
+    done: ({ person, machine }) => call("POST", "/joins", { link, person, machine, ...home }).then(() => undefined),
   });
 }
 
 function askCreate() {
   ask({
     title: "Found a clan",
-    text: "A small virtual machine on this computer becomes its first machine.",
+    text: "A small virtual machine on this computer becomes its first machine, or this computer itself.",
     verb: "Found it",
     fields: () => [
       field("Name of the clan", h("input", { name: "name", required: true, pattern: NAME, title: NAME_HELP, placeholder: "family" })),
       field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, placeholder: "laptop" })),
+      homeField(),
     ],
-    done: (values) => call("POST", "/clans", values).then(() => undefined),
+    done: ({ integrate, ...values }) => call("POST", "/clans", integrate ? { ...values, integrate } : values).then(() => undefined),
   });
 }
 

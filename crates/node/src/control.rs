@@ -423,7 +423,7 @@ impl Controller {
         tasks.spawn(core.run(cancel.clone()));
         let plan = MeshPlan {
             port: ports.wireguard,
-            names: self.host.names(&place.clan),
+            names: self.host.names(&place.clan, &identity.machine()),
             names_may_fail: !self.host.is_guest(),
         };
         let mesh = match tun {

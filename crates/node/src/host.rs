@@ -9,7 +9,7 @@ use std::{
 };
 
 use clan_os::resolv;
-use clan_types::ClanId;
+use clan_types::{ClanId, MachineId, mesh_address};
 use rustix::{fs::FlockOperation, io::Errno};
 use serde::{Deserialize, Serialize};
 
@@ -56,6 +56,8 @@ pub enum Names {
     Aside,
     /// `/etc/resolv.conf` is replaced while the controller runs.
     ResolvConf,
+    /// systemd-resolved is told, for the clan's zone and nothing else.
+    Resolved,
 }
 
 /// UDP ports on the base network.
@@ -71,8 +73,18 @@ pub(crate) struct NamesPlan {
     pub(crate) bind: SocketAddr,
     /// Who is asked for other names.
     pub(crate) upstream: Option<SocketAddr>,
-    /// The file that points programs to `bind`.
-    pub(crate) file: Option<PathBuf>,
+    pub(crate) pointer: Pointer,
+}
+
+/// How programs are pointed to the name server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Pointer {
+    /// They are not.
+    None,
+    /// By the resolver configuration file. `short`: names without a clan are looked for in it, where there is no other.
+    File { path: PathBuf, short: bool },
+    /// By systemd-resolved, for the clan's zone only.
+    Resolved { interface: String },
 }
 
 impl Host {
@@ -122,21 +134,27 @@ impl Host {
     }
 
     /// How names are served for a clan.
-    pub(crate) fn names(&self, clan: &ClanId) -> NamesPlan {
-        match self {
-            Self::Guest => NamesPlan {
-                bind: SocketAddr::new(Ipv4Addr::LOCALHOST.into(), DNS_PORT),
-                upstream: Some(GUEST_UPSTREAM),
-                file: Some(RESOLV_CONF.into()),
-            },
-            Self::Computer(computer) => {
-                let bind = SocketAddr::new(loopback(clan).into(), DNS_PORT);
-                match computer.names {
-                    Names::Aside => NamesPlan { bind, upstream: None, file: None },
-                    Names::ResolvConf => {
-                        NamesPlan { bind, upstream: upstream(bind.ip()), file: Some(RESOLV_CONF.into()) }
-                    }
-                }
+    pub(crate) fn names(&self, clan: &ClanId, machine: &MachineId) -> NamesPlan {
+        let at = |ip: IpAddr| SocketAddr::new(ip, DNS_PORT);
+        let computer = match self {
+            Self::Guest => {
+                let pointer = Pointer::File { path: RESOLV_CONF.into(), short: true };
+                return NamesPlan { bind: at(Ipv4Addr::LOCALHOST.into()), upstream: Some(GUEST_UPSTREAM), pointer };
+            }
+            Self::Computer(computer) => computer,
+        };
+        let bind = at(loopback(clan).into());
+        match computer.names {
+            Names::Aside => NamesPlan { bind, upstream: None, pointer: Pointer::None },
+            Names::ResolvConf => {
+                let pointer = Pointer::File { path: RESOLV_CONF.into(), short: false };
+                NamesPlan { bind, upstream: upstream(bind.ip()), pointer }
+            }
+            // It asks through the device it was told about, on which there is no loopback address. Members can ask there
+            // too, for names that they know anyway: nothing is passed on.
+            Names::Resolved => {
+                let bind = at(mesh_address(clan, machine).into());
+                NamesPlan { bind, upstream: None, pointer: Pointer::Resolved { interface: self.interface(clan) } }
             }
         }
     }
@@ -225,6 +243,18 @@ pub(crate) fn upstream(own: IpAddr) -> Option<SocketAddr> {
     }
 }
 
+/// Removes everything that a controller which does not run knows of its clan, with the machine's keys; true if there was
+/// anything. The clan is told nothing.
+pub fn forget(dir: &Path) -> Result<bool, NodeError> {
+    if !dir.exists() {
+        return Ok(false);
+    }
+    let _lock = lock(dir)?;
+    let known = crate::state::Place::load(dir)?.is_some();
+    crate::state::forget(dir)?;
+    Ok(known)
+}
+
 /// One controller for a state folder. Held while it lives.
 pub(crate) fn lock(dir: &Path) -> Result<File, NodeError> {
     let path = dir.join("lock");
@@ -251,8 +281,9 @@ mod tests {
         let (a, b) = (ClanId::from_bytes([1; 32]), ClanId::from_bytes([2; 32]));
         assert_ne!(host.interface(&a), host.interface(&b));
         assert!(host.interface(&a).len() <= 15);
-        assert_ne!(host.names(&a).bind, host.names(&b).bind);
-        assert!(host.names(&a).bind.ip().is_loopback());
+        let machine = MachineId::from_bytes([3; 32]);
+        assert_ne!(host.names(&a, &machine).bind, host.names(&b, &machine).bind);
+        assert!(host.names(&a, &machine).bind.ip().is_loopback());
         let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let first = host.ports(one.path()).unwrap();
         let held = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, first.quic)).unwrap();
@@ -270,6 +301,16 @@ mod tests {
     fn a_computer_serves_none_of_its_disks() {
         assert!(Host::Computer(computer()).disks().is_none());
         assert!(Host::Guest.disks().is_some());
+    }
+
+    #[test]
+    fn a_forgotten_clan_leaves_no_key() {
+        let dir = tempfile::tempdir().unwrap();
+        crate::identity::Identity::load_or_create(dir.path()).unwrap();
+        assert!(!forget(dir.path()).unwrap(), "it had no place");
+        assert!(!dir.path().join("machine.key").exists() && !dir.path().join("wireguard.key").exists());
+        let _running = lock(dir.path()).unwrap();
+        assert!(forget(dir.path()).is_err(), "not under a controller that runs");
     }
 
     #[test]

@@ -38,7 +38,7 @@ use std::path::PathBuf;
 
 use tokio_util::sync::CancellationToken;
 
-pub use host::{Computer, DEFAULT_PORT, Host, Names};
+pub use host::{Computer, DEFAULT_PORT, Host, Names, forget};
 pub use identity::IdentityError;
 pub use state::StateError;
 

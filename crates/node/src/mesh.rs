@@ -11,7 +11,8 @@ use bytes::Bytes;
 use clan_ledger::{Machine, Peer};
 use clan_os::{
     dns::{DnsServer, Zone},
-    resolv::{ResolvConf, Undo},
+    resolv::{self, ResolvConf, Undo},
+    resolved,
     tun::Tun,
     wireguard::{Carrier, CarrierEnds, Timing, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
 };
@@ -29,7 +30,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     NodeError, access,
     core::{CoreHandle, View},
-    host::{self, DNS_PORT, NamesPlan},
+    host::{self, DNS_PORT, NamesPlan, Pointer},
     identity::Identity,
     report::chain,
 };
@@ -64,19 +65,33 @@ struct NameService {
 }
 
 impl NameService {
-    async fn start(plan: &NamesPlan, view: &View, names: watch::Receiver<Arc<Zone>>) -> Result<Self, NodeError> {
+    /// Serves names, and points programs to them. With it comes why the latter did not work, if it did not.
+    async fn start(
+        plan: &NamesPlan,
+        view: &View,
+        names: watch::Receiver<Arc<Zone>>,
+    ) -> Result<(Self, Option<NodeError>), NodeError> {
         let server = DnsServer::start(plan.bind, names, plan.upstream)
             .await
             .map_err(|e| NodeError::network("the name server", e))?;
-        let search = [format!("{}.clan", view.clan_name), "clan".to_owned()];
-        let file = plan.file.as_deref().map(|file| ResolvConf::install(file, plan.bind.ip(), &search)).transpose();
-        match file {
-            Ok(file) => Ok(Self { server, file }),
-            Err(error) => {
-                server.stop().await;
-                Err(NodeError::network("name resolution", error))
+        let zone = format!("{}.clan", view.clan_name);
+        let (file, problem) = match &plan.pointer {
+            Pointer::None => (None, None),
+            Pointer::File { path, short } => {
+                let more =
+                    if *short { vec!["clan".to_owned()] } else { resolv::previous_search(path).unwrap_or_default() };
+                let search: Vec<String> = std::iter::once(zone).chain(more).collect();
+                match ResolvConf::install(path, plan.bind.ip(), &search) {
+                    Ok(undo) => (Some(undo), None),
+                    Err(error) => (None, Some(NodeError::network("name resolution", error))),
+                }
             }
-        }
+            Pointer::Resolved { interface } => match resolved::direct(interface, plan.bind.ip(), &zone).await {
+                Ok(()) => (None, None),
+                Err(error) => (None, Some(NodeError::network("name resolution", error))),
+            },
+        };
+        Ok((Self { server, file }, problem))
     }
 
     async fn stop(self) {
@@ -120,9 +135,23 @@ impl Mesh {
 
         let (zone, names) = watch::channel(Arc::new(zone_of(&view)));
         let names = match NameService::start(&plan.names, &view, names).await {
-            Ok(names) => {
+            Ok((names, None)) => {
                 core.problem("names", None).await;
                 Some(names)
+            }
+            Ok((names, Some(error))) if plan.names_may_fail => {
+                let server = plan.names.bind;
+                let problem = format!(
+                    "Programs on this computer do not find the clan's names: {}. The name server at {server} has them.",
+                    chain(&error)
+                );
+                core.problem("names", Some(problem)).await;
+                Some(names)
+            }
+            Ok((names, Some(error))) => {
+                names.stop().await;
+                wireguard.stop().await;
+                return Err(error);
             }
             Err(error) if plan.names_may_fail => {
                 core.problem("names", Some(format!("The clan's names are not to be had here: {}.", chain(&error))))

@@ -5,5 +5,6 @@ pub mod addresses;
 pub mod channel;
 pub mod dns;
 pub mod resolv;
+pub mod resolved;
 pub mod tun;
 pub mod wireguard;

@@ -6,7 +6,7 @@
 use std::{
     fs,
     io::{self, Write},
-    net::IpAddr,
+    net::{IpAddr, UdpSocket},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
@@ -36,6 +36,14 @@ pub enum ResolvError {
         #[source]
         source: io::Error,
     },
+    /// Another controller, which runs, has written it.
+    #[error("`{path}` leads to the name server of another clan, {nameserver}")]
+    Taken {
+        /// The file.
+        path: PathBuf,
+        /// Where it leads.
+        nameserver: IpAddr,
+    },
     /// The file cannot be a resolver configuration.
     #[error("`{path}` is too large to be a resolver configuration")]
     TooLarge {
@@ -56,10 +64,17 @@ pub struct Undo {
 
 impl ResolvConf {
     /// Writes `path` (normally `/etc/resolv.conf`) with one name server and search domains; the previous content is
-    /// kept beside it, also across a crash. A symbolic link at `path` is replaced and put back as the file it led to.
+    /// kept beside it, also across a crash. A symbolic link at `path` is replaced and put back as the file it led to. A file
+    /// that leads to the name server of another controller, which answers, is left alone.
     pub fn install(path: &Path, nameserver: IpAddr, search: &[String]) -> Result<Undo, ResolvError> {
         // INVARIANT: our own file never becomes the backup.
-        if !is_ours(path)? {
+        if is_ours(path)? {
+            // One that a killed controller left leads nowhere: nobody holds its address.
+            let other = nameservers(&read(path)?.unwrap_or_default()).into_iter().find(|known| *known != nameserver);
+            if let Some(other) = other.filter(|other| is_held(*other)) {
+                return Err(ResolvError::Taken { path: path.to_owned(), nameserver: other });
+            }
+        } else {
             let backup = match read(path)? {
                 Some(content) => content,
                 None => format!("{ABSENT}\n").into_bytes(),
@@ -118,11 +133,34 @@ impl Drop for Undo {
 /// The name servers that were configured before, in order: where other names can be asked. Reads the backup if the
 /// file is ours.
 pub fn previous_nameservers(path: &Path) -> Result<Vec<IpAddr>, ResolvError> {
+    Ok(nameservers(&previous(path)?))
+}
+
+/// The search domains that were configured before. Reads the backup if the file is ours.
+pub fn previous_search(path: &Path) -> Result<Vec<String>, ResolvError> {
+    let text = String::from_utf8_lossy(&previous(path)?).into_owned();
+    // The last such line counts (resolv.conf(5)).
+    let domains = text.lines().rev().find_map(|line| {
+        let mut words = line.split_whitespace();
+        matches!(words.next(), Some("search" | "domain")).then(|| words.map(str::to_owned).collect())
+    });
+    Ok(domains.unwrap_or_default())
+}
+
+fn previous(path: &Path) -> Result<Vec<u8>, ResolvError> {
     let path = if is_ours(path)? { backup_path(path) } else { path.to_owned() };
-    let text = String::from_utf8_lossy(&read(&path)?.unwrap_or_default()).into_owned();
+    Ok(read(&path)?.unwrap_or_default())
+}
+
+fn nameservers(content: &[u8]) -> Vec<IpAddr> {
     let server =
         |line: &str| line.trim().strip_prefix("nameserver")?.split_whitespace().next()?.split('%').next()?.parse().ok();
-    Ok(text.lines().filter_map(server).collect())
+    String::from_utf8_lossy(content).lines().filter_map(server).collect()
+}
+
+/// Whether some program of this computer serves names at an address of it.
+fn is_held(address: IpAddr) -> bool {
+    matches!(UdpSocket::bind((address, 53)), Err(error) if error.kind() == io::ErrorKind::AddrInUse)
 }
 
 fn is_domain(text: &str) -> bool {
@@ -170,7 +208,16 @@ fn write_atomically(path: &Path, content: &[u8]) -> Result<(), ResolvError> {
         file.set_permissions(fs::Permissions::from_mode(0o644))?;
         file.write_all(content)?;
         file.sync_all()?;
-        fs::rename(&temporary, path)?;
+        match fs::rename(&temporary, path) {
+            // A file that is mounted, as in containers, cannot be replaced: only what is in it can.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
+                fs::remove_file(&temporary)?;
+                let mut file = fs::OpenOptions::new().write(true).truncate(true).open(path)?;
+                file.write_all(content)?;
+                return file.sync_all();
+            }
+            other => other?,
+        }
         match path.parent().filter(|p| !p.as_os_str().is_empty()) {
             Some(folder) => fs::File::open(folder)?.sync_all(),
             None => Ok(()),
@@ -218,6 +265,24 @@ mod tests {
         undo.undo().unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), BEFORE);
         assert_eq!(names(&path), ["resolv.conf"]);
+    }
+
+    #[test]
+    fn the_search_domains_from_before_are_known() {
+        let (_folder, path) = folder();
+        fs::write(&path, "search old.example\nnameserver 192.0.2.53\nsearch a.example b.example\n").unwrap();
+        assert_eq!(previous_search(&path).unwrap(), ["a.example", "b.example"]);
+        let _installed = install(&path);
+        assert_eq!(previous_search(&path).unwrap(), ["a.example", "b.example"]);
+    }
+
+    #[test]
+    fn what_a_killed_controller_of_another_clan_left_is_taken_over() {
+        let (_folder, path) = folder();
+        fs::write(&path, BEFORE).unwrap();
+        std::mem::forget(ResolvConf::install(&path, "127.99.1.1".parse().unwrap(), &[]).unwrap());
+        install(&path).undo().unwrap();
+        assert_eq!(fs::read_to_string(&path).unwrap(), BEFORE);
     }
 
     #[test]

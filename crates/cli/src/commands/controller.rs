@@ -43,6 +43,10 @@ pub(crate) struct Args {
     /// Stop the service that `--install` made, and remove it; its folder stays
     #[arg(long, group = "service")]
     uninstall: bool,
+    /// Remove everything that this controller has of its clan, while it does not run; the clan is told nothing, so
+    /// `clan leave` is better
+    #[arg(long, group = "service")]
+    forget: bool,
     /// Print what `--install` would install
     #[arg(long, group = "service")]
     print_unit: bool,
@@ -58,6 +62,8 @@ enum Dns {
     None,
     /// By /etc/resolv.conf, which is put back when the controller ends
     ResolvConf,
+    /// By systemd-resolved, which is told about the clan's names and no others
+    Resolved,
 }
 
 impl Args {
@@ -82,7 +88,33 @@ pub(crate) fn run(args: Args, printer: &Printer) -> Result<(), CliError> {
     if args.uninstall {
         return unit::uninstall(&args, printer);
     }
+    if args.forget {
+        return forget(&args, printer);
+    }
     serve(args, printer)
+}
+
+#[cfg(feature = "controller")]
+fn forget(args: &Args, printer: &Printer) -> Result<(), CliError> {
+    let state = args.state();
+    let known = clan_node::forget(&state).map_err(|e| match &e {
+        clan_node::NodeError::State(clan_node::StateError::InUse { .. }) => {
+            CliError::from_source("controller", &e).hint("stop that controller first")
+        }
+        _ => CliError::from_source("controller", &e),
+    })?;
+    printer.talk(&if known {
+        format!("{} knows no clan any more.", state.display())
+    } else {
+        format!("{} knew of no clan.", state.display())
+    });
+    Ok(())
+}
+
+#[cfg(not(feature = "controller"))]
+fn forget(args: &Args, _printer: &Printer) -> Result<(), CliError> {
+    Err(CliError::refused("not_built_in", "this executable is a client only")
+        .why(format!("it was built without the controller, and leaves {} alone", args.state().display())))
 }
 
 #[cfg(feature = "controller")]
@@ -104,6 +136,7 @@ fn serve(args: Args, printer: &Printer) -> Result<(), CliError> {
             names: match args.dns {
                 Dns::None => Names::Aside,
                 Dns::ResolvConf => Names::ResolvConf,
+                Dns::Resolved => Names::Resolved,
             },
         })
     };

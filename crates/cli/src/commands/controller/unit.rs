@@ -116,6 +116,10 @@ fn text(args: &Args) -> Result<String, CliError> {
     // Where the system's files are shut off, there is no resolv.conf to change.
     let system = match args.dns {
         Dns::None => "full",
+        Dns::Resolved => {
+            command.push_str(" --dns resolved");
+            "full"
+        }
         Dns::ResolvConf => {
             command.push_str(" --dns resolv-conf");
             "true"

@@ -1,0 +1,145 @@
+//! Controllers on computers themselves: what they change there and put back, several on one, and one without rights. Needs root,
+//! for network namespaces.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
+
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    time::{Duration, Instant},
+};
+
+use clan_lab::{
+    LabConfig, LabError, Screen,
+    five::{CLAN, ping_once},
+    fleet::{Computer, Fleet},
+    leftovers,
+    nat::{Nat, SiteSpec},
+    story::{link_in, until},
+};
+
+const LIMIT: Duration = Duration::from_secs(30);
+const SHORT: Duration = Duration::from_secs(15);
+
+#[test]
+fn controllers_put_back_what_they_changed_and_share_a_computer() {
+    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
+    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
+    let own = std::env::current_exe().unwrap();
+    // target/<triple>/<profile>/deps/<test>: the programs are two above.
+    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
+    config.prefix = "clanhost".into();
+    config.state = Some(folder.path().join("fleet"));
+    let specs: Vec<SiteSpec> = ["host", "guest"].map(|name| SiteSpec::new(name, Nat::Open)).into();
+    let screen = Screen::stdout();
+    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
+    let record = fleet.record().clone();
+    let told = tell(&mut fleet);
+    if told.is_err() {
+        for computer in fleet.computers() {
+            for kind in ["controller", "manager", "work", "paper"] {
+                screen.heading(&format!("{}'s {kind}", computer.name()));
+                computer.log_tail(kind, 30).lines().for_each(|line| screen.said(line));
+            }
+        }
+    }
+    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
+    told.unwrap_or_else(|error| panic!("{}", error.chain()));
+    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+}
+
+fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
+    let screen = fleet.screen().clone();
+    let step = |what: &str, began: Instant| screen.seen(what, began.elapsed());
+
+    let began = Instant::now();
+    let resolv = fleet.computer("host").place().etc().join("resolv.conf");
+    let before = fs::read_to_string(&resolv).unwrap();
+    fleet.computer("host").found(CLAN)?;
+    demand(
+        fs::read_to_string(&resolv).unwrap().contains("nameserver 127."),
+        "names are not looked for at the controller",
+    )?;
+    fleet.computer("host").kill_controller();
+    until(LIMIT, "the manager saying that the controller is gone", || {
+        let vms = fleet.computer("host").clan_json(&["vm", "list"])?;
+        Ok((vms[0]["state"] == "stopped" && vms[0]["reason"].as_str().is_some_and(|why| !why.is_empty())).then_some(()))
+    })?;
+    fleet.computer("host").start_controller(&[])?;
+    until(LIMIT, "its own name", || ping_once(fleet.computer("host"), "host"))?;
+    fleet.computer("host").stop_controller()?;
+    demand(fs::read_to_string(&resolv).unwrap() == before, "resolv.conf is not as it was")?;
+    fleet.computer("host").start_controller(&[])?;
+    step("resolv.conf is changed, found again after a kill, and put back", began);
+
+    let began = Instant::now();
+    let work = fleet.computer("host").another_controller("work", true, &["--dns", "resolv-conf"])?;
+    create(fleet.computer("host"), "work", &work.socket)?;
+    until(LIMIT, "both clans running", || {
+        let vms = fleet.computer("host").clan_json(&["vm", "list"])?;
+        let running = vms.as_array().map_or(0, |all| all.iter().filter(|vm| vm["state"] == "running").count());
+        Ok((running == 2).then_some(()))
+    })?;
+    demand(devices(fleet.computer("host"))? == 2, "there are not two devices")?;
+    until(LIMIT, "the second being told that the first has resolv.conf", || {
+        let said = fleet.computer("host").clan_quietly(&["status"])?.success()?.stdout;
+        Ok(said.contains("name server of another clan").then_some(()))
+    })?;
+    let link = link_in(&fleet.computer("host").clan(&["invite", "work"])?.success()?.stdout)?;
+    fleet.computer("guest").join(&link)?.success()?;
+    until(LIMIT, "the other computer reaching the second clan by name", || {
+        let finished = fleet.computer("guest").run_as_root("ping", &["-c", "1", "-W", "1", "host.work.clan"], SHORT)?;
+        Ok(finished.status.success().then_some(()))
+    })?;
+    until(LIMIT, "the first clan's name", || ping_once(fleet.computer("host"), "host"))?;
+    step("two clans share a computer and do not clash", began);
+
+    let began = Instant::now();
+    let paper = fleet.computer("host").another_controller("paper", false, &[])?;
+    create(fleet.computer("host"), "paper", &paper.socket)?;
+    until(LIMIT, "what the controller needs being said", || {
+        let said = fleet.computer("host").clan_quietly(&["status"])?.success()?.stdout;
+        Ok((said.contains("No packets flow") && said.contains("CAP_NET_ADMIN")).then_some(()))
+    })?;
+    fleet.computer("host").clan(&["invite", "paper", "--role", "admin"])?.success()?;
+    let invites = fleet.computer("host").clan_json(&["invites", "paper"])?;
+    demand(invites.as_array().map_or(0, Vec::len) == 1, "the ledger is not kept")?;
+    step("without rights a controller keeps the ledger, and says what it needs", began);
+
+    let began = Instant::now();
+    for clan in [CLAN, "work", "paper"] {
+        fleet.computer("host").clan(&["leave", clan, "--yes"])?.success()?;
+    }
+    demand(devices(fleet.computer("host"))? == 0, "a device is left")?;
+    demand(fs::read_to_string(&resolv).unwrap() == before, "resolv.conf is not as it was")?;
+    for state in [fleet.computer("host").place().controller_state(), work.state.clone(), paper.state.clone()] {
+        for file in ["place.json", "ledger.redb"] {
+            demand(!state.join(file).exists(), "the controller remembers the clan")?;
+        }
+    }
+    let clans = fs::read_dir(fleet.computer("host").place().data().join("clans")).unwrap().count();
+    demand(clans == 0, "the manager remembers a clan")?;
+    let socket = fleet.computer("host").place().socket();
+    create(fleet.computer("host"), "again", &socket)?;
+    step("leaving removes every trace, and the controller takes another clan", began);
+    Ok(())
+}
+
+fn create(computer: &Computer, clan: &str, socket: &Path) -> Result<(), LabError> {
+    let name = computer.name().to_owned();
+    let socket = socket.to_str().unwrap();
+    computer
+        .clan(&["create", clan, "--person", &name, "--machine", &name, "--integrate", "--socket", socket])?
+        .success()
+        .map(drop)
+}
+
+/// How many clans have a network device.
+fn devices(computer: &Computer) -> Result<usize, LabError> {
+    let links = computer.run_as_root("ip", &["-o", "link"], SHORT)?.success()?;
+    Ok(links.stdout.lines().filter(|line| line.contains(": clan-")).count())
+}
+
+fn demand(kept: bool, otherwise: &str) -> Result<(), LabError> {
+    if kept { Ok(()) } else { Err(LabError::Promise(otherwise.into())) }
+}
