@@ -132,6 +132,9 @@ pub fn join(data: &[u8]) {
             replica.handle_redemption(Ticket(1), entries, clan::now(1));
             assert_eq!(clan::settle(&mut replica), 1, "a newcomer is answered once");
         }
+        Some(JoinRequest::Locate { proof }) => {
+            let _ = replica.locate(&proof, &stranger, clan::now(1));
+        }
         None => {}
     }
 }

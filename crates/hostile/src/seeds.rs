@@ -1,7 +1,9 @@
 //! Where fuzzing begins: one well-formed input or two of each kind.
 
 use clan_ledger::Entry;
-use clan_types::{ByteSize, CertificateHash, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, RelayAddr};
+use clan_types::{
+    ByteSize, CertificateHash, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, Purpose, RelayAddr,
+};
 use clan_wire::{
     agent::{AgentRequest, AgentResponse},
     beacon::Beacon,
@@ -70,7 +72,13 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let peers = vec![PeerAddr { machine, addrs }];
     let certificate = CertificateHash::from_bytes([4; 32]);
     let relays = vec![RelayAddr { host: "203.0.113.7".parse().expect("a host"), port: 443, certificate }];
-    let link = InviteLink { clan: ledger.clan(), secret: InviteSecret::from_bytes([3; 32]), peers, relays };
+    let link = InviteLink {
+        purpose: Purpose::Join,
+        clan: ledger.clan(),
+        secret: InviteSecret::from_bytes([3; 32]),
+        peers,
+        relays,
+    };
     seeds.push(("link", [&[0, 2], &bytes(&link)[..]].concat()));
     seeds.push(("link", [&[1], link.to_string().as_bytes()].concat()));
     seeds.push(("mux", [vec![0], framed(&[2, 2]), framed(&[&[3, 2][..], b"data"].concat()), framed(&[5, 2])].concat()));

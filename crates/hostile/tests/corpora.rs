@@ -45,7 +45,7 @@ replays!(entry, peer, join, control, mux, link, manifest, dns, probe);
 #[test]
 fn fuzzing_begins_with_well_formed_input() {
     for (name, input) in clan_hostile::seeds() {
-        let path = corpora().join(name).join(blake3::hash(&input).to_hex().as_str()[..40].to_owned());
+        let path = corpora().join(name).join(&blake3::hash(&input).to_hex().as_str()[..40]);
         if std::env::var_os("UPDATE").is_some() && !path.exists() {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, &input).unwrap();

@@ -198,10 +198,11 @@ impl Granted {
                     self.give(asked.unwrap().author().person(), *role);
                 }
             }
-            Body::SetRole { person, role: given, .. } if role >= Some(Role::Admin) => {
-                if self.people.contains_key(person) && (role == Some(Role::Owner) || *given < Role::Admin) {
-                    self.give(*person, *given);
-                }
+            Body::SetRole { person, role: given, .. }
+                if self.people.contains_key(person)
+                    && (role == Some(Role::Owner) || (role == Some(Role::Admin) && *given < Role::Admin)) =>
+            {
+                self.give(*person, *given);
             }
             Body::AddDevice { device, .. } => {
                 let owners: Vec<_> = self.people_of(entry.author()).into_iter().map(|(person, _)| person).collect();
