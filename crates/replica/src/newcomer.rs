@@ -23,7 +23,9 @@ pub fn belongs(entries: &[Entry], state: &State) -> bool {
         Body::Enrol { machine, .. } => state.machine_in_good_standing(machine).is_some_and(|m| m.owner == person),
         Body::AddDevice { device, .. } => state.device_in_good_standing(device).is_some_and(|d| d.owner == person),
         Body::RevokeDevice { device, .. } => state.device_in_good_standing(device).is_none(),
-        _ => true,
+        Body::Admission { .. } => true,
+        // What nobody comes with shows nothing: other entries are no secret among members.
+        _ => false,
     })
 }
 
