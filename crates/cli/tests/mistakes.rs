@@ -239,6 +239,10 @@ Commands:
   machine      Phones and other machines that speak standard WireGuard
   rule         Who may reach what in a clan
   group        Groups of people and machines, for rules
+  approve      Let somebody in whose invite asked for approval
+  deny         Refuse somebody whose invite asked for approval
+  role         Give a person another role
+  rename       Give a person or a machine another name
   revoke       Put a person or a machine out of a clan, or withdraw an invite
   relay        Machines that pass packets on between machines that do not reach each other
   log          Show who decided what in a clan
