@@ -140,7 +140,7 @@ impl Offer {
 
 async fn integrated_plan(shared: &Shared, socket: &str, warnings: &mut Vec<String>) -> IntegratedPlan {
     warnings.push(
-        "Members of the clan will reach whatever listens on all addresses of this computer, as they would on its LAN."
+        "Machines of the clan will reach this computer as the clan's rules say: at first its published services, and admins its SSH port."
             .into(),
     );
     let problem = Home::integrated(shared, socket, false).await.err();
