@@ -161,7 +161,8 @@ async fn a_device_link_works_once_and_for_ten_minutes() {
     assert_eq!(asked(&founder, &from, preview(&link)).await, JoinResponse::Refused(JoinRefusal::UnknownInvite));
 
     // The same in a clan whose link is older.
-    let (ada, machine, link) = (key(1), key(2), key(73));
+    // A machine of its own: two with one key would be taken for each other.
+    let (ada, machine, link) = (key(1), key(74), key(73));
     let then = Timestamp::from_millis(now().as_millis() - DEVICE_LINK_LIFETIME.as_millis() as u64 - 60_000);
     let (mut ledger, _) =
         Ledger::found(&ada, "family".parse().unwrap(), "ada".parse().unwrap(), [8; 32], then).unwrap();
