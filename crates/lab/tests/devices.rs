@@ -2,54 +2,34 @@
 //! the recovery phrase. Needs root, for network namespaces.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+mod common;
+
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use clan_lab::{
-    LabConfig, LabError, Screen,
+    LabError,
     five::{CLAN, ping_once},
     fleet::Fleet,
-    leftovers,
     nat::{Nat, SiteSpec},
     story::until,
 };
+use common::with_fleet;
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(30);
 
 #[test]
 fn a_person_has_several_devices_and_comes_back_with_a_recovery_phrase() {
-    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
-    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let own = std::env::current_exe().unwrap();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
-    config.prefix = "clandevices".into();
-    config.state = Some(folder.path().join("fleet"));
     let specs: Vec<SiteSpec> =
         ["laptop", "tablet", "friend", "fresh"].map(|name| SiteSpec::new(name, Nat::Open)).into();
-    let screen = Screen::stdout();
-    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = fleet.record().clone();
-    let told = tell(&mut fleet, &folder.path().join("fleet"));
-    if told.is_err() {
-        for computer in fleet.computers() {
-            for kind in ["controller", "manager"] {
-                screen.heading(&format!("{}'s {kind}", computer.name()));
-                computer.log_tail(kind, 30).lines().for_each(|line| screen.said(line));
-            }
-        }
-    }
-    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+    with_fleet("clandevices", &specs, &["controller", "manager"], tell);
 }
 
-fn tell(fleet: &mut Fleet, state: &Path) -> Result<(), LabError> {
+fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     let screen = fleet.screen().clone();
     screen.heading("Founding tells a recovery phrase, once");
     let created = integrated(fleet, "laptop", &["create", CLAN, "--person", "ada", "--json"], "")?;
@@ -108,7 +88,7 @@ fn tell(fleet: &mut Fleet, state: &Path) -> Result<(), LabError> {
 
     screen.heading("The phrase is nowhere");
     let own: Vec<String> = [&phrase, &words].into_iter().cloned().collect();
-    for path in files(state) {
+    for path in files(fleet.world().state()) {
         let bytes = fs::read(&path).unwrap_or_default();
         if own.iter().any(|secret| bytes.windows(secret.len()).any(|w| w == secret.as_bytes())) {
             return Err(LabError::Promise(format!("{} holds words that were to be shown once", path.display())));

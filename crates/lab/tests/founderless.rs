@@ -2,11 +2,11 @@
 //! namespaces.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+mod common;
+
 use std::{
-    fs,
     io::{ErrorKind, Read, Write},
     net::{Ipv6Addr, TcpListener, TcpStream},
-    os::unix::fs::PermissionsExt,
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, Ordering},
@@ -16,13 +16,13 @@ use std::{
 };
 
 use clan_lab::{
-    LabConfig, LabError, Screen,
+    LabError,
     five::{CLAN, ping_once},
     fleet::Fleet,
-    leftovers,
     nat::{Nat, SiteSpec},
     story::until,
 };
+use common::with_fleet;
 use serde_json::Value;
 
 /// Every reachable member drops a revoked machine's packets within this time of the command.
@@ -35,30 +35,9 @@ const PORT: u16 = 7000;
 
 #[test]
 fn with_all_founders_stopped_members_admit_and_an_admin_decides() {
-    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
-    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let own = std::env::current_exe().unwrap();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let mut config = LabConfig::new(own.parent().and_then(std::path::Path::parent).unwrap());
-    config.prefix = "clanalone".into();
-    config.state = Some(folder.path().join("fleet"));
     let specs: Vec<SiteSpec> =
         ["founder", "admin", "member", "early", "late"].map(|name| SiteSpec::new(name, Nat::Open)).into();
-    let screen = Screen::stdout();
-    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = fleet.record().clone();
-    let told = tell(&mut fleet);
-    if told.is_err() {
-        for computer in fleet.computers() {
-            for kind in ["controller", "manager"] {
-                screen.heading(&format!("{}'s {kind}", computer.name()));
-                computer.log_tail(kind, 30).lines().for_each(|line| screen.said(line));
-            }
-        }
-    }
-    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+    with_fleet("clanalone", &specs, &["controller", "manager"], tell);
 }
 
 fn tell(fleet: &mut Fleet) -> Result<(), LabError> {

@@ -2,50 +2,30 @@
 //! for network namespaces.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+mod common;
+
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
     path::Path,
     time::{Duration, Instant},
 };
 
 use clan_lab::{
-    LabConfig, LabError, Screen,
+    LabError,
     five::{CLAN, ping_once},
     fleet::{Computer, Fleet},
-    leftovers,
     nat::{Nat, SiteSpec},
     story::{link_in, until},
 };
+use common::with_fleet;
 
 const LIMIT: Duration = Duration::from_secs(30);
 const SHORT: Duration = Duration::from_secs(15);
 
 #[test]
 fn controllers_put_back_what_they_changed_and_share_a_computer() {
-    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
-    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let own = std::env::current_exe().unwrap();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
-    config.prefix = "clanhost".into();
-    config.state = Some(folder.path().join("fleet"));
     let specs: Vec<SiteSpec> = ["host", "guest"].map(|name| SiteSpec::new(name, Nat::Open)).into();
-    let screen = Screen::stdout();
-    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = fleet.record().clone();
-    let told = tell(&mut fleet);
-    if told.is_err() {
-        for computer in fleet.computers() {
-            for kind in ["controller", "manager", "work", "paper"] {
-                screen.heading(&format!("{}'s {kind}", computer.name()));
-                computer.log_tail(kind, 30).lines().for_each(|line| screen.said(line));
-            }
-        }
-    }
-    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+    with_fleet("clanhost", &specs, &["controller", "manager", "work", "paper"], tell);
 }
 
 fn tell(fleet: &mut Fleet) -> Result<(), LabError> {

@@ -2,24 +2,26 @@
 //! network namespaces.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+mod common;
+
 use std::{
     collections::BTreeMap,
     fs,
     io::{BufRead, BufReader, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
+    os::unix::net::UnixStream,
     path::Path,
     process::{Child, Stdio},
     time::Duration,
 };
 
 use clan_lab::{
-    LabConfig, LabError, Screen,
+    LabError,
     five::{CLAN, ping_once},
     fleet::Fleet,
-    leftovers,
     nat::{Nat, SiteSpec},
     story::until,
 };
+use common::with_fleet;
 use data_encoding::{BASE64, HEXLOWER};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -27,27 +29,8 @@ const DEVICE: &str = "clanphone0";
 
 #[test]
 fn a_phone_reaches_members_by_name_and_is_reached_until_it_is_removed() {
-    assert!(rustix::process::geteuid().is_root(), "this lays network namespaces: run it as root, as `make test` does");
-    let folder = tempfile::Builder::new().permissions(fs::Permissions::from_mode(0o755)).tempdir().unwrap();
-    let own = std::env::current_exe().unwrap();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
-    config.prefix = "clanphone".into();
-    config.state = Some(folder.path().join("fleet"));
     let specs: Vec<SiteSpec> = ["front", "member", "phone"].map(|name| SiteSpec::new(name, Nat::Open)).into();
-    let screen = Screen::stdout();
-    let mut fleet = Fleet::up(&config, &specs, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = fleet.record().clone();
-    let told = tell(&mut fleet);
-    if told.is_err() {
-        for computer in fleet.computers() {
-            screen.heading(&format!("{}'s controller", computer.name()));
-            computer.log_tail("controller", 30).lines().for_each(|line| screen.said(line));
-        }
-    }
-    fleet.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}", error.chain()));
-    assert!(leftovers(&record).is_empty(), "{:?}", leftovers(&record));
+    with_fleet("clanphone", &specs, &["controller"], tell);
 }
 
 fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
