@@ -4,7 +4,7 @@ use std::{error::Error, sync::Arc};
 
 use clan_api::{ApiProblem, CreateClan, ErrorCode, TaskKind, TaskResult};
 use clan_ledger::{AuthorId, Body, Ledger, Title, VmDescription};
-use clan_types::{ByteSize, RecoveryPhrase, ServiceName};
+use clan_types::{ByteSize, ClanId, ClanName, MachineName, PersonName, RecoveryPhrase, ServiceName};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, Provision, Redeem},
     image::Manifest,
@@ -148,6 +148,33 @@ impl Home {
         Ok(home)
     }
 
+    /// The record of a clan that begins now, with its machine here.
+    pub(crate) fn record(
+        &self,
+        id: ClanId,
+        name: ClanName,
+        person: PersonName,
+        machine: MachineName,
+        phase: Phase,
+    ) -> ClanRecord {
+        ClanRecord {
+            id,
+            name,
+            person,
+            owner: None,
+            machine,
+            phase,
+            flavour: self.flavour.clone(),
+            wanted: false,
+            image: None,
+            memory: self.size.memory,
+            disk: self.size.disk,
+            cpus: self.size.cpus,
+            ports: self.ports,
+            made: now(),
+        }
+    }
+
     /// No clan here, however far it has come, uses the same controller.
     pub(crate) fn check_free(&self, shared: &Shared) -> Result<(), ApiProblem> {
         let other = shared.clans().into_iter().find(|c| {
@@ -193,22 +220,8 @@ fn found(
     } else {
         None
     };
-    let record = ClanRecord {
-        id: ledger.clan(),
-        name: request.name.clone(),
-        person: request.person.clone(),
-        owner: None,
-        machine: request.machine.clone(),
-        phase: Phase::Creating,
-        flavour: home.flavour.clone(),
-        wanted: false,
-        image: None,
-        memory: home.size.memory,
-        disk: home.size.disk,
-        cpus: home.size.cpus,
-        ports: home.ports,
-        made: now(),
-    };
+    let (name, person) = (request.name.clone(), request.person.clone());
+    let record = home.record(ledger.clan(), name, person, request.machine.clone(), Phase::Creating);
     staging.commit(paths, &record, &log, None).map_err(on_disk)?;
     Ok((record, phrase))
 }

@@ -269,22 +269,8 @@ pub(crate) async fn arrive(
         let body = ledger.revocation_of_device(&by.device());
         log.push(ledger.author(&staging.key, body, now()).map_err(internal)?.encode());
     }
-    let record = ClanRecord {
-        id: link.clan,
-        name,
-        person,
-        owner: Some(owner),
-        machine: request.machine.clone(),
-        phase: Phase::Joining,
-        flavour: home.flavour.clone(),
-        wanted: false,
-        image: None,
-        memory: home.size.memory,
-        disk: home.size.disk,
-        cpus: home.size.cpus,
-        ports: home.ports,
-        made: now(),
-    };
+    let machine = request.machine.clone();
+    let record = ClanRecord { owner: Some(owner), ..home.record(link.clan, name, person, machine, Phase::Joining) };
     // INVARIANT: the key of a link or of a recovery phrase is not written down here: our own does from now on.
     let kept = InviteLink { secret: InviteSecret::from_bytes([0; 32]), ..link.clone() }.to_string();
     blocking(move || staging.commit(&paths, &record, &log, Some(&kept)).map(|()| record))

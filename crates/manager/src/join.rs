@@ -303,22 +303,7 @@ fn put(
         entry.map_err(|e| ApiProblem::new(ErrorCode::Internal, "the admission cannot be signed").why(e.to_string()))?;
     let mut log = PersonLog::default();
     log.push(entry.encode());
-    let record = ClanRecord {
-        id: link.clan,
-        name,
-        person: request.person.clone(),
-        owner: None,
-        machine: request.machine.clone(),
-        phase: Phase::Joining,
-        flavour: home.flavour.clone(),
-        wanted: false,
-        image: None,
-        memory: home.size.memory,
-        disk: home.size.disk,
-        cpus: home.size.cpus,
-        ports: home.ports,
-        made: now(),
-    };
+    let record = home.record(link.clan, name, request.person.clone(), request.machine.clone(), Phase::Joining);
     staging.commit(paths, &record, &log, Some(&link.to_string())).map_err(on_disk)?;
     Ok(record)
 }
