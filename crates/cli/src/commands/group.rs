@@ -3,7 +3,7 @@
 use clan_api::{RemoveNamed, SetGroup};
 use clan_types::GroupName;
 
-use super::rule::How;
+use super::change::{How, Removal};
 use crate::{context::Context, error::CliError, table::Table};
 
 /// What to do with the groups.
@@ -50,21 +50,15 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             Ok(())
         }
         Verb::Remove { name, how } => {
-            let clan = context.clan(how.clan).await?;
-            let mut request = RemoveNamed { name, dry_run: true };
-            context.ask(context.client.drop_group(&clan, &request)).await?;
-            if how.dry_run {
-                printer.talk(&format!("Would take the group {} away.", request.name));
-                return Ok(());
+            let removal = Removal {
+                would: format!("Would take the group {name} away."),
+                question: format!("Take the group {name} away? Rules that name it name nobody then."),
+                unasked: "take the group away without being asked",
+            };
+            let send = async |clan: &str, request: &RemoveNamed| context.client.drop_group(clan, request).await;
+            if let Some(gone) = how.remove(name, removal, context, send).await? {
+                printer.talk(&format!("The group {gone} is gone."));
             }
-            let question = format!("Take the group {} away? Rules that name it name nobody then.", request.name);
-            context.confirm(&question, "take the group away without being asked")?;
-            request.dry_run = false;
-            let gone = context.ask(context.client.drop_group(&clan, &request)).await?;
-            if printer.is_json() {
-                return printer.json(&gone);
-            }
-            printer.talk(&format!("The group {} is gone.", gone.name));
             Ok(())
         }
         Verb::List { clan } => {

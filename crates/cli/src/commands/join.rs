@@ -25,6 +25,16 @@ pub(crate) struct Args {
     /// Your name in the clan [default: your login name]
     #[arg(long)]
     person: Option<PersonName>,
+    #[command(flatten)]
+    place: Place,
+    /// Only show where the link leads
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// What this computer will be in the clan.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Place {
     /// This computer's name in the clan [default: its host name]
     #[arg(long)]
     machine: Option<MachineName>,
@@ -32,9 +42,6 @@ pub(crate) struct Args {
     size: Size,
     #[command(flatten)]
     integrate: Integrate,
-    /// Only show where the link leads
-    #[arg(long)]
-    dry_run: bool,
 }
 
 /// Joins and waits until this computer's machine is in the clan.
@@ -48,7 +55,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
             (progress::waiting(printer, "Looking for the inviter's machine on this network…", found).await?.link, true)
         }
     };
-    let outcome = go(args, &link, context).await;
+    let outcome = go(args.person, args.place, args.dry_run, &link, context).await;
     // The words are used up, whatever became of it.
     let again = || format!("clan join '{link}'");
     match outcome {
@@ -63,45 +70,50 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
 
 /// Makes this computer a device by a link that was found otherwise. Gives the clan, if it came to that.
 pub(crate) async fn accept(
-    machine: Option<MachineName>,
-    size: Size,
-    integrate: Integrate,
+    place: Place,
     dry_run: bool,
     link: &str,
     context: &Context,
 ) -> Result<Option<ClanName>, CliError> {
-    go(Args { invitation: Vec::new(), person: None, machine, size, integrate, dry_run }, link, context).await
+    go(None, place, dry_run, link, context).await
 }
 
 /// Gives the clan that this computer is in now; `None` if it was only looked at.
-async fn go(args: Args, link: &str, context: &Context) -> Result<Option<ClanName>, CliError> {
+async fn go(
+    person: Option<PersonName>,
+    place: Place,
+    dry_run: bool,
+    link: &str,
+    context: &Context,
+) -> Result<Option<ClanName>, CliError> {
     let printer = &context.printer;
-    let integrate = args.integrate.controller()?;
+    let Place { machine, size, integrate } = place;
+    let integrate = integrate.controller()?;
     let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone() };
     let preview =
         progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&question))).await?;
-    if args.dry_run {
+    if dry_run {
         if printer.is_json() {
             printer.json(&preview)?;
         } else {
-            facts(&preview, &args.size).iter().try_for_each(|l| printer.data(l))?;
+            facts(&preview, &size).iter().try_for_each(|l| printer.data(l))?;
         }
         return Ok(None);
     }
     let person = match &preview.device_of {
-        Some(person) => person.clone(),
-        None => names::person(args.person, &preview.people)?,
+        Some(device_of) => device_of.clone(),
+        None => names::person(person, &preview.people)?,
     };
-    let machine = names::machine(args.machine, &preview.machines)?;
+    let machine = names::machine(machine, &preview.machines)?;
     if !printer.is_json() || context.will_ask() {
-        show(&preview, &args.size, printer);
+        show(&preview, &size, printer);
     }
     let question = match &preview.device_of {
         Some(_) => format!("Make this computer one of {person}'s devices in {}, as {machine}?", preview.clan_name),
         None => format!("Join {} as {person}, with this computer as {machine}?", preview.clan_name),
     };
     context.confirm(&question, "join without being asked; `--dry-run` shows where the link leads")?;
-    let Size { memory, disk, cpus } = args.size;
+    let Size { memory, disk, cpus } = size;
     let request = JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;

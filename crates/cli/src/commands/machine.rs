@@ -6,7 +6,7 @@ use data_encoding::BASE64;
 use serde::Serialize;
 use x25519_dalek::{PublicKey, StaticSecret};
 
-use super::rule::How;
+use super::change::{How, Removal};
 use crate::{context::Context, error::CliError, printer::Printer, qr};
 
 /// What to do with machines.
@@ -118,22 +118,15 @@ fn explain(machine: &WireguardMachine, secret: bool, printer: &Printer) {
 }
 
 async fn remove(name: String, how: How, context: &Context) -> Result<(), CliError> {
-    let printer = &context.printer;
-    let clan = context.clan(how.clan).await?;
-    let mut request = RemoveNamed { name, dry_run: true };
-    context.ask(context.client.remove_wireguard(&clan, &request)).await?;
-    if how.dry_run {
-        printer.talk(&format!("Would take {} out.", request.name));
-        return Ok(());
+    let removal = Removal {
+        would: format!("Would take {name} out."),
+        question: format!("Take {name} out? Its key does not come in again."),
+        unasked: "take the machine out without being asked",
+    };
+    let send = async |clan: &str, request: &RemoveNamed| context.client.remove_wireguard(clan, request).await;
+    if let Some(gone) = how.remove(name, removal, context, send).await? {
+        context.printer.talk(&format!("{gone} is out."));
     }
-    let question = format!("Take {} out? Its key does not come in again.", request.name);
-    context.confirm(&question, "take the machine out without being asked")?;
-    request.dry_run = false;
-    let gone = context.ask(context.client.remove_wireguard(&clan, &request)).await?;
-    if printer.is_json() {
-        return printer.json(&gone);
-    }
-    printer.talk(&format!("{} is out.", gone.name));
     Ok(())
 }
 

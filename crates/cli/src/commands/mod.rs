@@ -1,6 +1,7 @@
 //! One file per noun or daily verb.
 
 pub(crate) mod approve;
+pub(crate) mod change;
 pub(crate) mod completions;
 pub(crate) mod controller;
 pub(crate) mod create;

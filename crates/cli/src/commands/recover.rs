@@ -1,13 +1,10 @@
 //! `clan recover`: comes back to a clan on a new computer, with a recovery phrase.
 
 use clan_api::FindRecovery;
-use clan_types::{MachineName, RecoveryPhrase};
+use clan_types::RecoveryPhrase;
 
 use crate::{
-    commands::{
-        create::{Integrate, Size},
-        join,
-    },
+    commands::join::{self, Place},
     context::{Context, next_line, secret_line},
     error::CliError,
     progress,
@@ -25,13 +22,8 @@ pub(crate) struct Args {
     /// Any link to the clan, such as somebody's `clan invite` prints; nothing of it is used up
     #[arg(long)]
     link: Option<String>,
-    /// This computer's name in the clan [default: its host name]
-    #[arg(long)]
-    machine: Option<MachineName>,
     #[command(flatten)]
-    size: Size,
-    #[command(flatten)]
-    integrate: Integrate,
+    place: Place,
     /// Only show which clan the phrase belongs to
     #[arg(long)]
     dry_run: bool,
@@ -46,7 +38,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let request = FindRecovery { phrase, link: args.link };
     let found = context.ask(context.client.find_recovery(&request));
     let link = progress::waiting(printer, "Looking for your clan…", found).await?.link;
-    let name = join::accept(args.machine, args.size, args.integrate, args.dry_run, &link, context).await?;
+    let name = join::accept(args.place, args.dry_run, &link, context).await?;
     if let Some(clan) = name.filter(|_| !printer.is_json()) {
         printer.talk(&format!("Put out what you lost: clan device list {clan}, then clan device remove NAME"));
     }

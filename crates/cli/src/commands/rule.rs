@@ -3,6 +3,7 @@
 use clan_api::{RemoveNamed, RuleInfo, SetRule};
 use clan_types::RuleName;
 
+use super::change::{How, Removal};
 use crate::{context::Context, error::CliError, table::Table};
 
 /// What to do with the rules.
@@ -45,17 +46,6 @@ pub(crate) enum Verb {
     },
 }
 
-/// Where and how.
-#[derive(Debug, clap::Args)]
-pub(crate) struct How {
-    /// Which clan, if you are in several
-    #[arg(long)]
-    pub(crate) clan: Option<String>,
-    /// Only say whether it would work
-    #[arg(long)]
-    pub(crate) dry_run: bool,
-}
-
 /// Shows or changes the rules.
 pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
     let printer = &context.printer;
@@ -72,22 +62,15 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             Ok(())
         }
         Verb::Remove { name, how } => {
-            let clan = context.clan(how.clan).await?;
-            let mut request = RemoveNamed { name, dry_run: true };
-            context.ask(context.client.drop_rule(&clan, &request)).await?;
-            if how.dry_run {
-                printer.talk(&format!("Would take the rule {} away.", request.name));
-                return Ok(());
+            let removal = Removal {
+                would: format!("Would take the rule {name} away."),
+                question: format!("Take the rule {name} away? What only it allows does not come in any more."),
+                unasked: "take the rule away without being asked",
+            };
+            let send = async |clan: &str, request: &RemoveNamed| context.client.drop_rule(clan, request).await;
+            if let Some(gone) = how.remove(name, removal, context, send).await? {
+                printer.talk(&format!("The rule {gone} is gone."));
             }
-            let question =
-                format!("Take the rule {} away? What only it allows does not come in any more.", request.name);
-            context.confirm(&question, "take the rule away without being asked")?;
-            request.dry_run = false;
-            let gone = context.ask(context.client.drop_rule(&clan, &request)).await?;
-            if printer.is_json() {
-                return printer.json(&gone);
-            }
-            printer.talk(&format!("The rule {} is gone.", gone.name));
             Ok(())
         }
         Verb::List { clan } => {
