@@ -39,10 +39,6 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     fleet.computer("member").join(&link)?.success()?;
     until(LIMIT, "the machines meeting", || ping_once(fleet.computer("member"), "front"))?;
 
-    until(LIMIT, "the front telling its manager of itself", || {
-        let machines = fleet.computer("front").clan_json(&["machines"])?;
-        Ok(machines.as_array().is_some_and(|all| all.iter().any(|m| m["this"] == true)).then_some(()))
-    })?;
     let added = fleet.computer("front").clan_json(&["machine", "add", "phone", "--wireguard"])?;
     let configuration = added["configuration"].as_str().unwrap_or_default().to_owned();
     let _phone = Phone::start(fleet, &configuration)?;

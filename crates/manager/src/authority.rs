@@ -13,13 +13,12 @@ const LEAST_PREFIX: usize = 6;
 
 /// Puts a person or a machine out, or withdraws an invite; or finds out whether that would work.
 pub(crate) async fn revoke(clan: &Clan, request: &Revoke) -> Result<Revocation, ApiProblem> {
-    let (author, here) = (clan.person(), clan.told().map(|t| t.status.machine));
+    let (author, here) = (clan.person(), clan.state().await?.machine);
     if request.dry_run {
         let ledger = sign::ledger(clan).await?;
-        return decide(&ledger, &author, here.as_ref(), request).map(|(revocation, _)| revocation);
+        return decide(&ledger, &author, &here, request).map(|(revocation, _)| revocation);
     }
-    let (mut revocation, entries) =
-        sign::decide_all(clan, |ledger| decide(ledger, &author, here.as_ref(), request)).await?;
+    let (mut revocation, entries) = sign::decide_all(clan, |ledger| decide(ledger, &author, &here, request)).await?;
     revocation.entries = u32::try_from(entries.len()).unwrap_or(u32::MAX);
     if !revocation.already {
         tracing::info!(clan = %clan.name(), kind = ?revocation.kind, subject = %revocation.name, "revoked");
@@ -38,7 +37,7 @@ pub(crate) async fn invites(clan: &Clan) -> Result<Vec<InviteInfo>, ApiProblem> 
 fn decide(
     ledger: &Ledger,
     author: &PersonId,
-    here: Option<&MachineId>,
+    here: &MachineId,
     request: &Revoke,
 ) -> Result<(Revocation, Vec<Body>), ApiProblem> {
     let state = ledger.state();
@@ -74,7 +73,7 @@ fn decide(
         }
         RevocationKind::Machine => {
             let (id, name) = find_machine(state, subject)?;
-            if here == Some(&id) {
+            if *here == id {
                 return Err(ApiProblem::new(ErrorCode::BadRequest, format!("{name} is this computer's machine"))
                     .hint("leave the clan with it: `clan leave`"));
             }
@@ -312,7 +311,7 @@ pub(crate) mod tests {
     }
 
     fn refusal(by: u8, kind: RevocationKind, subject: &str) -> String {
-        told(&decide(&clan(), &person(by), Some(&machine(by)), &ask(kind, subject)).unwrap_err())
+        told(&decide(&clan(), &person(by), &machine(by), &ask(kind, subject)).unwrap_err())
     }
 
     #[test]
@@ -379,16 +378,17 @@ pub(crate) mod tests {
     fn a_person_goes_with_all_their_machines_and_a_second_time_signs_nothing() {
         let mut ledger = clan();
         for subject in ["dora", &person(4).to_string(), &person(4).to_string()[..8]] {
-            let (told, bodies) = decide(&ledger, &person(2), None, &ask(RevocationKind::Person, subject)).unwrap();
+            let (told, bodies) =
+                decide(&ledger, &person(2), &machine(2), &ask(RevocationKind::Person, subject)).unwrap();
             assert_eq!((told.name.as_str(), told.machines.len(), bodies.len()), ("dora", 1, 2), "{subject}");
         }
         let request = ask(RevocationKind::Person, "dora");
-        for body in decide(&ledger, &person(2), None, &request).unwrap().1 {
+        for body in decide(&ledger, &person(2), &machine(2), &request).unwrap().1 {
             say(&mut ledger, &key(2), body);
         }
         assert!(ledger.state().machine_in_good_standing(&machine(4)).is_none());
         assert_eq!(ledger.state().role_of(&person(4)), None);
-        let (told, bodies) = decide(&ledger, &person(2), None, &request).unwrap();
+        let (told, bodies) = decide(&ledger, &person(2), &machine(2), &request).unwrap();
         assert!(told.already && bodies.is_empty());
     }
 
@@ -398,9 +398,9 @@ pub(crate) mod tests {
         let wg = WgPublicKey::from_bytes([77; 32]);
         say(&mut ledger, &key(4), Body::Enrol { machine: machine(77), name: "phone".parse().unwrap(), wg });
         let request = ask(RevocationKind::Machine, "phone");
-        assert!(decide(&ledger, &person(5), None, &request).is_err(), "another member");
+        assert!(decide(&ledger, &person(5), &machine(5), &request).is_err(), "another member");
         for by in [4, 2, 1] {
-            let (_, bodies) = decide(&ledger, &person(by), Some(&machine(by)), &request).unwrap();
+            let (_, bodies) = decide(&ledger, &person(by), &machine(by), &request).unwrap();
             let mut after = ledger.clone();
             for body in bodies {
                 say(&mut after, &key(by), body);
@@ -419,7 +419,7 @@ pub(crate) mod tests {
         // A member's: void, hence no invite at all.
         invite(&mut ledger, 4, 53, Role::Member, at(10_000));
         let short = &withdrawn.to_string()[..10];
-        let (told, bodies) = decide(&ledger, &person(3), None, &ask(RevocationKind::Invite, short)).unwrap();
+        let (told, bodies) = decide(&ledger, &person(3), &machine(3), &ask(RevocationKind::Invite, short)).unwrap();
         assert_eq!(told.name, "ben", "whose invite it is");
         for body in bodies {
             say(&mut ledger, &key(3), body);

@@ -1,20 +1,30 @@
 //! A clan on this computer: its record, the person's key and log, and its VM's keeper.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::{
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
+use clan_api::ApiProblem;
 use clan_ledger::AuthorId;
 use clan_os::channel::Channel;
 use clan_types::{ClanId, ClanName, PersonId};
+use clan_wire::control::NodeStatus;
 use ed25519_dalek::SigningKey;
 
 use crate::{
     disk::DiskError,
-    guest::GuestError,
+    guest::{self, GuestError},
     keeper::Keeper,
     link::Told,
     paths::ClanPaths,
+    problem,
     record::{ClanRecord, PersonLog},
+    tasks::now,
 };
+
+/// How long somebody who only looks waits for the present where the past is known.
+const GLANCE: Duration = Duration::from_secs(2);
 
 /// A clan's record, kept on disk.
 pub(crate) struct RecordCell {
@@ -85,9 +95,27 @@ impl Clan {
         self.keeper.control().ok_or(GuestError::NotConnected { who: "controller" })
     }
 
-    /// What the controller told last.
-    pub(crate) fn told(&self) -> Option<Told> {
-        self.keeper.told()
+    /// The state of the clan as the controller has it now.
+    ///
+    /// INVARIANT: what a person decides, and what they see right after it, rests on this. What the controller told last may
+    /// be older than what the person did last.
+    pub(crate) async fn state(&self) -> Result<NodeStatus, ApiProblem> {
+        let asked = async { guest::status(&self.control()?, guest::PATIENCE).await };
+        asked.await.map_err(|e| problem::guest(&e))
+    }
+
+    /// The same for somebody who looks: where the controller does not answer, what it told last.
+    pub(crate) async fn seen(&self) -> Option<Told> {
+        let told = self.keeper.told();
+        let Ok(control) = self.control() else { return told };
+        let patience = if told.is_some() { GLANCE } else { guest::PATIENCE };
+        match guest::status(&control, patience).await {
+            Ok(status) => Some(Told { at: now(), status: Arc::new(status) }),
+            Err(error) => {
+                tracing::debug!(clan = %self.name(), %error, "what was told last is shown");
+                told
+            }
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use clan_os::channel::{Channel, ChannelError, MessageError, Stream, recv_message
 use clan_types::{ClanId, MachineId, WgPublicKey};
 use clan_wire::{
     agent::{self, AgentRequest, AgentResponse},
-    control::{self, ControlRequest, ControlResponse},
+    control::{self, ControlRequest, ControlResponse, NodeStatus},
     peer::{EncodedEntry, JoinRefusal},
 };
 use tokio::time::timeout;
@@ -101,6 +101,14 @@ pub(crate) async fn identify(channel: &Channel) -> Result<Identity, GuestError> 
     match open(channel, &ControlRequest::Identify, PATIENCE).await?.1 {
         ControlResponse::Identity { machine, wireguard, clan, .. } => Ok(Identity { machine, wireguard, clan }),
         _ => Err(GuestError::Unexpected { what: "say who it is" }),
+    }
+}
+
+/// The state of the clan as the guest has it.
+pub(crate) async fn status(channel: &Channel, limit: Duration) -> Result<NodeStatus, GuestError> {
+    match open(channel, &ControlRequest::Status, limit).await?.1 {
+        ControlResponse::Status(status) => Ok(*status),
+        _ => Err(GuestError::Unexpected { what: "give its state" }),
     }
 }
 

@@ -80,15 +80,9 @@ pub(crate) async fn ways(
     let machine = guest::identify(control).await.map_err(|e| problem::guest(&e))?.machine;
     // What leads here from other computers first; what the machine itself knows after it.
     let mut addrs = crate::link::environment(&clan.record.get(), &shared.images).await.quic;
-    // Asked now: what it told last may be older than its addresses.
-    let mut relays = match guest::open(control, &ControlRequest::Status, guest::PATIENCE).await {
-        Ok((_, ControlResponse::Status(status))) => {
-            addrs.extend(status.quic);
-            status.relays
-        }
-        Ok(_) => return Err(problem::guest(&guest::GuestError::Unexpected { what: "give its state" })),
-        Err(error) => return Err(problem::guest(&error)),
-    };
+    let status = guest::status(control, guest::PATIENCE).await.map_err(|e| problem::guest(&e))?;
+    addrs.extend(status.quic);
+    let mut relays = status.relays;
     let mut seen = std::collections::HashSet::new();
     addrs.retain(|a| seen.insert(*a));
     addrs.truncate(MAX_ADDRS);

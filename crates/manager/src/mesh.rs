@@ -15,6 +15,7 @@ use clan_types::{
     IPV4_PREFIX, MachineId, PersonId, PersonName, Role, WgPublicKey, clan_prefix, ipv4_candidates, mesh_address,
     peer_address,
 };
+use clan_wire::control::NodeStatus;
 use data_encoding::BASE64;
 
 use crate::{authority::not_allowed, clan::Clan, sign};
@@ -33,10 +34,11 @@ async fn settle<T>(
 
 /// Admits a standard WireGuard machine, and says what it has to be told.
 pub(crate) async fn add_wireguard(clan: &Clan, request: &AddWireguard) -> Result<WireguardMachine, ApiProblem> {
-    let (author, here) = (clan.person(), clan.told().map(|told| told.status.machine));
+    let status = clan.state().await?;
+    let (author, here) = (clan.person(), status.machine);
     let wg = public_key(&request.public_key)?;
     let mut machine = settle(clan, request.dry_run, |ledger| add(ledger, &author, here, request, wg)).await?;
-    machine.0.endpoints = endpoints(clan, &machine.1);
+    machine.0.endpoints = endpoints(&status, &machine.1);
     if !request.dry_run {
         tracing::info!(clan = %clan.name(), machine = %request.name, "standard WireGuard machine added");
     }
@@ -46,15 +48,14 @@ pub(crate) async fn add_wireguard(clan: &Clan, request: &AddWireguard) -> Result
 fn add(
     ledger: &Ledger,
     author: &PersonId,
-    here: Option<MachineId>,
+    here: MachineId,
     request: &AddWireguard,
     wg: WgPublicKey,
 ) -> Result<((WireguardMachine, MachineId), Vec<Body>), ApiProblem> {
     let (state, clan) = (ledger.state(), ledger.clan());
-    let found = match (&request.via, here) {
-        (Some(name), _) => state.machine_named(name),
-        (None, Some(here)) => state.good_machines().find(|(id, _)| **id == here),
-        (None, None) => None,
+    let found = match &request.via {
+        Some(name) => state.machine_named(name),
+        None => state.good_machines().find(|(id, _)| **id == here),
     };
     let Some((via, front)) = found else {
         let name = request.via.as_ref().map_or_else(|| "of this computer".to_owned(), |name| format!("called {name}"));
@@ -249,11 +250,9 @@ fn public_key(text: &str) -> Result<WgPublicKey, ApiProblem> {
 }
 
 /// Where a machine may be reached from outside: public addresses before private ones.
-fn endpoints(clan: &Clan, via: &MachineId) -> Vec<SocketAddr> {
-    let told = clan.told();
-    let machines = told.iter().flat_map(|told| &told.status.machines);
-    let mut endpoints: Vec<SocketAddr> =
-        machines.filter(|machine| machine.id == *via).flat_map(|machine| machine.wireguard.clone()).collect();
+fn endpoints(status: &NodeStatus, via: &MachineId) -> Vec<SocketAddr> {
+    let there = status.machines.iter().filter(|machine| machine.id == *via);
+    let mut endpoints: Vec<SocketAddr> = there.flat_map(|machine| machine.wireguard.clone()).collect();
     endpoints.sort_by_key(|addr| match addr {
         SocketAddr::V4(addr) => (addr.ip().is_private() || addr.ip().is_link_local(), false),
         SocketAddr::V6(addr) => (addr.ip().is_unique_local(), true),

@@ -13,21 +13,18 @@ const DEFAULT_PORT: u16 = 443;
 
 /// The relays of a clan.
 pub(crate) async fn list(clan: &Clan) -> Result<Vec<RelayInfo>, ApiProblem> {
-    let here = clan.told().map(|told| told.status.machine);
-    Ok(tell(&sign::ledger(clan).await?, here.as_ref()))
+    let here = clan.state().await?.machine;
+    Ok(tell(&sign::ledger(clan).await?, &here))
 }
 
 /// Makes a machine a relay, or makes it one no more.
 pub(crate) async fn set(clan: &Clan, request: &SetRelay) -> Result<RelayChange, ApiProblem> {
-    let told = clan.told();
-    let status = told.as_ref().map(|told| told.status.as_ref());
+    let status = clan.state().await?;
     let known = Known {
-        here: status.map(|s| s.machine),
+        here: status.machine,
         here_is_vm: !clan.record.get().is_integrated(),
-        public: status.and_then(|s| s.quic.iter().map(|addr| addr.ip()).find(is_public)),
-        certificates: status
-            .map(|s| s.machines.iter().filter_map(|m| Some((m.id, m.certificate?))).collect())
-            .unwrap_or_default(),
+        public: status.quic.iter().map(|addr| addr.ip()).find(is_public),
+        certificates: status.machines.iter().filter_map(|m| Some((m.id, m.certificate?))).collect(),
     };
     if request.dry_run {
         return decide(&sign::ledger(clan).await?, &known, request).map(|(change, _)| change);
@@ -39,16 +36,15 @@ pub(crate) async fn set(clan: &Clan, request: &SetRelay) -> Result<RelayChange, 
     Ok(change)
 }
 
-/// What the machine here has told of the others and of itself.
-#[derive(Default)]
+/// What the machine here says of the others and of itself.
 struct Known {
-    here: Option<MachineId>,
+    here: MachineId,
     here_is_vm: bool,
     public: Option<IpAddr>,
     certificates: Vec<(MachineId, CertificateHash)>,
 }
 
-fn tell(ledger: &Ledger, here: Option<&MachineId>) -> Vec<RelayInfo> {
+fn tell(ledger: &Ledger, here: &MachineId) -> Vec<RelayInfo> {
     let state = ledger.state();
     let relays = state.good_relays().filter_map(|(id, relay)| {
         Some(RelayInfo {
@@ -57,22 +53,17 @@ fn tell(ledger: &Ledger, here: Option<&MachineId>) -> Vec<RelayInfo> {
             host: relay.host.clone(),
             port: relay.port,
             certificate: relay.certificate,
-            this: here == Some(id),
+            this: here == id,
         })
     });
     relays.collect()
 }
 
 fn decide(ledger: &Ledger, known: &Known, request: &SetRelay) -> Result<(RelayChange, Vec<Body>), ApiProblem> {
-    let (machine, name) = match (&request.machine, known.here) {
-        (Some(text), _) => authority::find_machine(ledger.state(), text.trim())?,
-        (None, Some(here)) => authority::find_machine(ledger.state(), &here.to_string())?,
-        (None, None) => {
-            return Err(ApiProblem::new(ErrorCode::VmNotReady, "this computer's machine has not told its state yet")
-                .hint("try again in a moment"));
-        }
-    };
-    let present = tell(ledger, known.here.as_ref()).into_iter().find(|relay| relay.machine == machine);
+    let here = known.here.to_string();
+    let (machine, name) =
+        authority::find_machine(ledger.state(), request.machine.as_deref().map_or(here.as_str(), str::trim))?;
+    let present = tell(ledger, &known.here).into_iter().find(|relay| relay.machine == machine);
     if !request.on {
         let relay = present.ok_or_else(|| {
             ApiProblem::new(ErrorCode::NotFound, format!("{name} is no relay"))
@@ -90,7 +81,7 @@ fn decide(ledger: &Ledger, known: &Known, request: &SetRelay) -> Result<(RelayCh
     if port == 0 {
         return Err(ApiProblem::new(ErrorCode::BadRequest, "0 is no port"));
     }
-    let relay = RelayInfo { machine, machine_name: name, host, port, certificate, this: known.here == Some(machine) };
+    let relay = RelayInfo { machine, machine_name: name, host, port, certificate, this: known.here == machine };
     if present.as_ref() == Some(&relay) {
         return Ok((RelayChange { relay, on: true, already: true }, Vec::new()));
     }
@@ -101,7 +92,7 @@ fn decide(ledger: &Ledger, known: &Known, request: &SetRelay) -> Result<(RelayCh
 fn cannot_serve(known: &Known, machine: &MachineId, name: &str) -> ApiProblem {
     let vm = "a virtual machine's TCP ports are not reachable from outside yet";
     let hint = "choose a machine that joined with `--integrate`";
-    if known.here == Some(*machine) && known.here_is_vm {
+    if known.here == *machine && known.here_is_vm {
         return ApiProblem::new(ErrorCode::Conflict, format!("{name} cannot be a relay")).why(vm).hint(hint);
     }
     ApiProblem::new(ErrorCode::Conflict, format!("{name} has not said that it can be a relay"))
@@ -110,7 +101,7 @@ fn cannot_serve(known: &Known, machine: &MachineId, name: &str) -> ApiProblem {
 }
 
 fn public_host(known: &Known, machine: &MachineId, name: &str) -> Result<Host, ApiProblem> {
-    let own = known.public.filter(|_| known.here == Some(*machine));
+    let own = known.public.filter(|_| known.here == *machine);
     own.and_then(|ip| ip.to_string().parse().ok()).ok_or_else(|| {
         ApiProblem::new(ErrorCode::BadRequest, format!("where is {name} reached from everywhere?"))
             .why("no public address of it is known here")
@@ -161,7 +152,7 @@ mod tests {
 
     fn known(machine: MachineId) -> Known {
         Known {
-            here: Some(machine),
+            here: machine,
             here_is_vm: false,
             public: Some("203.0.113.7".parse().unwrap()),
             certificates: vec![(machine, CERTIFICATE)],
@@ -181,14 +172,14 @@ mod tests {
         for body in bodies {
             say(&mut ledger, &key, body);
         }
-        assert_eq!(tell(&ledger, Some(&machine)), [change.relay]);
+        assert_eq!(tell(&ledger, &machine), [change.relay]);
         let (again, bodies) = decide(&ledger, &known, &on()).unwrap();
         assert!(again.already && bodies.is_empty());
         let (_, bodies) = decide(&ledger, &known, &SetRelay::default()).unwrap();
         for body in bodies {
             say(&mut ledger, &key, body);
         }
-        assert!(tell(&ledger, None).is_empty());
+        assert!(tell(&ledger, &machine).is_empty());
         assert_eq!(decide(&ledger, &known, &SetRelay::default()).unwrap_err().code, ErrorCode::NotFound);
     }
 

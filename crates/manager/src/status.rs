@@ -8,10 +8,12 @@ use clan_api::{
 use clan_types::{ByteSize, PersonId, Timestamp};
 use clan_vm::{AccelKind, probe};
 use clan_wire::{beacon, control};
+use futures_util::future::join_all;
 
 use crate::{
     clan::{Clan, fingerprint},
     guest::short,
+    link::Told,
     manager::Shared,
     paths::Paths,
     problem,
@@ -43,8 +45,9 @@ pub(crate) async fn status(shared: &Shared) -> Status {
             hints: vec!["free some space".into()],
         });
     }
-    for clan in &clans {
-        problems.extend(clan_problems(clan));
+    let seen = join_all(clans.iter().map(|clan| clan.seen())).await;
+    for (clan, seen) in clans.iter().zip(&seen) {
+        problems.extend(clan_problems(clan, seen.as_ref()));
     }
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
@@ -52,14 +55,14 @@ pub(crate) async fn status(shared: &Shared) -> Status {
         now: now(),
         host,
         accelerator,
-        clans: clans.iter().map(|c| clan_info(c)).collect(),
+        clans: clans.iter().zip(&seen).map(|(clan, seen)| info(clan, seen.as_ref())).collect(),
         vms: clans.iter().map(|c| vm_info(shared, c)).collect(),
         tasks,
         problems,
     }
 }
 
-fn clan_problems(clan: &Clan) -> Vec<HealthProblem> {
+fn clan_problems(clan: &Clan, seen: Option<&Told>) -> Vec<HealthProblem> {
     let view = clan.keeper.view();
     let mut problems = Vec::new();
     let name = clan.name();
@@ -83,7 +86,7 @@ fn clan_problems(clan: &Clan) -> Vec<HealthProblem> {
             hints: vec![exposure.remedy],
         });
     }
-    for message in clan.told().map(|t| t.status.problems.clone()).unwrap_or_default().iter().take(20) {
+    for message in seen.iter().flat_map(|told| &told.status.problems).take(20) {
         problems.push(HealthProblem {
             severity: Severity::Warning,
             clan: Some(name.clone()),
@@ -128,11 +131,20 @@ fn kind(kind: AccelKind) -> AcceleratorKind {
     }
 }
 
+/// All clans.
+pub(crate) async fn clans(shared: &Shared) -> Vec<ClanInfo> {
+    let clans = shared.clans();
+    join_all(clans.iter().map(|clan| clan_info(clan))).await
+}
+
 /// A clan.
-pub(crate) fn clan_info(clan: &Clan) -> ClanInfo {
-    let record = clan.record.get();
-    let (person, told) = (clan.person(), clan.told());
-    let status = told.as_ref().map(|t| t.status.as_ref());
+pub(crate) async fn clan_info(clan: &Clan) -> ClanInfo {
+    info(clan, clan.seen().await.as_ref())
+}
+
+fn info(clan: &Clan, seen: Option<&Told>) -> ClanInfo {
+    let (record, person) = (clan.record.get(), clan.person());
+    let status = seen.map(|told| told.status.as_ref());
     let mut machines: Vec<MachineInfo> =
         status.map(|s| s.machines.iter().map(|m| machine(m, s)).collect()).unwrap_or_default();
     machines.sort_by(|a, b| (!a.this, &a.name).cmp(&(!b.this, &b.name)));
@@ -149,7 +161,7 @@ pub(crate) fn clan_info(clan: &Clan) -> ClanInfo {
         role: status.and_then(|s| s.people.iter().find(|p| p.id == person)).map(|p| p.role),
         machine_name: record.machine,
         online: clan.keeper.control().is_some(),
-        as_of: told.as_ref().map(|t| t.at),
+        as_of: seen.map(|told| told.at),
         people: status.map(|s| people(s, &person)).unwrap_or_default(),
         machines,
         services: status.map(|s| s.services.iter().map(|v| service(v, s)).collect()).unwrap_or_default(),

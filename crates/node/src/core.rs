@@ -348,7 +348,7 @@ impl Core {
 
     /// Does what the replica wants done. Writing is done at once, so that none is outstanding afterwards.
     fn carry_out(&mut self) {
-        let mut changed = false;
+        let (mut changed, mut answers) = (false, Vec::new());
         while let Some(action) = self.replica.poll_action() {
             match action {
                 Action::Persist { write, entries } => changed |= self.persist(write, &entries),
@@ -364,7 +364,7 @@ impl Core {
                         self.replica.handle_dial_ended(error.into_inner().machine, self.now());
                     }
                 }
-                Action::Answer { ticket, answer } => self.answer(ticket, answer),
+                Action::Answer { ticket, answer } => answers.push((ticket, answer)),
                 Action::Changed => changed = true,
                 Action::Refused { from, why } => {
                     tracing::info!(%from, error = %why, "a machine sent entries that do not count");
@@ -373,6 +373,10 @@ impl Core {
         }
         if changed {
             self.publish();
+        }
+        // INVARIANT: whoever hears that something is done sees it in the view.
+        for (ticket, answer) in answers {
+            self.answer(ticket, answer);
         }
     }
 

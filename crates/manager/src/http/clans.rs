@@ -27,7 +27,7 @@ pub(super) async fn status(State(shared): State<Arc<Shared>>) -> Json<Status> {
 }
 
 pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Vec<ClanInfo>> {
-    Json(StatusCode::OK, shared.clans().iter().map(|c| states::clan_info(c)).collect())
+    Json(StatusCode::OK, states::clans(&shared).await)
 }
 
 pub(super) async fn create(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<CreatedClan>> {
@@ -66,21 +66,21 @@ pub(super) async fn members(
     State(shared): State<Arc<Shared>>,
     Path(clan): Path<String>,
 ) -> Answer<Json<Vec<PersonInfo>>> {
-    Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).people))
+    Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).await.people))
 }
 
 pub(super) async fn machines(
     State(shared): State<Arc<Shared>>,
     Path(clan): Path<String>,
 ) -> Answer<Json<Vec<MachineInfo>>> {
-    Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).machines))
+    Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).await.machines))
 }
 
 pub(super) async fn services(
     State(shared): State<Arc<Shared>>,
     Path(clan): Path<String>,
 ) -> Answer<Json<Vec<ServiceInfo>>> {
-    Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).services))
+    Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).await.services))
 }
 
 pub(super) async fn leave(State(shared): State<Arc<Shared>>, Path(clan): Path<String>) -> Answer<Json<TaskInfo>> {
@@ -94,14 +94,11 @@ pub(super) async fn open(
 ) -> Answer<Json<OpenedService>> {
     let clan = shared.find(&clan)?;
     let name: ServiceName = name.parse().map_err(|e| problem::name(&e))?;
-    clan.control().map_err(|e| problem::guest(&e))?;
-    let told = clan.told().ok_or_else(|| {
-        ApiProblem::new(ErrorCode::VmNotReady, "the clan's state is not known yet").hint("try again in a moment")
-    })?;
-    let offers: Vec<_> = told.status.services.iter().filter(|s| s.name == name).collect();
+    let status = clan.state().await?;
+    let offers: Vec<_> = status.services.iter().filter(|s| s.name == name).collect();
     // One that works, if there is one.
     let Some(offer) = offers.iter().find(|s| s.healthy).or(offers.first()) else {
-        let names: Vec<String> = told.status.services.iter().map(|s| s.name.to_string()).collect();
+        let names: Vec<String> = status.services.iter().map(|s| s.name.to_string()).collect();
         let problem =
             ApiProblem::new(ErrorCode::NotFound, format!("nobody in the clan offers a service called `{name}`"));
         return Err(

@@ -1,0 +1,167 @@
+//! What a person asks right after they did something is answered by what is, not by what the controller told some time ago: this
+//! one never tells anything of itself.
+
+#![allow(clippy::unwrap_used, reason = "the helpers of these tests fail the test")]
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use clan_api::{AddWireguard, CreateClan, ManagerClient, SetRelay, TaskEvent, TaskState};
+use clan_ledger::{Entry, Ledger};
+use clan_manager::{Manager, Options};
+use clan_os::channel::{Channel, Stream, recv_message, send_message};
+use clan_types::{CertificateHash, ClanId, MachineId, Role, WgPublicKey, mesh_address};
+use clan_wire::control::{ControlRequest, ControlResponse, MAX_MESSAGE, MachineStatus, NodeStatus, PersonStatus};
+use tokio::{net::UnixListener, sync::Mutex, time::timeout};
+use tokio_util::sync::CancellationToken;
+
+const LIMIT: Duration = Duration::from_secs(60);
+const MACHINE: MachineId = MachineId::from_bytes([7; 32]);
+
+/// What a controller that was asked, and never reports, holds.
+#[derive(Default)]
+struct Silent {
+    clan: Option<ClanId>,
+    entries: Vec<Vec<u8>>,
+}
+
+impl Silent {
+    fn answer(&mut self, request: ControlRequest) -> ControlResponse {
+        match request {
+            ControlRequest::Identify => ControlResponse::Identity {
+                machine: MACHINE,
+                wireguard: WgPublicKey::from_bytes([8; 32]),
+                clan: self.clan,
+                version: "test".into(),
+            },
+            ControlRequest::Provision(provision) => {
+                (self.clan, self.entries) = (Some(provision.clan), provision.entries);
+                ControlResponse::Provisioned { entries: self.entries.clone() }
+            }
+            ControlRequest::Append(entry) => {
+                self.entries.push(entry);
+                ControlResponse::Done
+            }
+            ControlRequest::Entries => ControlResponse::Entries(self.entries.clone()),
+            ControlRequest::Status => ControlResponse::Status(Box::new(self.status())),
+            _ => ControlResponse::Failed("this controller does not report".into()),
+        }
+    }
+
+    fn status(&self) -> NodeStatus {
+        let clan = self.clan.unwrap();
+        let mut ledger = Ledger::open(clan);
+        ledger.insert_all(self.entries.iter().filter_map(|bytes| Entry::decode(bytes).ok()));
+        let state = ledger.state();
+        let machine = |(id, machine): (&MachineId, &clan_ledger::Machine)| MachineStatus {
+            id: *id,
+            name: machine.name.clone(),
+            owner: machine.owner,
+            address: mesh_address(&clan, id),
+            this: true,
+            path: None,
+            last_seen: None,
+            version: None,
+            certificate: Some(CertificateHash::from_bytes([9; 32])),
+            relay: None,
+            wireguard: vec!["203.0.113.7:51820".parse().unwrap()],
+            behind: None,
+        };
+        NodeStatus {
+            clan,
+            clan_name: state.clan_name.clone().unwrap(),
+            machine: MACHINE,
+            quic: vec!["203.0.113.7:7000".parse().unwrap()],
+            relays: Vec::new(),
+            people: state
+                .people
+                .iter()
+                .map(|(id, person)| PersonStatus { id: *id, name: person.name.clone(), role: person.role })
+                .collect(),
+            pending: Vec::new(),
+            machines: state.machines.iter().map(machine).collect(),
+            services: Vec::new(),
+            entries: self.entries.len() as u64,
+            problems: vec!["its fan is loud".into()],
+        }
+    }
+}
+
+/// Serves managers until the test ends.
+fn serve(socket: &Path) {
+    let (door, silent) = (UnixListener::bind(socket).unwrap(), Arc::new(Mutex::new(Silent::default())));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = door.accept().await {
+            let (_, mut incoming, driver) = Channel::guest(stream, "test", CancellationToken::new());
+            let silent = silent.clone();
+            tokio::spawn(driver);
+            tokio::spawn(async move {
+                while let Some(stream) = incoming.accept().await {
+                    tokio::spawn(converse(stream, silent.clone()));
+                }
+            });
+        }
+    });
+}
+
+async fn converse(mut stream: Stream, silent: Arc<Mutex<Silent>>) {
+    let Ok(request) = recv_message(&mut stream, MAX_MESSAGE).await else { return };
+    let answer = silent.lock().await.answer(request);
+    send_message(&mut stream, &answer, MAX_MESSAGE).await.unwrap();
+    // The manager closes once it has read the answer.
+    let _ = recv_message::<ControlRequest, _>(&mut stream, MAX_MESSAGE).await;
+}
+
+#[tokio::test]
+async fn right_after_founding_every_verb_knows_the_clan() {
+    let data = tempfile::tempdir().unwrap();
+    let socket = data.path().join("controller.sock");
+    serve(&socket);
+    let mut options = Options::new("/nonexistent/clan", "/nonexistent/clan-agent");
+    options.listen.set_port(0);
+    let manager = Manager::open(&data.path().join("data"), options).await.unwrap();
+    let (client, cancel) = (ManagerClient::unix(manager.socket()), CancellationToken::new());
+    let stop = cancel.clone();
+    let running = tokio::spawn(async move { manager.run(stop).await });
+
+    let request = CreateClan {
+        name: "family".parse().unwrap(),
+        person: "anna".parse().unwrap(),
+        machine: "laptop".parse().unwrap(),
+        memory: None,
+        disk: None,
+        cpus: None,
+        integrate: Some(socket.display().to_string()),
+        recovery: false,
+    };
+    let task = client.create_clan(&request).await.unwrap().task;
+    let mut events = client.task_events(task.id).await.unwrap();
+    let mut state = task.state;
+    while let Some(event) = timeout(LIMIT, events.next()).await.expect("an event in time") {
+        if let TaskEvent::Update { task } = event.unwrap() {
+            state = task.state;
+        }
+    }
+    assert_eq!(state, TaskState::Done);
+
+    let machines = client.machines("family").await.unwrap();
+    assert_eq!((machines.len(), machines[0].name.as_str(), machines[0].this), (1, "laptop", true));
+    let members = client.members("family").await.unwrap();
+    assert_eq!((members.len(), members[0].role, members[0].this), (1, Role::Owner, true));
+    let status = client.status().await.unwrap();
+    assert_eq!((status.clans[0].role, status.clans[0].machines.len()), (Some(Role::Owner), 1));
+    assert!(status.problems.iter().any(|problem| problem.message.contains("fan")), "{:?}", status.problems);
+    let relay = client.set_relay("family", &SetRelay { on: true, ..SetRelay::default() }).await.unwrap();
+    assert_eq!((relay.relay.host.as_str(), relay.relay.this), ("203.0.113.7", true));
+    assert!(client.relays("family").await.unwrap()[0].this);
+    let phone = AddWireguard {
+        name: "phone".parse().unwrap(),
+        public_key: "AQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQEBAQE=".into(),
+        via: None,
+        dry_run: false,
+    };
+    let phone = client.add_wireguard("family", &phone).await.unwrap();
+    assert_eq!((phone.via.as_str(), phone.endpoints.len()), ("laptop", 1));
+
+    cancel.cancel();
+    timeout(LIMIT, running).await.expect("the manager stops").unwrap().unwrap();
+}
