@@ -79,17 +79,19 @@ pub fn safety(world: &World) -> Vec<String> {
     let (ledger, state) = (witness.ledger(), witness.state());
     let entries: BTreeMap<EntryId, &Entry> = ledger.entries().map(|entry| (entry.id(), entry)).collect();
 
-    for (entry, node) in &world.acknowledged {
-        // Nobody talks with a machine that was put out: what it alone has stays there.
-        let talks = state.machine_in_good_standing(&world.nodes[*node].id).is_some();
-        if talks && !entries.contains_key(entry) {
-            wrong.push(format!("{entry:?}, acknowledged by machine {node}, is lost"));
-        }
-    }
     let honest = |author: &AuthorId| {
         world.people.all.iter().any(|person| !person.hostile && AuthorId::of(&person.key) == *author)
             || world.nodes.iter().any(|node| !node.hostile && AuthorId::of(&node.key) == *author)
     };
+    for (entry, (author, node)) in &world.acknowledged {
+        // Nobody talks with a machine that was put out: what it alone has stays there.
+        let talks = state.machine_in_good_standing(&world.nodes[*node].id).is_some();
+        // Of two entries that a liar signed for one place the ledger keeps one, whichever was told of first.
+        let forked = state.equivocations.contains_key(author) && !honest(author);
+        if talks && !forked && !entries.contains_key(entry) {
+            wrong.push(format!("{entry:?}, acknowledged by machine {node}, is lost"));
+        }
+    }
     for author in state.equivocations.keys().filter(|author| honest(author)) {
         wrong.push(format!("{author:?} is honest, and signed two entries for one place"));
     }

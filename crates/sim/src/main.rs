@@ -22,6 +22,7 @@ fn main() -> ExitCode {
     };
     let began = Instant::now();
     let next = AtomicU64::new(seeds.start);
+    let panicked = AtomicU64::new(0);
     let reports = Mutex::new(Vec::new());
     let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     std::thread::scope(|scope| {
@@ -33,7 +34,11 @@ fn main() -> ExitCode {
                         return;
                     }
                     let plan = machines.map_or_else(|| Plan::of(seed), |machines| Plan::large(seed, machines));
-                    let report = run(plan);
+                    let Ok(report) = std::panic::catch_unwind(|| run(plan)) else {
+                        println!("seed {seed}: it panicked");
+                        panicked.fetch_add(1, Ordering::Relaxed);
+                        continue;
+                    };
                     if let Outcome::Bad(wrong) = &report.outcome {
                         println!("seed {seed}:\n  {}", wrong.join("\n  "));
                     }
@@ -64,7 +69,7 @@ fn main() -> ExitCode {
         healed.get(healed.len() / 2).unwrap_or(&0) / 1000,
         healed.last().unwrap_or(&0) / 1000
     );
-    if bad.is_empty() {
+    if bad.is_empty() && panicked.into_inner() == 0 {
         println!("nothing wrong");
         ExitCode::SUCCESS
     } else {

@@ -206,7 +206,7 @@ impl World {
         let key = self.people.all[person].key.clone();
         let entry = self.nodes[home].running.as_ref()?.replica.ledger().author(&key, body, wall).ok()?;
         self.people.all[person].log.push(entry.clone());
-        let ticket = self.ticket(Asked::Person { entry: entry.id() });
+        let ticket = self.ticket(Asked::Person { entry: entry.id(), author });
         self.with(home, |replica, now| replica.handle_entries(Some(ticket), None, vec![entry.encode()], now));
         Some(entry.id())
     }

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use clan_ledger::{Entry, Ledger};
+use clan_ledger::{AuthorId, Entry, Ledger};
 use clan_replica::{Action, Answer, Config, LinkId, Now, Own, Replica, Ticket};
 use clan_store::{LedgerStore, StoreError};
 use clan_types::{ClanId, EntryId, MachineId, PeerAddr, Timestamp};
@@ -58,7 +58,7 @@ pub(crate) struct Running {
 /// Who waits for an answer.
 pub(crate) enum Asked {
     /// A person, for an entry of theirs.
-    Person { entry: EntryId },
+    Person { entry: EntryId, author: AuthorId },
     /// A newcomer; the number is into [`People::newcomers`].
     Newcomer { number: usize },
 }
@@ -170,8 +170,8 @@ pub struct World {
     pub(crate) people: People,
     pub(crate) network: Network,
     asked: BTreeMap<Ticket, Asked>,
-    /// Entries of which somebody was told that they are recorded, with where that was.
-    pub(crate) acknowledged: BTreeMap<EntryId, usize>,
+    /// Entries of which somebody was told that they are recorded, with whose they are and where that was.
+    pub(crate) acknowledged: BTreeMap<EntryId, (AuthorId, usize)>,
     pub(crate) faulty: bool,
     messages: u64,
     crashes: u64,
@@ -530,8 +530,9 @@ impl World {
     /// which is never damaged and never put out, stays.
     fn forgive(&mut self, damaged: usize) {
         let keeper = self.nodes[0].running.as_ref().map(|running| &running.replica);
-        self.acknowledged
-            .retain(|entry, at| *at != damaged || keeper.is_some_and(|replica| replica.ledger().get(entry).is_some()));
+        self.acknowledged.retain(|entry, (_, at)| {
+            *at != damaged || keeper.is_some_and(|replica| replica.ledger().get(entry).is_some())
+        });
     }
 
     /// The power has failed: the controller is gone, and comes back after a while.
@@ -715,13 +716,13 @@ impl World {
 
     fn answer(&mut self, number: usize, ticket: Ticket, answer: Answer) {
         match (self.asked.remove(&ticket), answer) {
-            (Some(Asked::Person { entry }), Answer::Inserted(Ok(()))) => {
-                self.acknowledged.insert(entry, number);
+            (Some(Asked::Person { entry, author }), Answer::Inserted(Ok(()))) => {
+                self.acknowledged.insert(entry, (author, number));
             }
             (Some(Asked::Newcomer { number: newcomer }), Answer::Redeemed(answer)) => {
                 if let Ok(entries) = &answer {
                     for entry in entries.iter().filter_map(|bytes| Entry::decode(bytes).ok()) {
-                        self.acknowledged.insert(entry.id(), number);
+                        self.acknowledged.insert(entry.id(), (entry.author(), number));
                     }
                 }
                 let delay = self.latency();
