@@ -227,10 +227,14 @@ impl Engine {
             WgKind::Data(_) => None,
         };
         let Some(member) = member else { return };
+        // Whoever is answered may use the session at once. Whoever answers waits for its first packet (section 5.4.6 of
+        // the paper): what is sent right behind an answer overtakes it in `wireguard-go`, which then cannot open it.
+        let answered = matches!(packet, WgKind::HandshakeResp(_));
         let answers = {
             let mut tunnel = member.tunnel();
             match tunnel.handle_incoming_packet(packet) {
-                TunnResult::WriteToNetwork(answer) => self.with_queued(&mut tunnel, Some(answer)),
+                TunnResult::WriteToNetwork(answer) if answered => self.with_queued(&mut tunnel, Some(answer)),
+                TunnResult::WriteToNetwork(answer) => vec![answer],
                 TunnResult::Err(error) => {
                     trace!(peer = %member.id, ?error, "a handshake was refused");
                     return;

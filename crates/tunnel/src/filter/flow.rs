@@ -23,6 +23,8 @@ pub(super) struct Flow {
     pub(super) kind: Kind,
     /// Whether it may be the first packet of a conversation: of TCP, only the one that opens a connection.
     pub(super) begins: bool,
+    /// Of TCP, whether it belongs to a connection that both ends know.
+    pub(super) established: bool,
 }
 
 /// What kind of packet it is, as far as that matters to whether it may pass.
@@ -94,6 +96,7 @@ pub(super) fn read(packet: &[u8]) -> Option<Flow> {
         destination_port,
         kind,
         begins: true,
+        established: false,
     };
     if let Some((false, identification)) = fragment {
         return Some(flow(0, 0, Kind::LaterFragment(identification)));
@@ -106,7 +109,8 @@ pub(super) fn read(packet: &[u8]) -> Option<Flow> {
             const ACK: u8 = 0x10;
             // An error quotes eight bytes at least, which end before the flags.
             let flags = packet.get(at + 13).copied().unwrap_or(0);
-            Some(Flow { begins: flags & (SYN | ACK) == SYN, ..flow(pair(at)?, pair(at + 2)?, plain) })
+            let (begins, established) = (flags & (SYN | ACK) == SYN, flags & (SYN | ACK) == ACK);
+            Some(Flow { begins, established, ..flow(pair(at)?, pair(at + 2)?, plain) })
         }
         UDP => Some(flow(pair(at)?, pair(at + 2)?, plain)),
         ICMP_V4 | ICMP_V6 => {

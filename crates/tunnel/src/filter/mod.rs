@@ -25,9 +25,11 @@ const MAX_FRAGMENTS: usize = 1024;
 const TCP_IDLE: Duration = Duration::from_secs(2 * 3600 + 240);
 const UDP_IDLE: Duration = Duration::from_secs(300);
 const OTHER_IDLE: Duration = Duration::from_secs(60);
-/// How long after the first packet a TCP connection counts as begun here whose beginning was not seen: it is older than
+/// How long after the first packet, either way, a TCP connection counts as begun here whose beginning was not seen: it is older than
 /// this memory, as after a restart.
 const PICK_UP: Duration = Duration::from_secs(120);
+/// The first of the ports that the system gives to whoever asks for none: the own end of what was begun here.
+const FIRST_EPHEMERAL: u16 = 32_768;
 /// How long the pieces of a packet may take.
 const FRAGMENT_LIFETIME: Duration = Duration::from_secs(30);
 
@@ -132,7 +134,7 @@ pub struct Filter {
     own: BTreeMap<Conversation, Duration>,
     /// Conversations without connections that others began with permission, and when they are forgotten.
     theirs: BTreeMap<Conversation, Duration>,
-    /// When the first packet was sent.
+    /// When the first packet was seen.
     started: Option<Duration>,
     /// Pieces of packets whose first piece passed.
     fragments: BTreeMap<(IpAddr, IpAddr, u8, u32), Duration>,
@@ -168,7 +170,8 @@ impl Filter {
         }
         // INVARIANT: an answer of a service here begins nothing, so that it ends when its permission does. TCP says which
         // packet opens a connection; of other conversations it is remembered that the other side began them.
-        let begins = flow.begins || now < started + PICK_UP;
+        let older = now < started + PICK_UP && flow.source_port >= FIRST_EPHEMERAL;
+        let begins = flow.begins || older;
         if !begins || self.theirs.get(&own).is_some_and(|until| now < *until) {
             return;
         }
@@ -180,6 +183,7 @@ impl Filter {
 
     /// Whether a packet that came out of the tunnel may be given to applications.
     pub fn inbound(&mut self, packet: &[u8], now: Duration) -> bool {
+        let started = *self.started.get_or_insert(now);
         let Some(flow) = flow::read(packet) else { return false };
         let passes = match flow.kind {
             Kind::LaterFragment(identification) => {
@@ -188,7 +192,9 @@ impl Filter {
             }
             Kind::Error(quoted) => self.is_about_own(&flow, packet.get(quoted..).unwrap_or_default(), now),
             Kind::Plain | Kind::EchoRequest | Kind::EchoReply | Kind::FirstFragment(_) => {
-                self.is_answer(&flow, now) || self.is_allowed(&flow, now)
+                self.is_answer(&flow, now)
+                    || self.is_allowed(&flow, now)
+                    || (now < started + PICK_UP && self.may_be_older(&flow))
             }
         };
         if let (true, Kind::FirstFragment(identification)) = (passes, flow.kind) {
@@ -227,6 +233,15 @@ impl Filter {
             }
             _ => false,
         }
+    }
+
+    /// Whether it may belong to a connection that was begun here before this memory began. Where only the other side has
+    /// something to say, nothing goes out that would tell; the system knows its connections, and refuses what is none.
+    fn may_be_older(&self, flow: &Flow) -> bool {
+        flow.established
+            && flow.kind == Kind::Plain
+            && flow.destination_port >= FIRST_EPHEMERAL
+            && self.policy.by_source.contains_key(&flow.source)
     }
 
     /// An error passes if it quotes a packet that went from here to somebody, in a conversation that is known.

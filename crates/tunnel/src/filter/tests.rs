@@ -133,6 +133,28 @@ fn what_a_service_answers_does_not_keep_it_open() {
 }
 
 #[test]
+fn who_only_listens_keeps_a_stream_that_is_older_than_the_memory() {
+    let segment = |from, to, flags| {
+        let mut segment = ports(from, to);
+        segment[13] = flags;
+        segment
+    };
+    let said = ip(v6(MEMBER), v6(ME), TCP, &segment(22, 40_000, 0x18));
+    let mut filter = filter();
+    assert!(filter.inbound(&said, secs(100)));
+    // What opens a connection, a port of a service, and somebody who may reach nothing: that is not such a stream.
+    assert!(!filter.inbound(&ip(v6(MEMBER), v6(ME), TCP, &segment(22, 40_000, 0x02)), secs(100)));
+    assert!(!filter.inbound(&ip(v6(MEMBER), v6(ME), TCP, &segment(40_000, 22, 0x18)), secs(100)));
+    assert!(!filter.inbound(&ip(v6(STRANGER), v6(ME), TCP, &segment(22, 40_000, 0x18)), secs(100)));
+    // Acknowledged, it goes on after the while; otherwise it was none.
+    let other = ip(v6(MEMBER), v6(ME), TCP, &segment(22, 40_001, 0x18));
+    assert!(filter.inbound(&other, secs(101)));
+    filter.outbound(&ip(v6(ME), v6(MEMBER), TCP, &segment(40_000, 22, 0x10)), secs(101));
+    assert!(filter.inbound(&said, secs(1000)));
+    assert!(!filter.inbound(&other, secs(1000)));
+}
+
+#[test]
 fn streams_that_are_older_than_the_memory_are_picked_up_for_a_while() {
     let mut filter = filter();
     let mut segment = ports(40_000, 22);
