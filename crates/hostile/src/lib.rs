@@ -11,7 +11,9 @@
 
 mod clan;
 mod mux;
+mod packet;
 mod seeds;
+mod words;
 
 use std::{
     collections::BTreeMap,
@@ -35,7 +37,9 @@ use data_encoding::BASE64URL_NOPAD;
 use serde::{Serialize, de::DeserializeOwned};
 
 pub use mux::mux;
+pub use packet::packet;
 pub use seeds::seeds;
+pub use words::words;
 
 /// A fuzz target.
 pub type Target = fn(&[u8]);
@@ -51,6 +55,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("manifest", manifest),
     ("dns", dns),
     ("probe", probe),
+    ("packet", packet),
+    ("words", words),
 ];
 
 /// A ledger entry: as it comes, or rightly signed by an owner, a member or nobody.
@@ -161,6 +167,8 @@ pub fn link(data: &[u8]) {
     } else {
         String::from_utf8_lossy(rest).into_owned()
     };
+    // Whatever a person pastes around it.
+    let _ = InviteLink::in_text(&text);
     if let Ok(link) = text.parse::<InviteLink>() {
         let again: InviteLink = link.to_string().parse().expect("what was printed can be read");
         assert_eq!(again, link);

@@ -2,7 +2,7 @@
 
 use clan_ledger::Entry;
 use clan_types::{
-    ByteSize, CertificateHash, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, Purpose, RelayAddr,
+    ByteSize, CertificateHash, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, Purpose, RelayAddr, Words,
 };
 use clan_wire::{
     agent::{AgentRequest, AgentResponse},
@@ -10,6 +10,7 @@ use clan_wire::{
     control::{ControlRequest, ControlResponse, Environment},
     image::{FileRole, ImageFile, Manifest},
     peer::{ImagePart, ImageRequest, InviteProof, JoinRefusal, JoinRequest, JoinResponse, PeerMessage},
+    words::{WordsRefusal, WordsRequest, WordsResponse, announcement},
 };
 use serde::Serialize;
 
@@ -88,6 +89,20 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         seeds.push(("dns", question.concat()));
     }
     seeds.push(("probe", [framed(&[0, 1, 2, 3]), framed(&[1; 60]), framed(&[2; 60]), framed(&[0x80; 80])].concat()));
+    let (syn, data) =
+        ([&[0, 80, 0, 80][..], &[0; 16]].concat(), [&[0, 80, 0, 80][..], &[0; 9], &[0x10], &[7; 60]].concat());
+    let streams = [(0x80, &data), (0x81, &data), (0x80, &syn), (0x89, &data), (0x90, &data)];
+    let packets = streams.map(|(kind, body)| framed(&[&[kind], &body[..]].concat()));
+    seeds.push(("packet", packets.concat()));
+    seeds.push(("packet", [framed(&[&[0], &data[..]].concat()), packets[0].clone(), framed(&[0x20; 40])].concat()));
+    seeds.push(("packet", framed(&[&[0x40, 1, 1, 54, 0, 20, 0, 20, 0, 16, 0, 0x45], &[0; 80][..]].concat())));
+    let channel = Words::from_entropy([7; 6]).channel();
+    let (begin, tag) = (WordsRequest::Begin { channel, share: vec![0x41; 33] }, WordsRequest::Confirm { tag: [1; 32] });
+    seeds.push(("words", [&[0], announcement(&[channel]).as_bytes()].concat()));
+    seeds.push(("words", [&[1], Words::from_entropy([7; 6]).to_string().as_bytes()].concat()));
+    seeds.push(("words", with(2, &WordsResponse::Refused(WordsRefusal::Busy))));
+    seeds.push(("words", [vec![3], framed(&with(1, &begin)), framed(&with(1, &tag))].concat()));
+    seeds.push(("words", [vec![4], framed(&[0x42; 33]), framed(&[9; 64])].concat()));
     seeds
 }
 
