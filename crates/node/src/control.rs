@@ -60,7 +60,7 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
     let door = match &options.host {
         Host::Guest => None,
         Host::Computer(computer) => {
-            Some(LocalListener::bind(&computer.socket, computer.user).await.map_err(NodeError::Socket)?)
+            Some(LocalListener::bind(&computer.socket, computer.user).map_err(NodeError::Socket)?)
         }
     };
     let identity = Identity::load_or_create(&options.state_dir)?;

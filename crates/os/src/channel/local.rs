@@ -3,11 +3,18 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{PermissionsExt, chown},
+    os::{
+        fd::OwnedFd,
+        unix::fs::{PermissionsExt, chown},
+    },
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use rustix::{
+    fs::{FlockOperation, Mode, OFlags},
+    io::Errno,
+};
 use tokio::net::{UnixListener, UnixStream};
 
 /// Pause after a connection could not be taken: out of descriptors, mostly.
@@ -46,6 +53,8 @@ pub enum LocalError {
 #[derive(Debug)]
 pub struct LocalListener {
     listener: UnixListener,
+    /// Held while this lives; the kernel lets go of it when we are killed.
+    _lock: OwnedFd,
     path: PathBuf,
     user: u32,
 }
@@ -53,14 +62,17 @@ pub struct LocalListener {
 impl LocalListener {
     /// Listens for `user`. A socket that a killed predecessor left is replaced. Folders above are made, for everybody to
     /// pass through: who may connect is decided at the socket.
-    pub async fn bind(path: &Path, user: u32) -> Result<Self, LocalError> {
+    pub fn bind(path: &Path, user: u32) -> Result<Self, LocalError> {
         let failed = |action: &'static str| move |source| LocalError::Io { action, path: path.to_owned(), source };
         if let Some(folder) = path.parent() {
             fs::create_dir_all(folder).map_err(failed("make the folder of"))?;
         }
-        remove_stale(path).await?;
+        // INVARIANT: whoever holds the lock is the only one to listen there. A connection would not tell a live socket from a
+        // leftover: a service without the rights of a real root may not connect to what it gave to its user.
+        let lock = lock(path)?;
+        remove_stale(path)?;
         let listener = UnixListener::bind(path).map_err(failed("listen on"))?;
-        let bound = Self { listener, path: path.to_owned(), user };
+        let bound = Self { listener, _lock: lock, path: path.to_owned(), user };
         // Before the owner, so that it is at no time more open than this.
         fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed("make private"))?;
         if rustix::process::geteuid().as_raw() != user {
@@ -95,21 +107,28 @@ impl Drop for LocalListener {
     }
 }
 
-async fn remove_stale(path: &Path) -> Result<(), LocalError> {
+/// The file stays: if it were removed, two could hold one of that name.
+fn lock(path: &Path) -> Result<OwnedFd, LocalError> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".lock");
+    let failed = |source: Errno| LocalError::Io { action: "lock", path: path.to_owned(), source: source.into() };
+    let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let file = rustix::fs::open(Path::new(&name), flags, Mode::RUSR | Mode::WUSR).map_err(failed)?;
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(LocalError::InUse { path: path.to_owned() }),
+        Err(error) => Err(failed(error)),
+    }
+}
+
+fn remove_stale(path: &Path) -> Result<(), LocalError> {
     use std::os::unix::fs::FileTypeExt;
     let failed = |action: &'static str| move |source| LocalError::Io { action, path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(failed("look at")(error)),
         Ok(found) if !found.file_type().is_socket() => return Err(LocalError::Occupied { path: path.to_owned() }),
-        Ok(_) => {}
-    }
-    match UnixStream::connect(path).await {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(failed("remove the stale socket"))
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        _ => Err(LocalError::InUse { path: path.to_owned() }),
+        Ok(_) => fs::remove_file(path).map_err(failed("remove the stale socket")),
     }
 }
 
@@ -125,16 +144,16 @@ mod tests {
     async fn the_user_gets_in_and_a_leftover_is_replaced() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run/clan.sock");
-        let first = LocalListener::bind(&path, own()).await.unwrap();
+        let first = LocalListener::bind(&path, own()).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        assert!(matches!(LocalListener::bind(&path, own()).await, Err(LocalError::InUse { .. })));
+        assert!(matches!(LocalListener::bind(&path, own()), Err(LocalError::InUse { .. })));
         // As after a kill: the file stays, nobody listens.
         let copy = dir.path().join("left");
         fs::hard_link(&path, &copy).unwrap();
         drop(first);
         assert!(!path.exists());
         fs::rename(&copy, &path).unwrap();
-        let second = LocalListener::bind(&path, own()).await.unwrap();
+        let second = LocalListener::bind(&path, own()).unwrap();
         let (connected, _accepted) = tokio::join!(UnixStream::connect(&path), second.accept());
         connected.unwrap();
     }
@@ -144,7 +163,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notes.txt");
         fs::write(&path, "mine").unwrap();
-        assert!(matches!(LocalListener::bind(&path, own()).await, Err(LocalError::Occupied { .. })));
+        assert!(matches!(LocalListener::bind(&path, own()), Err(LocalError::Occupied { .. })));
         assert_eq!(fs::read_to_string(&path).unwrap(), "mine");
     }
 }
