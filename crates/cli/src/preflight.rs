@@ -41,7 +41,8 @@ pub(crate) fn start_logging(cli: &Cli) {
     let fallback = match (cli.global.verbose, daemon) {
         (0, false) => "off",
         (0, true) | (1, false) => {
-            "warn,swarm_discovery=error,clan=info,clan_manager=info,clan_node=info,clan_vm=info,clan_build=info,clan_store=info,clan_os=info"
+            // A relay whose client is slower than its senders drops packets, as it should, and would tell of each.
+            "warn,swarm_discovery=error,iroh_relay::server::client=error,clan=info,clan_manager=info,clan_node=info,clan_vm=info,clan_build=info,clan_store=info,clan_os=info"
         }
         (1, true) | (2, false) => {
             "info,clan=debug,clan_manager=debug,clan_node=debug,clan_vm=debug,clan_build=debug,clan_store=debug,clan_os=debug"

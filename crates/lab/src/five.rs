@@ -1,7 +1,10 @@
-//! A clan of five machines, told through the real commands and measured: who is let in how fast, and how each reaches each.
+//! A clan of five machines behind as many kinds of router, told through the real commands and measured: who is let in how fast,
+//! and how each reaches each.
+//!
+//! The first has a public address, and so can be a relay; the last is invited by the one behind the hardest NAT.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     process::{Child, Stdio},
     thread,
     time::{Duration, Instant},
@@ -23,7 +26,7 @@ pub const CLAN: &str = "village";
 /// Who founds it.
 pub const FOUNDER: &str = "ann";
 
-/// How long a newcomer may take to reach the founder's machine by name.
+/// How long a newcomer may take to reach the inviter's machine by name.
 const FIRST_PING: Duration = Duration::from_secs(20);
 /// How long any two machines may take to meet.
 const MEET: Duration = Duration::from_secs(40);
@@ -35,8 +38,10 @@ const PINGS: &str = "5";
 
 /// The other computers.
 const OTHERS: [&str; 4] = ["bob", "cleo", "dan", "eve"];
-/// What stands before them unless something else is asked for.
-pub const ROUTERS: [Nat; 4] = [Nat::Open, Nat::Open, Nat::Open, Nat::Open];
+/// Who invites the last of them: behind a NAT that nobody gets through uncalled, unless something else is asked for.
+pub const HIDDEN: &str = "dan";
+/// What stands before the others unless something else is asked for.
+pub const ROUTERS: [Nat; 4] = [Nat::FullCone, Nat::PortRestricted, Nat::Symmetric, Nat::UdpBlocked];
 
 /// The computers: the founder's has a public address, the others are behind these routers, in turn.
 pub fn specs(routers: &[Nat]) -> Vec<SiteSpec> {
@@ -50,9 +55,11 @@ pub fn specs(routers: &[Nat]) -> Vec<SiteSpec> {
 pub struct Joined {
     /// Who.
     pub name: String,
+    /// Who invited them.
+    pub by: String,
     /// From the moment that the link was typed until the clan let them in.
     pub admitted: Duration,
-    /// The same until the founder's machine answered the first ping, by name.
+    /// The same until the inviter's machine answered the first ping, by name.
     pub first_ping: Duration,
 }
 
@@ -62,11 +69,29 @@ pub struct Pair {
     /// The names.
     pub ends: [String; 2],
     /// The kind of path that each uses to the other.
-    pub paths: [String; 2],
+    pub paths: [Way; 2],
     /// Median round trip of pings by name.
     pub rtt: Duration,
     /// Of one TCP stream, bits per second.
     pub throughput: f64,
+}
+
+/// How a machine reaches another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Way {
+    /// As the manager's status names it: `direct`, `quic_direct`, `relayed`.
+    pub kind: String,
+    /// Why it is no better one; a sentence.
+    pub why: String,
+}
+
+impl Way {
+    fn words(&self) -> &str {
+        match self.kind.as_str() {
+            "quic_direct" => "direct (QUIC)",
+            kind => kind,
+        }
+    }
 }
 
 /// What was seen.
@@ -90,15 +115,18 @@ pub fn tell(fleet: &mut Fleet) -> Result<Report, LabError> {
     let mut report = Report { routers: routers(fleet), ..Report::default() };
 
     let began = Instant::now();
-    screen.step(1, &format!("{FOUNDER} founds a clan"));
+    screen.step(1, &format!("{FOUNDER} founds a clan; the machine has a public address, and becomes a relay"));
     fleet.computer(FOUNDER).found(CLAN)?;
+    fleet.computer(FOUNDER).clan(&["relay", "on"])?.success()?;
     screen.seen(&format!("{FOUNDER}.{CLAN}.clan is its first machine"), began.elapsed());
 
     let began = Instant::now();
-    screen.step(2, "Everybody is invited, and joins");
+    screen.step(2, &format!("Everybody is invited, the last one by {HIDDEN}, and joins"));
     for name in names.iter().filter(|name| *name != FOUNDER) {
-        let link = fleet.computer(FOUNDER).invite("member")?;
-        report.joined.push(join(fleet.computer(name), &link)?);
+        let by = if Some(name) == names.last() { HIDDEN } else { FOUNDER };
+        let role = if name == HIDDEN { "admin" } else { "member" };
+        let link = fleet.computer(by).invite(role)?;
+        report.joined.push(join(fleet.computer(name), by, &link)?);
     }
     screen.seen(&format!("{} machines are in the clan", names.len()), began.elapsed());
 
@@ -135,30 +163,41 @@ impl Report {
     pub fn print(&self, screen: &Screen) {
         screen.heading("Who was let in");
         screen.line(&format!(
-            "   {:<10} {:<20} {:>16} {:>18}",
-            "MACHINE", "BEHIND", "LINK → ADMITTED", "LINK → FIRST PING"
+            "   {:<10} {:<20} {:<12} {:>16} {:>18}",
+            "MACHINE", "BEHIND", "INVITED BY", "LINK → ADMITTED", "LINK → FIRST PING"
         ));
         for joined in &self.joined {
-            let router = self.routers.get(&joined.name).map_or("?", |nat| nat.name());
             screen.line(&format!(
-                "   {:<10} {router:<20} {:>16} {:>18}",
+                "   {:<10} {:<20} {:<12} {:>16} {:>18}",
                 joined.name,
+                self.router(&joined.name),
+                joined.by,
                 seconds(joined.admitted),
                 seconds(joined.first_ping)
             ));
         }
         screen.heading("How they reach each other");
-        screen.line(&format!("   {:<20} {:<24} {:>10} {:>14}", "MACHINES", "PATH", "ROUND TRIP", "TCP"));
+        screen
+            .line(&format!("   {:<12} {:<32} {:<26} {:>10} {:>14}", "MACHINES", "BEHIND", "PATH", "ROUND TRIP", "TCP"));
         for pair in &self.pairs {
-            let [one, other] = &pair.paths;
-            let path = if one == other { one.clone() } else { format!("{one} / {other}") };
+            let [one, other] = pair.paths.each_ref().map(Way::words);
+            let path = if one == other { one.to_owned() } else { format!("{one} / {other}") };
             screen.line(&format!(
-                "   {:<20} {path:<24} {:>7.2} ms {:>9.0} Mbit/s",
+                "   {:<12} {:<32} {path:<26} {:>7.2} ms {:>7.0} Mbit/s",
                 pair.ends.join(" – "),
+                pair.ends.each_ref().map(|name| self.router(name)).join(" – "),
                 pair.rtt.as_secs_f64() * 1e3,
                 pair.throughput / 1e6
             ));
         }
+        let reasons: BTreeSet<&str> =
+            self.pairs.iter().flat_map(|pair| &pair.paths).map(|way| way.why.as_str()).collect();
+        screen.line("");
+        reasons.iter().for_each(|why| screen.line(&format!("   {why}")));
+    }
+
+    fn router(&self, name: &str) -> &'static str {
+        self.routers.get(name).map_or("?", |nat| nat.name())
     }
 }
 
@@ -167,13 +206,13 @@ fn routers(fleet: &Fleet) -> BTreeMap<String, Nat> {
     fleet.world().sites().iter().filter_map(of).collect()
 }
 
-fn join(computer: &Computer, link: &str) -> Result<Joined, LabError> {
+fn join(computer: &Computer, by: &str, link: &str) -> Result<Joined, LabError> {
     let began = Instant::now();
     computer.join(link)?.success()?;
     let admitted = began.elapsed();
-    let first = format!("an answer of {FOUNDER} to {}", computer.name());
-    until(FIRST_PING, &first, || ping_once(computer, FOUNDER))?;
-    Ok(Joined { name: computer.name().to_owned(), admitted, first_ping: began.elapsed() })
+    let first = format!("an answer of {by} to {}", computer.name());
+    until(FIRST_PING, &first, || ping_once(computer, by))?;
+    Ok(Joined { name: computer.name().to_owned(), by: by.to_owned(), admitted, first_ping: began.elapsed() })
 }
 
 /// The name of a machine in the clan.
@@ -195,10 +234,19 @@ pub fn ping_once(from: &Computer, to: &str) -> Result<Option<()>, LabError> {
 /// # Errors
 /// When the manager does not answer.
 pub fn path_kind(from: &Computer, machine: &str) -> Result<Option<String>, LabError> {
+    Ok(way(from, machine)?.map(|way| way.kind))
+}
+
+/// How `machine` is reached, as a manager's status has it.
+///
+/// # Errors
+/// When the manager does not answer.
+pub fn way(from: &Computer, machine: &str) -> Result<Option<Way>, LabError> {
     let machines = from.clan_json(&["machines"])?;
     let all = machines.as_array().map(Vec::as_slice).unwrap_or_default();
-    let kind = all.iter().find(|m| m["name"] == machine).and_then(|m| m["path"]["kind"].as_str());
-    Ok(kind.map(str::to_owned))
+    let path = all.iter().find(|m| m["name"] == machine).map(|m| &m["path"]);
+    let text = |path: &Value, field: &str| path[field].as_str().map(str::to_owned);
+    Ok(path.and_then(|path| Some(Way { kind: text(path, "kind")?, why: text(path, "why")? })))
 }
 
 fn measure(fleet: &mut Fleet, one: &str, other: &str, may_meet: bool) -> Result<Pair, LabError> {
@@ -208,7 +256,7 @@ fn measure(fleet: &mut Fleet, one: &str, other: &str, may_meet: bool) -> Result<
     }
     let path = |fleet: &mut Fleet, from: &str, to: &str| {
         let what = format!("a path from {from} to {to}");
-        until(MEET, &what, || path_kind(fleet.computer(from), to))
+        until(MEET, &what, || way(fleet.computer(from), to))
     };
     let rtt = pings(fleet.computer(one), other)?;
     let throughput = stream(fleet.computer(one), other)?;
