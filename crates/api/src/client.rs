@@ -19,7 +19,7 @@ use crate::{
     AddDevice, AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery,
     CreateClan, CreateInvite, CreatedClan, DecideAdmission, DeleteQuery, DeviceInfo, DeviceOffer, FindInvitation,
     FindRecovery, FoundInvitation, GroupInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login,
-    MachineInfo, OpenedService, PersonInfo, PreviewJoin, RelayChange, RelayInfo, RemoveDeviceQuery, RemoveNamed,
+    MachineInfo, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange, RelayInfo, RemoveDeviceQuery, RemoveNamed,
     RemovedDevice, Rename, Renamed, Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole,
     SetRule, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats, WireguardMachine,
 };
@@ -243,6 +243,12 @@ impl ManagerClient {
     /// The people of a clan.
     pub async fn members(&self, clan: &str) -> Result<Vec<PersonInfo>, ClientError> {
         self.get(&format!("/clans/{}/members", segment(clan))).await
+    }
+
+    /// Sends one echo to a machine, named, over the clan's network.
+    pub async fn ping(&self, clan: &str, machine: &str) -> Result<Pong, ClientError> {
+        let path = format!("/clans/{}/machines/{}/ping", segment(clan), segment(machine));
+        self.call(Method::POST, &path, None).await
     }
 
     /// The machines of a clan.

@@ -9,6 +9,7 @@ mod client;
 mod devices;
 mod mesh;
 mod openapi;
+mod ping;
 mod problem;
 mod relays;
 mod requests;
@@ -23,6 +24,7 @@ pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use devices::{AddDevice, DeviceInfo, DeviceKind, DeviceOffer, RemoveDeviceQuery, RemovedDevice};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};
 pub use openapi::openapi;
+pub use ping::Pong;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use relays::{RelayChange, RelayInfo, SetRelay};
 pub use requests::{

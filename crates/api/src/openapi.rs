@@ -17,7 +17,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
 #[openapi(
     info(title = "Clan manager", description = "The API of the manager on the base OS. Over the Unix socket it needs no token; over TCP it listens on loopback only and needs one. {clan} and {vm} accept a name, an id or a unique beginning of an id.", license(name = "MIT OR Apache-2.0")),
     paths(
-        status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, services, devices, add_device, remove_device, leave,
+        status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
     ),
@@ -160,6 +160,10 @@ fn members() {}
 /// The machines of a clan
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/machines", params(("clan" = String, Path)), responses((status = 200, body = [MachineInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn machines() {}
+
+/// Send one echo to a machine of the clan, over its network
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/ping", params(("clan" = String, Path), ("machine" = String, Path)), responses((status = 200, body = Pong), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn ping_machine() {}
 
 /// The services of a clan
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/services", params(("clan" = String, Path)), responses((status = 200, body = [ServiceInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

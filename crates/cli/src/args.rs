@@ -87,6 +87,8 @@ pub(crate) enum Command {
     Members(commands::members::Args),
     /// Show a clan's machines and how they are reached
     Machines(commands::machines::Args),
+    /// See whether a machine answers, how fast, and by which path
+    Ping(commands::ping::Args),
     /// Phones and other machines that speak standard WireGuard
     #[command(subcommand)]
     Machine(commands::machine::Verb),

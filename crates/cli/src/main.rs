@@ -64,6 +64,7 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
             Command::Status(_) => status::run(&context).await,
             Command::Members(args) => members::run(args, &context).await,
             Command::Machines(args) => machines::run(args, &context).await,
+            Command::Ping(args) => ping::run(args, &context).await,
             Command::Machine(verb) => machine::run(verb, &context).await,
             Command::Rule(verb) => rule::run(verb, &context).await,
             Command::Group(verb) => group::run(verb, &context).await,

@@ -67,18 +67,23 @@ pub(crate) fn people(number: usize) -> String {
 
 /// A path: `direct, 12 ms`.
 pub(crate) fn path(path: &PathInfo) -> (Tone, String) {
-    let (tone, word) = match path.kind {
-        PathKind::Local => (Tone::Good, "this computer"),
-        PathKind::Direct => (Tone::Good, "direct"),
-        PathKind::QuicDirect => (Tone::Good, "direct (QUIC)"),
-        PathKind::Relayed => (Tone::Warn, "relayed"),
-    };
+    let (tone, word) = path_kind(path.kind);
     let text = match path.rtt_us {
         Some(us) if us < 10_000 => format!("{word}, {:.1} ms", us as f64 / 1000.0),
         Some(us) => format!("{word}, {} ms", us / 1000),
         None => word.to_owned(),
     };
     (tone, text)
+}
+
+/// A kind of path.
+pub(crate) fn path_kind(kind: PathKind) -> (Tone, &'static str) {
+    match kind {
+        PathKind::Local => (Tone::Good, "this computer"),
+        PathKind::Direct => (Tone::Good, "direct"),
+        PathKind::QuicDirect => (Tone::Good, "direct (QUIC)"),
+        PathKind::Relayed => (Tone::Warn, "relayed"),
+    }
 }
 
 /// A VM's state.

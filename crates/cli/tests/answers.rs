@@ -364,3 +364,49 @@ fn joining_with_the_computer_itself_shows_what_that_means() {
     let wrong = computer.clan(&["join", &link(), "--integrate", "--memory", "1G"]).assert().code(2);
     assert!(String::from_utf8_lossy(&wrong.get_output().stderr).contains("cannot be used with"));
 }
+
+fn pong(rtt_us: Option<u64>) -> String {
+    json!({
+        "machine": MachineId::from_bytes([2; 32]), "name": "desk", "host_name": "desk.family.clan", "address": "fd01::2", "rtt_us": rtt_us,
+        "path": {"kind": "relayed", "remote": null, "rtt_us": 5000, "why": "relayed via attic, because no address of the machine answers directly"}
+    })
+    .to_string()
+}
+
+#[test]
+fn ping_tells_each_echo_and_why_the_path_is_no_better() {
+    let computer = Computer::new();
+    let asked =
+        computer.manager(&[("POST /api/v1/clans/family/machines/desk%2Efamily%2Eclan/ping", 200, pong(Some(3400)))]);
+    computer
+        .clan(&["ping", "desk.family.clan", "--count", "2"])
+        .assert()
+        .success()
+        .stdout_eq(str![[r#"
+desk.family.clan (fd01::2): 3.4 ms, relayed: relayed via attic, because no address of the machine answers directly
+desk.family.clan (fd01::2): 3.4 ms, relayed
+
+"#]])
+        .stderr_eq(str![[r#"
+2 of 2 echoes answered; 3.4 ms at least, 3.4 ms on average, 3.4 ms at most
+
+"#]]);
+    assert_eq!(asked.all().len(), 2);
+    let output =
+        computer.clan(&["ping", "desk.family.clan", "-c", "1", "--json"]).assert().success().get_output().clone();
+    let summary: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((&summary["sent"], &summary["received"], &summary["mean_us"]), (&json!(1), &json!(1), &json!(3400)));
+    assert_eq!(summary["last"]["path"]["kind"], "relayed");
+}
+
+#[test]
+fn a_machine_that_does_not_answer_is_no_success() {
+    let computer = Computer::new();
+    computer.manager(&[("POST /api/v1/clans/family/machines/desk/ping", 200, pong(None))]);
+    computer.clan(&["ping", "desk", "--clan", "family", "-c", "1"]).assert().code(1).stderr_eq(str![[r#"
+0 of 1 echo answered
+error: desk does not answer
+hint: see when it was last heard of: `clan machines`
+
+"#]]);
+}

@@ -236,6 +236,7 @@ Commands:
   status       Show clans, machines and what needs attention
   members      Show who belongs to a clan
   machines     Show a clan's machines and how they are reached
+  ping         See whether a machine answers, how fast, and by which path
   machine      Phones and other machines that speak standard WireGuard
   rule         Who may reach what in a clan
   group        Groups of people and machines, for rules

@@ -134,6 +134,7 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Farewell { .. } => "say farewell",
         ControlRequest::Forget => "forget the clan",
         ControlRequest::OpenWords { .. } => "wait for the words of an invitation",
+        ControlRequest::Ping { .. } => "send an echo",
         ControlRequest::Peers => "name other machines",
     }
 }

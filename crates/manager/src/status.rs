@@ -1,9 +1,9 @@
 //! Everything that the web page shows, from what is known now.
 
 use clan_api::{
-    AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,
-    PathInfo, PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState,
-    VmStats,
+    AcceleratorInfo, AcceleratorKind, ApiProblem, ClanInfo, ClanPhase, ControlMode, ErrorCode, Flavour, HealthProblem,
+    HostInfo, MachineInfo, PathInfo, PathKind, PersonInfo, Pong, ServiceInfo, ServiceKind, Severity, StatsPoint,
+    Status, UnitInfo, VmInfo, VmState, VmStats,
 };
 use clan_types::{ByteSize, PersonId, Timestamp};
 use clan_vm::{AccelKind, probe};
@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 
 use crate::{
     clan::{Clan, fingerprint},
-    guest::short,
+    guest::{self, short},
     link::Told,
     manager::Shared,
     paths::Paths,
@@ -23,6 +23,8 @@ use crate::{
 
 /// Tasks that the page lists.
 const MAX_TASKS: usize = 30;
+/// Names that are told to whoever named none of them.
+const MAX_NAMES: usize = 12;
 const LOW_DISK: ByteSize = ByteSize::from_mib(512);
 
 /// Everything in one.
@@ -198,6 +200,47 @@ fn machine(machine: &control::MachineStatus, status: &control::NodeStatus) -> Ma
             .behind
             .and_then(|via| status.machines.iter().find(|front| front.id == via).map(|front| front.name.clone())),
     }
+}
+
+/// Sends one echo to a machine, through the clan's machine here.
+pub(crate) async fn ping(clan: &Clan, text: &str) -> Result<Pong, ApiProblem> {
+    let status = clan.state().await?;
+    let found = find_machine(&status, text)?;
+    let control = clan.control().map_err(|e| problem::guest(&e))?;
+    let request = control::ControlRequest::Ping { machine: found.id };
+    match guest::open(&control, &request, guest::PATIENCE).await {
+        Ok((_, control::ControlResponse::Pong { rtt_us, path: way })) => {
+            let info = machine(found, &status);
+            let path = way.as_ref().map(path);
+            Ok(Pong {
+                machine: info.id,
+                name: info.name,
+                host_name: info.host_name,
+                address: info.address,
+                rtt_us,
+                path,
+            })
+        }
+        Ok(_) => Err(problem::guest(&guest::GuestError::Unexpected { what: "send an echo" })),
+        Err(error) => Err(problem::guest(&error)),
+    }
+}
+
+/// The machine of a name, plain or as the name service has it (`desk.family.clan`), or of an id.
+fn find_machine<'a>(status: &'a control::NodeStatus, text: &str) -> Result<&'a control::MachineStatus, ApiProblem> {
+    let wanted = text.trim().trim_end_matches('.').to_ascii_lowercase();
+    let zone = format!(".{}.clan", status.clan_name);
+    let name = wanted.strip_suffix(&zone).unwrap_or(&wanted);
+    let found = status.machines.iter().find(|m| m.name.as_str() == name || m.id.to_string() == wanted);
+    found.ok_or_else(|| {
+        let names: Vec<&str> = status.machines.iter().map(|m| m.name.as_str()).take(MAX_NAMES).collect();
+        ApiProblem::new(
+            ErrorCode::NotFound,
+            format!("the clan {} has no machine called `{}`", status.clan_name, short(text)),
+        )
+        .hint(format!("there is: {}", names.join(", ")))
+        .hint("see all: `clan machines`")
+    })
 }
 
 fn path(path: &control::PathStatus) -> PathInfo {

@@ -150,6 +150,8 @@ async fn right_after_founding_every_verb_knows_the_clan() {
     let status = client.status().await.unwrap();
     assert_eq!((status.clans[0].role, status.clans[0].machines.len()), (Some(Role::Owner), 1));
     assert!(status.problems.iter().any(|problem| problem.message.contains("fan")), "{:?}", status.problems);
+    let unknown = client.ping("family", "desk.family.clan").await.unwrap_err().to_string();
+    assert!(unknown.contains("the clan family has no machine called `desk.family.clan`"), "{unknown}");
     let relay = client.set_relay("family", &SetRelay { on: true, ..SetRelay::default() }).await.unwrap();
     assert_eq!((relay.relay.host.as_str(), relay.relay.this), ("203.0.113.7", true));
     assert!(client.relays("family").await.unwrap()[0].this);

@@ -35,7 +35,7 @@ use crate::{
     image::ImageServer,
     join::{self, RedeemError},
     mesh::{self, Mesh, MeshPlan},
-    net, own, peer,
+    net, own, peer, ping,
     relay::{self, Certificate},
     report::{Scope, chain},
     services,
@@ -252,6 +252,7 @@ impl Controller {
                 Err(error) => ControlResponse::Failed(chain(&error)),
             },
             ControlRequest::Peers => ControlResponse::Peers(status::others(&access.core.view())),
+            ControlRequest::Ping { machine } => ping::ping(machine, &access.core, access.wireguard()).await,
             ControlRequest::Farewell { entry } => self.farewell(&access, entry).await,
             ControlRequest::Watch => return self.report(stream, &access).await,
             ControlRequest::Connect { service, machine } => {

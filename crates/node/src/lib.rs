@@ -23,6 +23,7 @@ mod mesh;
 mod net;
 mod own;
 mod peer;
+mod ping;
 mod relay;
 mod report;
 mod services;

@@ -78,6 +78,11 @@ pub enum ControlRequest {
     /// Other machines that were heard of lately, which could admit a newcomer in place of this one: for invitation links.
     /// Answered by [`ControlResponse::Peers`].
     Peers,
+    /// Sends one echo to a machine over the mesh. Answered by [`ControlResponse::Pong`].
+    Ping {
+        /// The machine; for a standard WireGuard machine, its key.
+        machine: MachineId,
+    },
 }
 
 /// Text that is not to be logged.
@@ -181,6 +186,13 @@ pub enum ControlResponse {
     Raw,
     /// See [`ControlRequest::Peers`]; best first.
     Peers(Vec<PeerAddr>),
+    /// See [`ControlRequest::Ping`].
+    Pong {
+        /// Round trip, microseconds; `None` if no answer came within two seconds.
+        rtt_us: Option<u64>,
+        /// How the machine is reached after that; `None` if it is not.
+        path: Option<PathStatus>,
+    },
 }
 
 /// The clan as one of its machines sees it.

@@ -9,7 +9,7 @@ use axum::{
 };
 use clan_api::{
     ApiProblem, ClanInfo, CreateClan, CreateInvite, CreatedClan, ErrorCode, FindInvitation, FoundInvitation, Invite,
-    JoinClan, JoinPreview, MachineInfo, OpenedService, PersonInfo, PreviewJoin, ServiceInfo, Status, TaskInfo,
+    JoinClan, JoinPreview, MachineInfo, OpenedService, PersonInfo, Pong, PreviewJoin, ServiceInfo, Status, TaskInfo,
 };
 use clan_types::{ServiceName, service_url_host};
 use clan_wire::beacon::ServiceKind;
@@ -74,6 +74,13 @@ pub(super) async fn machines(
     Path(clan): Path<String>,
 ) -> Answer<Json<Vec<MachineInfo>>> {
     Ok(Json(StatusCode::OK, states::clan_info(&*shared.find(&clan)?).await.machines))
+}
+
+pub(super) async fn ping(
+    State(shared): State<Arc<Shared>>,
+    Path((clan, machine)): Path<(String, String)>,
+) -> Answer<Json<Pong>> {
+    Ok(Json(StatusCode::OK, states::ping(&*shared.find(&clan)?, &machine).await?))
 }
 
 pub(super) async fn services(

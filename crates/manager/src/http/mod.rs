@@ -282,6 +282,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/clans/{clan}/groups/removals", post(mesh::drop_group))
         .route("/clans/{clan}/members", get(clans::members))
         .route("/clans/{clan}/machines", get(clans::machines))
+        .route("/clans/{clan}/machines/{machine}/ping", post(clans::ping))
         .route("/clans/{clan}/services", get(clans::services))
         .route("/clans/{clan}/leave", post(clans::leave))
         .route("/clans/{clan}/services/{name}/open", post(clans::open))
