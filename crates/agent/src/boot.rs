@@ -22,7 +22,7 @@ use rustix::{
 use crate::{
     RESIDENT,
     cmdline::{CmdlineError, Disks},
-    log, port,
+    disk, log, port, renew,
 };
 
 /// How long a disk may take to appear.
@@ -68,8 +68,11 @@ pub(crate) fn boot() -> ExitCode {
     load_modules(&mut problems);
     log::info(&format!("modules loaded after {} ms", begin.elapsed().as_millis()));
     // The new root is entered only once everything in it is in place.
-    match stack_disks().and_then(|()| enter()) {
+    match stack_disks().and_then(|disks| enter(&disks)) {
         Ok(own_program) => {
+            if let Err(error) = disk::grow() {
+                note(&mut problems, &format!("the data disk is not used to its end: {error}"));
+            }
             log::info(&format!("root file system ready after {} ms", begin.elapsed().as_millis()));
             start_init(&own_program, &mut problems);
         }
@@ -115,7 +118,7 @@ fn load_modules(problems: &mut Vec<String>) {
 }
 
 /// Mounts the disks and stacks them at `/new`.
-fn stack_disks() -> Result<(), BootError> {
+fn stack_disks() -> Result<Disks, BootError> {
     let cmdline = fs::read_to_string("/proc/cmdline").attempt(|| "read the kernel's command line".into())?;
     let disks = Disks::parse(&cmdline)?;
     mount_disk(&disks.root, "/root", "erofs", MountFlags::RDONLY, None)?;
@@ -137,7 +140,8 @@ fn stack_disks() -> Result<(), BootError> {
     );
     let options = CString::new(options).map_err(io::Error::from).attempt(|| "name the layers".into())?;
     mount("overlay", "/new", "overlay", MountFlags::NOATIME, options.as_c_str())
-        .attempt(|| "stack the root file system".into())
+        .attempt(|| "stack the root file system".into())?;
+    Ok(disks)
 }
 
 fn mount_disk(name: &str, at: &str, kind: &str, flags: MountFlags, options: Option<&CStr>) -> Result<(), BootError> {
@@ -154,7 +158,7 @@ fn mount_disk(name: &str, at: &str, kind: &str, flags: MountFlags, options: Opti
 }
 
 /// Makes the stacked file system the root. Gives this program's file, whose path is out of reach from then on.
-fn enter() -> Result<File, BootError> {
+fn enter(disks: &Disks) -> Result<File, BootError> {
     rustix::fs::accessat(
         rustix::fs::CWD,
         Path::new("/new").join(INIT.to_string_lossy().trim_start_matches('/')),
@@ -174,6 +178,9 @@ fn enter() -> Result<File, BootError> {
         .attempt(|| "mount /run".into())?;
     directory(DATA_MOUNT_AT)?;
     fs::write(format!("{DATA_MOUNT_AT}/clan.conf"), DATA_MOUNT).attempt(|| "write to /run".into())?;
+    if disks.template {
+        renew::make_gate(Path::new("/new")).attempt(|| "make the controller wait".into())?;
+    }
     for name in ["data", "dev", "sys", "proc"] {
         mount_move(format!("/{name}"), format!("/new/{name}")).attempt(|| format!("move /{name}"))?;
     }

@@ -1,5 +1,7 @@
 //! Which disk is what, from the kernel's command line.
 
+use clan_wire::agent::TEMPLATE;
+
 /// The disks, as names in `/dev`.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Disks {
@@ -9,6 +11,8 @@ pub(crate) struct Disks {
     pub(crate) layers: Vec<String>,
     /// Everything that is written, ext4.
     pub(crate) data: String,
+    /// Whether the guest may become a template.
+    pub(crate) template: bool,
 }
 
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,7 +30,9 @@ impl Disks {
         let root = value("clan.root").ok_or(CmdlineError::Missing("clan.root"))?;
         let data = value("clan.data").ok_or(CmdlineError::Missing("clan.data"))?;
         let layers = value("clan.layers").unwrap_or_default().split(',').filter(|name| !name.is_empty());
-        Ok(Self { root: disk(root)?, layers: layers.map(disk).collect::<Result<_, _>>()?, data: disk(data)? })
+        let layers = layers.map(disk).collect::<Result<_, _>>()?;
+        let template = cmdline.split_whitespace().any(|word| word == TEMPLATE);
+        Ok(Self { root: disk(root)?, layers, data: disk(data)?, template })
     }
 }
 
@@ -49,7 +55,9 @@ mod tests {
         assert_eq!(disks.root, "vda");
         assert_eq!(disks.layers, ["vdb", "vde"]);
         assert_eq!(disks.data, "vdc");
+        assert!(!disks.template);
         assert!(Disks::parse("clan.root=vda clan.data=vdc").unwrap().layers.is_empty());
+        assert!(Disks::parse("clan.root=vda clan.data=vdc clan.template\n").unwrap().template);
     }
 
     #[test]

@@ -5,7 +5,7 @@ use std::{fs, io};
 use clan_types::Timestamp;
 use rustix::system::RebootCommand;
 
-use crate::log;
+use crate::{disk, log, renew};
 
 /// The guest, as the manager sees and steers it.
 pub(crate) trait Machine {
@@ -15,6 +15,14 @@ pub(crate) trait Machine {
     fn boot_id(&self) -> String;
     /// Sets the wall clock.
     fn set_clock(&mut self, now: Timestamp) -> io::Result<()>;
+    /// Takes off the disk what only one guest may have.
+    fn seal(&mut self) -> io::Result<()>;
+    /// Stirs the random numbers, and makes a guest that was one of many one that differs.
+    fn renew(&mut self, entropy: &[u8]) -> io::Result<()>;
+    /// Writes everything to the disks.
+    fn sync(&mut self);
+    /// Has the file system on the data disk use all of the disk.
+    fn grow_disk(&mut self) -> io::Result<()>;
     /// Asks the guest's init to stop everything and power off.
     fn power_off(&mut self) -> io::Result<()>;
     /// Powers off without asking anybody; what was written is on the disks.
@@ -45,6 +53,22 @@ impl Machine for Guest {
             0 => Ok(()),
             _ => Err(io::Error::last_os_error()),
         }
+    }
+
+    fn seal(&mut self) -> io::Result<()> {
+        renew::seal()
+    }
+
+    fn renew(&mut self, entropy: &[u8]) -> io::Result<()> {
+        renew::renew(entropy)
+    }
+
+    fn sync(&mut self) {
+        rustix::fs::sync();
+    }
+
+    fn grow_disk(&mut self) -> io::Result<()> {
+        disk::grow()
     }
 
     fn power_off(&mut self) -> io::Result<()> {

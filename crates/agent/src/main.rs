@@ -6,9 +6,11 @@
 
 mod boot;
 mod cmdline;
+mod disk;
 mod log;
 mod machine;
 mod port;
+mod renew;
 mod serve;
 
 use std::process::ExitCode;

@@ -128,6 +128,25 @@ impl<M: Machine> Server<M> {
                 Ok(()) => AgentResponse::Done,
                 Err(error) => AgentResponse::Failed(format!("the clock was not set: {error}")),
             },
+            AgentRequest::Seal => match self.machine.seal() {
+                Ok(()) => AgentResponse::Done,
+                Err(error) => AgentResponse::Failed(error.to_string()),
+            },
+            AgentRequest::Sync => {
+                self.machine.sync();
+                AgentResponse::Done
+            }
+            AgentRequest::GrowDisk => match self.machine.grow_disk() {
+                Ok(()) => AgentResponse::Done,
+                Err(error) => AgentResponse::Failed(format!("the file system does not grow: {error}")),
+            },
+            // The clock first: what is made anew has the right time.
+            AgentRequest::Renew(renewal) => {
+                match self.machine.set_clock(renewal.now).and_then(|()| self.machine.renew(&renewal.entropy)) {
+                    Ok(()) => AgentResponse::Done,
+                    Err(error) => AgentResponse::Failed(format!("the guest was not renewed: {error}")),
+                }
+            }
             AgentRequest::PowerOff | AgentRequest::PowerOffNow => {
                 self.pending = Some(request);
                 AgentResponse::Done
@@ -142,7 +161,7 @@ impl<M: Machine> Server<M> {
                 self.machine.power_off()
             }
             Some(AgentRequest::PowerOffNow) => self.machine.power_off_now(),
-            Some(AgentRequest::Ping | AgentRequest::SetClock(_)) | None => return,
+            _ => return,
         };
         if let Err(error) = done {
             let problem = format!("the guest does not power off: {error}");
@@ -158,12 +177,14 @@ mod tests {
     use std::io;
 
     use clan_types::Timestamp;
+    use clan_wire::agent::Renewal;
 
     use super::*;
 
     #[derive(Default)]
     struct Fake {
         clock: Option<Timestamp>,
+        renewed: Vec<Vec<u8>>,
         off: u32,
         off_now: u32,
     }
@@ -179,6 +200,21 @@ mod tests {
 
         fn set_clock(&mut self, now: Timestamp) -> io::Result<()> {
             self.clock = Some(now);
+            Ok(())
+        }
+
+        fn sync(&mut self) {}
+
+        fn grow_disk(&mut self) -> io::Result<()> {
+            Err(io::Error::other("no room"))
+        }
+
+        fn seal(&mut self) -> io::Result<()> {
+            Err(io::Error::other("not yet"))
+        }
+
+        fn renew(&mut self, entropy: &[u8]) -> io::Result<()> {
+            self.renewed.push(entropy.to_vec());
             Ok(())
         }
 
@@ -262,6 +298,18 @@ mod tests {
         let now = Timestamp::from_millis(1_800_000_000_123);
         assert_eq!(pair.ask(&AgentRequest::SetClock(now)), AgentResponse::Done);
         assert_eq!(pair.server.machine.clock, Some(now));
+    }
+
+    #[test]
+    fn renewing_sets_the_clock_too_and_sealing_says_why_not() {
+        let mut pair = Pair::new(&[]);
+        let now = Timestamp::from_millis(1_800_000_000_123);
+        let renewal = Renewal { now, entropy: vec![7; 64] };
+        assert_eq!(pair.ask(&AgentRequest::Renew(renewal.into())), AgentResponse::Done);
+        assert_eq!((pair.server.machine.clock, pair.server.machine.renewed.len()), (Some(now), 1));
+        assert_eq!(pair.ask(&AgentRequest::Seal), AgentResponse::Failed("not yet".into()));
+        let grown = pair.ask(&AgentRequest::GrowDisk);
+        assert_eq!(grown, AgentResponse::Failed("the file system does not grow: no room".into()));
     }
 
     #[test]

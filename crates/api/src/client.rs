@@ -18,10 +18,11 @@ use tokio::{
 use crate::{
     AddDevice, AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery,
     CreateClan, CreateInvite, CreatedClan, DecideAdmission, DeleteQuery, DeviceInfo, DeviceOffer, FindInvitation,
-    FindRecovery, FoundInvitation, GroupInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery, LogSource, Login,
-    MachineInfo, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange, RelayInfo, RemoveDeviceQuery, RemoveNamed,
-    RemovedDevice, Rename, Renamed, Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole,
-    SetRule, Status, TaskEvent, TaskId, TaskInfo, VmInfo, VmStats, WireguardMachine,
+    FindRecovery, FoundInvitation, GroupInfo, ImageGc, ImageInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery,
+    LogSource, Login, MachineInfo, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange, RelayInfo,
+    RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm, Revocation, Revoke, RoleChange, RuleInfo,
+    ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status, TaskEvent, TaskId, TaskInfo, VmInfo,
+    VmSize, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -286,6 +287,46 @@ impl ManagerClient {
         self.post(&format!("/vms/{}/stop", segment(vm)), &serde_json::json!({})).await
     }
 
+    /// Halts a VM's processors.
+    pub async fn pause_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/pause", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Lets a paused VM go on.
+    pub async fn resume_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/resume", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Stops a VM in good order and starts it again.
+    pub async fn restart_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/restart", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Gives a VM another size, or finds out what it would be.
+    pub async fn resize_vm(&self, vm: &str, request: &ResizeVm) -> Result<VmSize, ClientError> {
+        self.post(&format!("/vms/{}/size", segment(vm)), request).await
+    }
+
+    /// The snapshots of a VM's disk.
+    pub async fn snapshots(&self, vm: &str) -> Result<Vec<SnapshotInfo>, ClientError> {
+        self.get(&format!("/vms/{}/snapshots", segment(vm))).await
+    }
+
+    /// Makes a snapshot of a VM's disk.
+    pub async fn make_snapshot(&self, vm: &str, request: &MakeSnapshot) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/snapshots", segment(vm)), request).await
+    }
+
+    /// Puts a snapshot in the place of a VM's disk.
+    pub async fn restore_snapshot(&self, vm: &str, name: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/snapshots/{}/restore", segment(vm), segment(name)), &serde_json::json!({})).await
+    }
+
+    /// Removes a snapshot.
+    pub async fn discard_snapshot(&self, vm: &str, name: &str) -> Result<TaskInfo, ClientError> {
+        self.call(Method::DELETE, &format!("/vms/{}/snapshots/{}", segment(vm), segment(name)), None).await
+    }
+
     /// Deletes a VM and its disk.
     pub async fn delete_vm(&self, vm: &str, query: DeleteQuery) -> Result<TaskInfo, ClientError> {
         self.call(Method::DELETE, &format!("/vms/{}?force={}", segment(vm), query.force), None).await
@@ -322,6 +363,26 @@ impl ManagerClient {
         }
         let upgraded = hyper::upgrade::on(response).await.map_err(protocol)?;
         Ok(Console { io: TokioIo::new(upgraded) })
+    }
+
+    /// The images on this computer.
+    pub async fn images(&self) -> Result<Vec<ImageInfo>, ClientError> {
+        self.get("/images").await
+    }
+
+    /// Builds the image that a clan founded now would run.
+    pub async fn build_image(&self) -> Result<TaskInfo, ClientError> {
+        self.post("/images", &serde_json::json!({})).await
+    }
+
+    /// Compares an image with its name, which is an id or a unique beginning of one.
+    pub async fn verify_image(&self, image: &str) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/images/{}/verify", segment(image)), &serde_json::json!({})).await
+    }
+
+    /// Removes the images that no VM here runs, or finds out which.
+    pub async fn gc_images(&self, dry_run: bool) -> Result<ImageGc, ClientError> {
+        self.call(Method::DELETE, &format!("/images?dry_run={dry_run}"), None).await
     }
 
     /// A URL that opens the web page, signed in.

@@ -7,6 +7,7 @@
 mod authority;
 mod client;
 mod devices;
+mod images;
 mod mesh;
 mod openapi;
 mod ping;
@@ -15,6 +16,7 @@ mod relays;
 mod requests;
 mod status;
 mod tasks;
+mod vms;
 
 pub use authority::{
     AdmissionDecision, AuthorKind, ClanLog, ClanLogEntry, ClanLogQuery, DecideAdmission, InviteInfo, InviteState,
@@ -22,6 +24,7 @@ pub use authority::{
 };
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use devices::{AddDevice, DeviceInfo, DeviceKind, DeviceOffer, RemoveDeviceQuery, RemovedDevice};
+pub use images::{ImageGc, ImageGcQuery, ImageInfo};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};
 pub use openapi::openapi;
 pub use ping::Pong;
@@ -39,6 +42,7 @@ pub use status::{
 pub use tasks::{
     StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep,
 };
+pub use vms::{MakeSnapshot, ResizeVm, SnapshotInfo, VmSize};
 
 /// What all paths of the API start with.
 pub const BASE: &str = "/api/v1";

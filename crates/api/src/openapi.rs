@@ -19,7 +19,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     paths(
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
-        open_service, vms, start_vm, stop_vm, delete_vm, vm_logs, vm_console, vm_stats, login
+        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
     modifiers(&Security),
@@ -201,6 +201,38 @@ fn start_vm() {}
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/stop", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn stop_vm() {}
 
+/// Halt a VM's processors; its memory is kept
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/pause", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn pause_vm() {}
+
+/// Let a paused VM go on
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/resume", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn resume_vm() {}
+
+/// Stop a VM in good order and start it again
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/restart", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn restart_vm() {}
+
+/// Give a VM another size, or say what it would be
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/size", params(("vm" = String, Path)), request_body = ResizeVm, responses((status = 200, body = VmSize), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn resize_vm() {}
+
+/// The snapshots of a VM's disk, oldest first
+#[utoipa::path(get, path = "/api/v1/vms/{vm}/snapshots", params(("vm" = String, Path)), responses((status = 200, body = [SnapshotInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn snapshots() {}
+
+/// Make a snapshot of a VM's disk
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/snapshots", params(("vm" = String, Path)), request_body = MakeSnapshot, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn make_snapshot() {}
+
+/// Put a snapshot in the place of a VM's disk
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/snapshots/{name}/restore", params(("vm" = String, Path), ("name" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn restore_snapshot() {}
+
+/// Remove a snapshot
+#[utoipa::path(delete, path = "/api/v1/vms/{vm}/snapshots/{name}", params(("vm" = String, Path), ("name" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn discard_snapshot() {}
+
 /// Delete a VM and its disk
 #[utoipa::path(delete, path = "/api/v1/vms/{vm}", params(("vm" = String, Path), DeleteQuery), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn delete_vm() {}
@@ -216,6 +248,22 @@ fn vm_console() {}
 /// A VM's statistics
 #[utoipa::path(get, path = "/api/v1/vms/{vm}/stats", params(("vm" = String, Path)), responses((status = 200, body = VmStats), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn vm_stats() {}
+
+/// The images on this computer
+#[utoipa::path(get, path = "/api/v1/images", responses((status = 200, body = [ImageInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn images() {}
+
+/// Build the image that a clan founded now would run
+#[utoipa::path(post, path = "/api/v1/images", responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn build_image() {}
+
+/// Compare an image with its name
+#[utoipa::path(post, path = "/api/v1/images/{image}/verify", params(("image" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn verify_image() {}
+
+/// Remove the images that no VM here runs
+#[utoipa::path(delete, path = "/api/v1/images", params(ImageGcQuery), responses((status = 200, body = ImageGc), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn gc_images() {}
 
 /// A URL that opens the web page, signed in; over the Unix socket only
 #[utoipa::path(post, path = "/api/v1/logins", responses((status = 201, body = Login), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

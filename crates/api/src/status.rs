@@ -242,6 +242,8 @@ pub enum VmState {
     Starting,
     /// Running, and its controller answers.
     Running,
+    /// Halted by the person; its memory is kept.
+    Paused,
     /// On its way down.
     Stopping,
     /// Ended against the person's wish, and not started again; `reason` says why.

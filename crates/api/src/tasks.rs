@@ -1,6 +1,6 @@
 use std::{fmt, str::FromStr};
 
-use clan_types::{ClanId, ClanName, Timestamp};
+use clan_types::{ClanId, ClanName, ImageId, Timestamp};
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
 use utoipa::ToSchema;
 
@@ -69,8 +69,24 @@ pub enum TaskKind {
     StartVm,
     /// Stops a VM.
     StopVm,
+    /// Halts a VM's processors.
+    PauseVm,
+    /// Lets a paused VM go on.
+    ResumeVm,
+    /// Stops a VM and starts it again.
+    RestartVm,
+    /// Copies a VM's disk.
+    SnapshotVm,
+    /// Puts a copy of a VM's disk back in its place.
+    RestoreVm,
+    /// Removes a copy of a VM's disk.
+    DiscardSnapshot,
     /// Deletes a VM and its disk.
     DeleteVm,
+    /// Builds an image.
+    BuildImage,
+    /// Reads an image and compares it with its name.
+    VerifyImage,
     /// Waits for another computer to become a device of this person.
     AddDevice,
 }
@@ -146,6 +162,12 @@ pub enum TaskResult {
         /// Its name.
         #[schema(value_type = String)]
         name: ClanName,
+    },
+    /// There is an image.
+    Image {
+        /// Its id.
+        #[schema(value_type = String)]
+        id: ImageId,
     },
     /// Nothing to tell.
     Nothing,

@@ -118,6 +118,9 @@ pub(crate) enum Command {
     /// This computer's machines in its clans
     #[command(subcommand)]
     Vm(commands::vm::Verb),
+    /// What this computer's virtual machines boot from
+    #[command(subcommand)]
+    Image(commands::image::Verb),
     /// What the clan's machines offer
     #[command(subcommand)]
     Service(commands::service::Verb),

@@ -69,6 +69,7 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
             Command::Rule(verb) => rule::run(verb, &context).await,
             Command::Group(verb) => group::run(verb, &context).await,
             Command::Vm(verb) => vm::run(verb, &context).await,
+            Command::Image(verb) => image::run(verb, &context).await,
             Command::Service(verb) => service::run(verb, &context).await,
             Command::Web(args) => web::run(args, &context).await,
             Command::Leave(args) => leave::run(args, &context).await,

@@ -92,6 +92,7 @@ pub(crate) fn vm_state(state: VmState) -> (Tone, &'static str) {
         VmState::Stopped => (Tone::Faint, "stopped"),
         VmState::Starting => (Tone::Warn, "starting"),
         VmState::Running => (Tone::Good, "running"),
+        VmState::Paused => (Tone::Warn, "paused"),
         VmState::Stopping => (Tone::Warn, "stopping"),
         VmState::Failed => (Tone::Bad, "failed"),
     }

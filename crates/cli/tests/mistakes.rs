@@ -248,6 +248,7 @@ Commands:
   relay        Machines that pass packets on between machines that do not reach each other
   log          Show who decided what in a clan
   vm           This computer's machines in its clans
+  image        What this computer's virtual machines boot from
   service      What the clan's machines offer
   web          Open the web page
   leave        Leave a clan, and delete its machine here

@@ -4,28 +4,50 @@ use std::time::Duration;
 
 use clan_api::{ApiProblem, ErrorCode, VmState};
 use clan_os::channel::Channel;
-use clan_vm::create_data_disk;
+use clan_vm::{VmError, copy_data_disk, create_data_disk, probe};
 use tokio::{sync::watch, time::timeout};
 
 use crate::{
     clan::Clan,
+    fetch::blocking,
     guest::{self, GuestError, Identity},
-    logs, problem,
+    logs,
+    manager::Shared,
+    problem,
+    record::Fresh,
     tasks::TaskHandle,
+    template::Kind,
 };
 
 const AGENT: Duration = Duration::from_secs(60);
 const CONTROLLER: Duration = Duration::from_secs(120);
 const CONSOLE_LINES: usize = 15;
 
-/// Makes the data disk, unless it is there.
-pub(crate) async fn data_disk(clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
+/// Makes the data disk, unless it is there: from a template if there is one, so that the VM need not boot.
+pub(crate) async fn data_disk(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
     let path = clan.record.paths().data_disk();
     if path.exists() {
         task.skip();
         return Ok(());
     }
-    create_data_disk(&path, clan.record.get().disk).await.map_err(|e| problem::vm(&e))
+    let record = clan.record.get();
+    let accelerator = probe::accelerator(&shared.paths.cache()).await;
+    let kind = Kind::of(&record, accelerator.kind, &shared.options.qemu);
+    if let Some(template) = kind.and_then(|kind| shared.templates.find(&kind)) {
+        let from = template.data_disk();
+        let to = path.clone();
+        clan.record.update(|r| r.fresh = Some(Fresh::Template(template.name))).map_err(|e| problem::disk(&e))?;
+        match blocking(move || copy_data_disk(&from, &to)).await? {
+            Ok(()) => {
+                task.log("the VM goes on from a template, and need not boot");
+                return Ok(());
+            }
+            Err(error @ VmError::NoSpace { .. }) => return Err(problem::vm(&error)),
+            Err(error) => tracing::warn!(%error, "the template cannot be used"),
+        }
+    }
+    clan.record.update(|r| r.fresh = Some(Fresh::Empty)).map_err(|e| problem::disk(&e))?;
+    create_data_disk(&path, record.disk).await.map_err(|e| problem::vm(&e))
 }
 
 /// Starts the VM and waits for its agent, then, in the next step, for its controller. Of an integrated machine there is the
@@ -74,6 +96,7 @@ pub(crate) async fn wait(
             Err(_) => ApiProblem::new(ErrorCode::Stopping, "the manager is stopping"),
         }
     };
+    let mut turn = clan.keeper.watch();
     let connected = async {
         match channel.wait_for(Option::is_some).await.ok().and_then(|c| c.clone()) {
             Some(channel) => channel,
@@ -82,7 +105,8 @@ pub(crate) async fn wait(
     };
     tokio::select! {
         biased;
-        connected = timeout(limit, connected) => connected.map_err(|_| silent(clan, who, limit)),
+        // Waiting for other VMs does not count.
+        connected = async { let _ = turn.wait_for(|v| !v.queued).await; timeout(limit, connected).await } => connected.map_err(|_| silent(clan, who, limit)),
         problem = failed => Err(problem),
     }
 }

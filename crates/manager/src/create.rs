@@ -166,6 +166,9 @@ impl Home {
             phase,
             flavour: self.flavour.clone(),
             wanted: false,
+            held: false,
+            paused: false,
+            fresh: None,
             image: None,
             memory: self.size.memory,
             disk: self.size.disk,
@@ -283,7 +286,7 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
     }
     clan.record.update(|r| r.image = Some(image.id)).map_err(on_disk)?;
     task.begin(1);
-    boot::data_disk(clan, task).await?;
+    boot::data_disk(shared, clan, task).await?;
     task.begin(2);
     let (_, identity) = boot::bring_up(clan, task, 3).await?;
     task.begin(4);

@@ -184,6 +184,9 @@ impl Integrated {
                     }
                     let _ = reply.send(outcome);
                 }
+                Some(Command::Pause { reply, .. } | Command::Restart { reply }) => {
+                    let _ = reply.send(Err(ApiProblem::new(ErrorCode::Conflict, "there is no virtual machine here")));
+                }
                 Some(Command::Destroy { reply }) => {
                     wanted.send_replace(true);
                     self.forget().await;

@@ -342,7 +342,7 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         identity
     } else {
         task.begin(2);
-        boot::data_disk(clan, task).await?;
+        boot::data_disk(shared, clan, task).await?;
         task.begin(3);
         let (_, identity) = boot::bring_up(clan, task, 4).await?;
         task.begin(5);

@@ -116,7 +116,7 @@ pub(crate) async fn start(clan: &Clan) -> Result<(), ApiProblem> {
 }
 
 /// Only a VM is for the manager to start and to stop.
-fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
+pub(crate) fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
     match clan.record.get().flavour {
         Flavour::Vm => Ok(()),
         Flavour::Integrated { socket } => {
@@ -134,7 +134,7 @@ fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
 /// Starts a VM, as a task.
 pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     is_vm(&clan, "start")?;
-    vm_task(shared, clan, TaskKind::StartVm, "Start", "Start the virtual machine", |clan, task| async move {
+    vm_task(shared, clan, TaskKind::StartVm, "Start", &["Start the virtual machine"], |clan, task| async move {
         task.unless_cancelled(start(&clan)).await
     })
 }
@@ -142,7 +142,7 @@ pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Ta
 /// Stops a VM, as a task.
 pub(crate) fn stop_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     is_vm(&clan, "stop")?;
-    vm_task(shared, clan, TaskKind::StopVm, "Stop", "Stop the virtual machine", |clan, task| async move {
+    vm_task(shared, clan, TaskKind::StopVm, "Stop", &["Stop the virtual machine"], |clan, task| async move {
         task.unless_cancelled(stop(&clan)).await
     })
 }
@@ -162,22 +162,18 @@ pub(crate) fn delete_task(shared: &Arc<Shared>, clan: Arc<Clan>, force: bool) ->
     } else {
         "Delete the virtual machine and its disk"
     };
-    vm_task(
-        shared,
-        clan,
-        TaskKind::DeleteVm,
-        "Delete",
-        step,
-        move |clan, _task| async move { shared_.discard(&clan).await },
-    )
+    vm_task(shared, clan, TaskKind::DeleteVm, "Delete", &[step], move |clan, _task| async move {
+        shared_.discard(&clan).await
+    })
 }
 
-fn vm_task<F>(
+/// Starts a task that works on a VM, in its first step.
+pub(crate) fn vm_task<F>(
     shared: &Arc<Shared>,
     clan: Arc<Clan>,
     kind: TaskKind,
     verb: &str,
-    step: &str,
+    steps: &[&str],
     work: impl FnOnce(Arc<Clan>, TaskHandle) -> F,
 ) -> Result<Arc<Task>, ApiProblem>
 where
@@ -186,7 +182,7 @@ where
     shared.check_idle(&clan)?;
     let name = clan.name();
     let what = if clan.record.get().is_integrated() { "machine" } else { "VM" };
-    let task = shared.tasks.spawn(kind, format!("{verb} the {what} of {name}"), Some(name), &[step], move |task| {
+    let task = shared.tasks.spawn(kind, format!("{verb} the {what} of {name}"), Some(name), steps, move |task| {
         task.begin(0);
         let work = work(clan, task);
         async move { work.await.map(|()| TaskResult::Nothing) }

@@ -3,6 +3,7 @@
 use std::{
     collections::VecDeque,
     future::Future,
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -28,6 +29,7 @@ use crate::{
     guest::{self, GuestError},
     record::ClanRecord,
     tasks::now,
+    template::{self, Staging},
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -82,16 +84,22 @@ impl Outlets {
     }
 }
 
-/// Keeps the channel to the agent, until cancelled.
-pub(crate) async fn keep_agent(vm: Vm, out: Outlets, cancel: CancellationToken) {
+/// Keeps the channel to the agent, until cancelled. `first` is the guest's to leave a template behind; it has the place of
+/// its data disk.
+pub(crate) async fn keep_agent(vm: Vm, out: Outlets, first: Option<(Staging, PathBuf)>, cancel: CancellationToken) {
+    let first = Arc::new(Mutex::new(first));
     let serve = |channel: Channel| {
-        let out = out.clone();
+        let (vm, out, first) = (vm.clone(), out.clone(), first.clone());
         async move {
             while channel.started().await.is_ok() {
-                // The clock of a guest that was paused or restored is wrong; the agent's own answer is only logged.
-                if let Err(error) = guest::ask_agent(&channel, &AgentRequest::SetClock(now()), guest::PATIENCE).await {
-                    tracing::debug!(%error, "the guest's clock was not set");
+                let first = first.lock().unwrap_or_else(PoisonError::into_inner).take();
+                if let Some((staging, data_disk)) = first {
+                    // Whoever waits for the agent only shall not wait for this.
+                    out.agent.send_replace(Some(channel.clone()));
+                    template::leave(&vm, &channel, staging, &data_disk).await;
                 }
+                // Also the clock of a guest that was paused or saved is wrong.
+                template::renew(&channel).await;
                 match guest::ask_agent(&channel, &AgentRequest::Ping, guest::PATIENCE).await {
                     Ok(AgentResponse::Pong { problems, .. }) => {
                         for problem in problems.iter().take(20) {

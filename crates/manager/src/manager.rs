@@ -22,12 +22,14 @@ use crate::{
     disk::{self, DiskError},
     http::{self, Listeners, auth::Auth},
     join,
-    keeper::{Keeper, KeeperConfig},
+    keeper::{Keeper, KeeperConfig, Turns},
     leave,
     paths::Paths,
     problem,
     record::{self, ClanRecord, Loaded, PersonLog, Phase},
+    snapshots,
     tasks::Tasks,
+    template::Templates,
 };
 
 /// Fewer characters of an id do not name anything.
@@ -155,6 +157,8 @@ pub(crate) struct Shared {
     pub(crate) paths: Paths,
     pub(crate) options: Options,
     pub(crate) images: ImageStore,
+    pub(crate) templates: Templates,
+    turns: Turns,
     pub(crate) tasks: Tasks,
     pub(crate) auth: Auth,
     /// Where the TCP listener really is.
@@ -250,8 +254,12 @@ fn lock(paths: &Paths) -> Result<File, ManagerError> {
 impl Shared {
     fn open(paths: Paths, options: Options, address: SocketAddr) -> Result<Self, ManagerError> {
         let stop = CancellationToken::new();
+        let (images, templates) = (ImageStore::open(paths.images())?, Templates::open(paths.templates()));
+        templates.keep_images(|id| images.get(id).is_some());
         Ok(Self {
-            images: ImageStore::open(paths.images())?,
+            images,
+            templates,
+            turns: Turns::for_this_computer(),
             tasks: Tasks::open(&paths.tasks(), stop.clone()),
             auth: Auth::open(&paths.token())?,
             address,
@@ -365,9 +373,12 @@ impl Shared {
         let paths = self.paths.clan(&record.id);
         let (key, log) = (record::load_key(&paths)?, PersonLog::load(&paths)?);
         let id = record.id;
+        snapshots::sweep(&paths);
         let record = Arc::new(RecordCell::new(paths, record));
         let config = KeeperConfig {
             images: self.images.clone(),
+            templates: self.templates.clone(),
+            turns: self.turns.clone(),
             cache: self.paths.cache(),
             qemu: self.options.qemu.clone(),
             keep_vms: self.options.keep_vms,

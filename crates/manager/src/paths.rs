@@ -51,6 +51,11 @@ impl Paths {
         self.root.join("cache")
     }
 
+    /// States of guests from which others go on.
+    pub(crate) fn templates(&self) -> PathBuf {
+        self.cache().join("templates")
+    }
+
     /// Finished tasks.
     pub fn tasks(&self) -> PathBuf {
         self.root.join("tasks")

@@ -107,6 +107,7 @@ pub(crate) fn vm(error: &VmError) -> ApiProblem {
             plain(ErrorCode::TooSmall, error).hint("close some programs, or give the machine less with `--memory`")
         }
         VmError::BadSpec(_) => plain(ErrorCode::BadRequest, error),
+        VmError::NotSaved { .. } => plain(ErrorCode::VmFailed, error),
         VmError::DiedAtStart { .. } | VmError::SilentAtStart { .. } | VmError::Process { .. } | VmError::Qmp(_) => {
             plain(ErrorCode::VmFailed, error)
         }

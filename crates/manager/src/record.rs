@@ -46,6 +46,16 @@ pub(crate) enum Flavour {
     },
 }
 
+/// What is on a data disk on which no guest has run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Fresh {
+    /// Nothing.
+    Empty,
+    /// What was on the disk of a guest when the template of this name was made of it.
+    Template(String),
+}
+
 /// UDP ports of the base OS that lead to the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Ports {
@@ -69,6 +79,15 @@ pub(crate) struct ClanRecord {
     pub(crate) flavour: Flavour,
     /// Whether the VM shall run.
     pub(crate) wanted: bool,
+    /// Whether the VM shall run again after what it was stopped for, also if the manager is killed meanwhile.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) held: bool,
+    /// Whether the VM shall hold still while it runs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) paused: bool,
+    /// INVARIANT: absent on disk before a guest runs on the data disk: a saved state fits its disk once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) fresh: Option<Fresh>,
     pub(crate) image: Option<ImageId>,
     pub(crate) memory: ByteSize,
     pub(crate) disk: ByteSize,
@@ -245,6 +264,9 @@ pub(crate) mod tests {
             phase,
             flavour: Flavour::Vm,
             wanted: false,
+            held: false,
+            paused: false,
+            fresh: None,
             image: None,
             memory: ByteSize::from_mib(512),
             disk: ByteSize::from_mib(2048),

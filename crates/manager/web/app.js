@@ -123,7 +123,7 @@ function ago(then) {
 
 const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
 
-const VM_WORD = { stopped: ["idle", "Stopped"], starting: ["warn", "Starting"], running: ["good", "Running"], stopping: ["warn", "Stopping"], failed: ["bad", "Failed"] };
+const VM_WORD = { stopped: ["idle", "Stopped"], starting: ["warn", "Starting"], running: ["good", "Running"], paused: ["warn", "Paused"], stopping: ["warn", "Stopping"], failed: ["bad", "Failed"] };
 const PHASE_WORD = { creating: "being founded", joining: "being joined", leaving: "being left" };
 const PATH_WORD = { local: "This computer", direct: "Direct", quic_direct: "Direct (QUIC)", relayed: "Relayed" };
 const CONTROL_WORD = { local: "Only you steer it", remote: "The clan’s admins steer it", shared: "You and the clan’s admins steer it" };

@@ -15,6 +15,7 @@
 mod access;
 mod control;
 mod core;
+mod gate;
 mod host;
 mod identity;
 mod image;
@@ -39,6 +40,7 @@ use std::path::PathBuf;
 
 use tokio_util::sync::CancellationToken;
 
+pub use gate::pass_gate;
 pub use host::{Computer, DEFAULT_PORT, Host, Names, forget};
 pub use identity::IdentityError;
 pub use state::StateError;

@@ -3,12 +3,14 @@
 use std::{
     ffi::OsString,
     net::Ipv4Addr,
+    os::fd::RawFd,
     path::{Path, PathBuf},
 };
 
+use clan_wire::agent::TEMPLATE;
 use serde_json::{Value, json};
 
-use crate::{AccelKind, VmError, VmSpec};
+use crate::{AccelKind, Begin, VmError, VmSpec};
 
 /// Names inside the virtual machine's directory, which is QEMU's working directory: relative, because the path of a
 /// Unix socket is limited to 107 bytes.
@@ -17,6 +19,9 @@ pub(crate) const AGENT: &str = "agent.sock";
 pub(crate) const CONTROL: &str = "control.sock";
 pub(crate) const CONSOLE: &str = "console.sock";
 pub(crate) const CONSOLE_LOG: &str = "console.log";
+
+/// What QEMU calls the data disk.
+pub(crate) const DATA_NODE: &str = "data";
 
 /// The machine type that guests are tested with; a newer QEMU still emulates it. Others use their newest.
 pub(crate) const PINNED_MACHINE: &str = "pc-q35-7.2";
@@ -31,8 +36,14 @@ const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 net.i
      clan.root=vda clan.layers=vdb clan.data=vdc clan.boot=vdd";
 
 /// The arguments for a virtual machine. `direct` says whether its data disk can bypass the base OS's page cache, `apart`
-/// whether its network is a namespace of its own.
-pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool, apart: bool) -> Result<Vec<OsString>, VmError> {
+/// whether its network is a namespace of its own, `state` which of QEMU's descriptors is the saved state to begin with.
+pub(crate) fn arguments(
+    spec: &VmSpec,
+    machine: &str,
+    direct: bool,
+    apart: bool,
+    state: Option<RawFd>,
+) -> Result<Vec<OsString>, VmError> {
     let mut args = Args(Vec::new());
     args.pair("-name", format!("clan-{}", spec.name));
     args.pair("-machine", format!("{machine},dump-guest-core=off,vmport=off"));
@@ -45,7 +56,14 @@ pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool, apart: bool)
     args.pair("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny");
 
     args.pair("-kernel", absolute(&spec.image.kernel)?).pair("-initrd", absolute(&spec.image.initramfs)?);
-    args.pair("-append", KERNEL_COMMAND_LINE);
+    match spec.begin {
+        Begin::Boot => args.pair("-append", KERNEL_COMMAND_LINE),
+        // A saved guest was told the same.
+        Begin::BootToSave | Begin::Saved(_) => args.pair("-append", format!("{KERNEL_COMMAND_LINE} {TEMPLATE}")),
+    };
+    if let (Begin::Saved(_), Some(state)) = (&spec.begin, state) {
+        args.pair("-incoming", format!("fd:{state}"));
+    }
 
     args.pair("-qmp", format!("unix:{QMP},server=on,wait=off"));
     args.pair("-chardev", format!("{},logfile={CONSOLE_LOG},logappend=on", socket("console", CONSOLE)));
@@ -61,7 +79,7 @@ pub(crate) fn arguments(spec: &VmSpec, machine: &str, direct: bool, apart: bool)
     // The guest names its disks in this order.
     args.disk("root", shared(&spec.image.root)?);
     args.disk("layer", shared(&spec.image.layer)?);
-    args.disk("data", writable(&spec.data_disk, direct)?);
+    args.disk(DATA_NODE, writable(&spec.data_disk, direct)?);
     args.disk("boot", shared(&spec.image.boot)?);
 
     // IPv4 only: the network's router advertisements would change the guest's addresses seconds after boot, and make its
@@ -160,11 +178,16 @@ mod tests {
             accelerator: AccelKind::Tcg,
             forwards: vec![UdpForward { host: "0.0.0.0:41640".parse().unwrap(), guest_port: 41640 }],
             qemu: Qemu::default(),
+            begin: Begin::Boot,
         }
     }
 
     fn line(spec: &VmSpec) -> Vec<String> {
-        arguments(spec, PINNED_MACHINE, true, true).unwrap().into_iter().map(|a| a.into_string().unwrap()).collect()
+        arguments(spec, PINNED_MACHINE, true, true, Some(7))
+            .unwrap()
+            .into_iter()
+            .map(|a| a.into_string().unwrap())
+            .collect()
     }
 
     fn disks() -> Vec<Value> {
@@ -189,6 +212,19 @@ mod tests {
             assert_eq!(disk["read-only"] == true, !data);
             assert_eq!(disk["file"]["locking"] == "on", data);
         }
+    }
+
+    #[test]
+    fn a_saved_guest_has_the_command_line_of_the_one_that_was_saved() {
+        let of = |begin| {
+            let mut line = line(&VmSpec { begin, ..spec() });
+            let incoming = line.iter().position(|a| a == "-incoming").map(|at| line.drain(at..at + 2).nth(1).unwrap());
+            (line, incoming)
+        };
+        let (booted, saved) = (of(Begin::BootToSave), of(Begin::Saved("/state".into())));
+        assert_eq!(booted.0, saved.0);
+        assert_eq!((booted.1, saved.1.as_deref()), (None, Some("fd:7")));
+        assert_ne!(of(Begin::Boot).0, booted.0, "only a guest to be saved is told to wait");
     }
 
     #[test]

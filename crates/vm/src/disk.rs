@@ -3,13 +3,16 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process::Stdio,
 };
 
 use clan_types::ByteSize;
-use rustix::fs::{CWD, RenameFlags};
+use rustix::{
+    fs::{CWD, RenameFlags, SeekFrom},
+    io::Errno,
+};
 use tokio::process::Command;
 
 use crate::{VmError, file, tool};
@@ -48,6 +51,58 @@ pub async fn create_data_disk(path: &Path, size: ByteSize) -> Result<(), VmError
     rustix::fs::renameat_with(CWD, &temporary.0, CWD, path, RenameFlags::NOREPLACE)
         .map_err(|error| VmError::io("create", path)(error.into()))?;
     file::sync_parent(path).map_err(VmError::io("create", path))
+}
+
+/// Copies a data disk that nothing writes to: holes stay holes, and where the file system can, nothing is copied at all. It
+/// appears whole or not at all, and never in place of another file. Blocks on the disk.
+///
+/// # Errors
+/// [`VmError::NoSpace`] if there is not enough; [`VmError::Io`], with `AlreadyExists` if there is a file of this name.
+pub fn copy_data_disk(from: &Path, to: &Path) -> Result<(), VmError> {
+    if to.symlink_metadata().is_ok() {
+        return Err(VmError::io("create", to)(io::ErrorKind::AlreadyExists.into()));
+    }
+    let source = File::open(from).map_err(|source| VmError::MissingFile { path: from.into(), source })?;
+    let parent = to.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    file::create_private_dir(parent).map_err(VmError::io("create", parent))?;
+    let temporary = Temporary::new(to)?;
+    copy_sparse(&source, &temporary.1).and_then(|()| temporary.1.sync_all()).map_err(|error| match error.kind() {
+        io::ErrorKind::StorageFull => VmError::NoSpace {
+            path: to.into(),
+            asked: ByteSize::from_bytes(source.metadata().map_or(0, |m| m.blocks() * 512)),
+            available: free_space(parent).unwrap_or_default(),
+        },
+        _ => VmError::io("write", to)(error),
+    })?;
+    rustix::fs::renameat_with(CWD, &temporary.0, CWD, to, RenameFlags::NOREPLACE)
+        .map_err(|error| VmError::io("create", to)(error.into()))?;
+    file::sync_parent(to).map_err(VmError::io("create", to))
+}
+
+fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
+    if rustix::fs::ioctl_ficlone(to, from).is_ok() {
+        return Ok(());
+    }
+    let end = from.metadata()?.len();
+    to.set_len(end)?;
+    let mut at = 0;
+    while at < end {
+        let data = match rustix::fs::seek(from, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            // The rest is a hole.
+            Err(Errno::NXIO) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        at = rustix::fs::seek(from, SeekFrom::Hole(data))?;
+        let (mut read, mut write) = (data, data);
+        while read < at {
+            let length = usize::try_from(at - read).unwrap_or(usize::MAX);
+            if rustix::fs::copy_file_range(from, Some(&mut read), to, Some(&mut write), length)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Whether a file can be opened past the page cache; some file systems cannot.

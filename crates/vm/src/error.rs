@@ -84,6 +84,12 @@ pub enum VmError {
         /// The end of what it said.
         log: String,
     },
+    /// The guest's state was not saved.
+    #[error("the state of the virtual machine was not saved: {why}")]
+    NotSaved {
+        /// What QEMU says.
+        why: String,
+    },
     /// A program that prepares disks failed.
     #[error("`{tool}` failed: {log}")]
     ToolFailed {

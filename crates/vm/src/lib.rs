@@ -16,15 +16,16 @@ mod preflight;
 pub mod probe;
 mod process;
 mod qmp;
+mod saved;
 mod spec;
 mod tool;
 mod vm;
 
-pub use disk::create_data_disk;
+pub use disk::{copy_data_disk, create_data_disk};
 pub use error::VmError;
 pub use host::HostStats;
 pub use network::Network;
 pub use probe::{AccelKind, Accelerator};
 pub use qmp::{Qmp, QmpError, QmpEvent};
-pub use spec::{ImageFiles, Qemu, UdpForward, VmSpec};
+pub use spec::{Begin, ImageFiles, Qemu, UdpForward, VmSpec};
 pub use vm::{Exit, ExitReason, Vm};

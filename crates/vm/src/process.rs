@@ -18,7 +18,7 @@ use rustix::{
     process::{Pid, PidfdFlags},
 };
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 
 use crate::{VmError, args, console, file, host::Stat, network::Entrance};
 
@@ -74,6 +74,15 @@ impl Dir {
             let _open = fd?;
             UnixStream::connect(path).await
         }
+    }
+
+    /// Listens where QEMU, whose working directory this is, can connect to.
+    pub(crate) fn listen(&self, socket: &str) -> io::Result<UnixListener> {
+        match fs::remove_file(self.join(socket)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        UnixListener::bind(format!("/proc/self/fd/{}/{socket}", self.fd.as_raw_fd()))
     }
 
     /// Takes the lock; `None` if a QEMU holds it.
@@ -151,13 +160,14 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 }
 
 /// Starts QEMU, detached from this program: a session of its own, no way to more privileges, nothing inherited but the
-/// lock and its network's lifeline. It ends only by itself or by a signal.
+/// lock, its network's lifeline, and the file of its saved state. It ends only by itself or by a signal.
 pub(crate) fn spawn(
     qemu: &Path,
     args: Vec<std::ffi::OsString>,
     dir: &Dir,
     lock: &Lock,
     entrance: Option<Entrance>,
+    state: Option<&File>,
 ) -> Result<Child, VmError> {
     for log in [QEMU_LOG, args::CONSOLE_LOG] {
         console::rotate(&dir.join(log)).map_err(VmError::io("rename", dir.join(log)))?;
@@ -167,19 +177,21 @@ pub(crate) fn spawn(
     let log = log.map_err(VmError::io("create", &log_path))?;
     let log_again = log.try_clone().map_err(VmError::io("create", &log_path))?;
 
-    let lock = lock.0.as_fd().as_raw_fd();
+    let inherited = [Some(lock.0.as_fd().as_raw_fd()), state.map(|state| state.as_fd().as_raw_fd())];
     let mut command = Command::new(qemu);
     command.args(args).current_dir(&dir.path).stdin(Stdio::null()).stdout(log).stderr(log_again);
     // The environment may hold secrets. Wrapper scripts need a path.
     command.env_clear().env("LC_ALL", "C").envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-    // SAFETY: the closure only makes system calls, which are safe between fork and exec: no allocation, no locks. `lock`
-    // stays open in the parent until `spawn` has returned.
+    // SAFETY: the closure only makes system calls, which are safe between fork and exec: no allocation, no locks. What is
+    // inherited stays open in the parent until `spawn` has returned.
     unsafe {
         command.pre_exec(move || {
             rustix::process::setsid()?;
             rustix::process::umask(Mode::from_raw_mode(0o077));
             rustix::thread::set_no_new_privs(true)?;
-            rustix::io::fcntl_setfd(rustix::fd::BorrowedFd::borrow_raw(lock), FdFlags::empty())?;
+            for fd in inherited.into_iter().flatten() {
+                rustix::io::fcntl_setfd(rustix::fd::BorrowedFd::borrow_raw(fd), FdFlags::empty())?;
+            }
             entrance.as_ref().map_or(Ok(()), Entrance::enter)
         });
     }

@@ -1,6 +1,6 @@
 //! What a virtual machine is made of.
 
-use std::{net::SocketAddr, path::PathBuf};
+use std::{net::SocketAddr, os::unix::fs::MetadataExt, path::PathBuf};
 
 use clan_types::ByteSize;
 
@@ -45,6 +45,26 @@ impl Qemu {
     pub fn check(&self) -> Result<(), VmError> {
         preflight::executable(self).map(drop)
     }
+
+    /// Differs when another QEMU would run: its path, its size, and when it was installed. A saved state is for one QEMU.
+    pub fn fingerprint(&self) -> Result<String, VmError> {
+        let path = preflight::executable(self)?;
+        let meta = std::fs::metadata(&path).map_err(VmError::io("read", &path))?;
+        Ok(format!("{} {} {}.{}", path.display(), meta.size(), meta.mtime(), meta.mtime_nsec()))
+    }
+}
+
+/// Where a guest begins.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Begin {
+    /// At its kernel's entry.
+    #[default]
+    Boot,
+    /// At its kernel's entry, which is told that this may become a template.
+    BootToSave,
+    /// Where a guest that began by [`Self::BootToSave`] was when [`crate::Vm::save`] wrote this file. All else but names, ports and the data disk's place must be as it
+    /// was for that one, QEMU included, and the data disk a copy from the same moment.
+    Saved(PathBuf),
 }
 
 /// A virtual machine to start.
@@ -68,4 +88,6 @@ pub struct VmSpec {
     pub forwards: Vec<UdpForward>,
     /// Which QEMU to run; [`Qemu::default`] searches.
     pub qemu: Qemu,
+    /// Where the guest begins.
+    pub begin: Begin,
 }

@@ -1,7 +1,11 @@
 //! A virtual machine: start, adopt, watch, end.
 
 use std::{
-    os::{fd::OwnedFd, unix::process::ExitStatusExt},
+    fs::File,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::process::ExitStatusExt,
+    },
     path::Path,
     process::{Child, ExitStatus},
     sync::{
@@ -11,17 +15,18 @@ use std::{
     time::Duration,
 };
 
+use clan_types::ByteSize;
 use rustix::process::Signal;
 use tokio::{io::unix::AsyncFd, net::UnixStream, sync::watch, task::JoinHandle, time};
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
 
 use crate::{
-    HostStats, Network, Qmp, VmError, VmSpec, args, console, disk, host,
+    Begin, HostStats, Network, Qmp, VmError, VmSpec, args, console, disk, host,
     network::{Feeder, Found, Namespace},
     preflight,
     process::{self, Dir, Identity, QEMU_LOG},
-    qmp,
+    qmp, saved,
 };
 
 /// From the start of QEMU to its monitor's greeting: takes 0.1 s on an idle computer.
@@ -106,7 +111,10 @@ impl Vm {
                 (None, Network::Exposed(exposure))
             }
         };
-        let started = machine.and_then(|machine| launch(&spec, &qemu, machine, &dir, &lock, namespace.as_ref()));
+        let state = saved::open(&spec.begin);
+        let started = machine.and_then(|machine| Ok((machine, state?))).and_then(|(machine, state)| {
+            launch(&spec, &qemu, machine, &dir, &lock, namespace.as_ref(), state.as_ref())
+        });
         let (child, handle, identity) = match started {
             Ok(started) => started,
             Err(error) => {
@@ -129,7 +137,20 @@ impl Vm {
         tokio::select! {
             biased;
             _ = vm.wait_exit() => Err(preflight::diagnose(&spec, apart, vm.qemu_log())),
-            () = vm.0.qmp.ready() => Ok(vm),
+            begun = async {
+                vm.0.qmp.ready().await;
+                match spec.begin {
+                    Begin::Boot | Begin::BootToSave => Ok(()),
+                    Begin::Saved(_) => saved::go_on(&vm.0.qmp).await,
+                }
+            } => match begun {
+                Ok(()) => Ok(vm),
+                Err(error) => {
+                    vm.kill()?;
+                    vm.wait_exit().await;
+                    Err(error)
+                }
+            },
             () = time::sleep(START_LIMIT) => {
                 vm.kill()?;
                 vm.wait_exit().await;
@@ -277,6 +298,36 @@ impl Vm {
         self.0.dir.connect(socket).await.map_err(VmError::io("connect to", self.0.dir.join(socket)))
     }
 
+    /// Halts the guest's processors.
+    pub async fn pause(&self) -> Result<(), VmError> {
+        Ok(self.0.qmp.execute("stop", serde_json::Value::Null).await.map(drop)?)
+    }
+
+    /// Lets a guest go on that was paused, or saved.
+    pub async fn resume(&self) -> Result<(), VmError> {
+        Ok(self.0.qmp.execute("cont", serde_json::Value::Null).await.map(drop)?)
+    }
+
+    /// Whether its processors are halted by [`Vm::pause`] or [`Vm::save`].
+    pub async fn is_paused(&self) -> Result<bool, VmError> {
+        saved::is_paused(&self.0.qmp).await
+    }
+
+    /// Grows the data disk; the guest sees it at once, and its file system does not by itself.
+    pub async fn grow_data_disk(&self, size: ByteSize) -> Result<(), VmError> {
+        // A whole number of sectors, of any size.
+        let size = size.as_bytes() & !0xfff;
+        let arguments = serde_json::json!({ "node-name": args::DATA_NODE, "size": size });
+        Ok(self.0.qmp.execute("block_resize", arguments).await.map(drop)?)
+    }
+
+    /// Pauses the guest, and saves its state to a new file. Its data disk can be copied then, until it goes on by
+    /// [`Vm::resume`], which it also has to if this failed.
+    pub async fn save(&self, to: &Path) -> Result<(), VmError> {
+        self.pause().await?;
+        saved::save(&self.0.qmp, &self.0.dir, to).await
+    }
+
     /// Ends QEMU without asking the guest: through the monitor, and by SIGKILL after `grace`. To the guest it is a power
     /// cut; have it power itself off where possible.
     pub async fn quit(&self, grace: Duration) -> Exit {
@@ -331,12 +382,13 @@ fn launch(
     dir: &Dir,
     lock: &process::Lock,
     namespace: Option<&Namespace>,
+    state: Option<&File>,
 ) -> Result<(Child, OwnedFd, Identity), VmError> {
     let failed = |source| VmError::Process { doing: "watch", source };
     let direct = disk::supports_direct(&spec.data_disk);
-    let arguments = args::arguments(spec, machine, direct, namespace.is_some())?;
+    let arguments = args::arguments(spec, machine, direct, namespace.is_some(), state.map(AsRawFd::as_raw_fd))?;
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
-    let mut child = process::spawn(qemu, arguments, dir, lock, entrance)?;
+    let mut child = process::spawn(qemu, arguments, dir, lock, entrance, state)?;
     let pid = child.id();
     let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
     match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {

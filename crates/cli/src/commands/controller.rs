@@ -144,6 +144,9 @@ fn serve(args: Args, printer: &Printer) -> Result<(), CliError> {
         printer.talk(&format!("The controller listens on {}. Ctrl-C stops it.", computer.socket.display()));
     }
     let state_dir = absolute(args.state())?;
+    if host == Host::Guest {
+        clan_node::pass_gate().map_err(|e| CliError::refused("system", "the controller cannot start").why(e))?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

@@ -7,6 +7,7 @@ pub(crate) mod controller;
 pub(crate) mod create;
 pub(crate) mod device;
 pub(crate) mod group;
+pub(crate) mod image;
 pub(crate) mod invite;
 pub(crate) mod invites;
 pub(crate) mod join;

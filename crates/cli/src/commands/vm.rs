@@ -3,6 +3,9 @@
 use std::{io, time::Duration};
 
 use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, VmInfo};
+
+mod disk;
+mod stats;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -35,6 +38,24 @@ pub(crate) enum Verb {
     Start(Which),
     /// Stop one in good order
     Stop(Which),
+    /// Stop one in good order and start it again
+    Restart(Which),
+    /// Halt one; its memory is kept, and nothing in it goes on
+    Pause(Which),
+    /// Let a paused one go on
+    Resume(Which),
+    /// Make a copy of its disk, to come back to
+    Snapshot(disk::Make),
+    /// Show the copies of its disk
+    Snapshots(Which),
+    /// Put a copy of its disk back in its place; what was written since is lost
+    Restore(disk::Named),
+    /// Remove a copy of its disk
+    Discard(disk::Named),
+    /// Give one another size: memory and processors from its next start on, a larger disk at once
+    Resize(disk::Resize),
+    /// Show what one uses, and how its services are
+    Stats(Which),
     /// Print its log
     Logs {
         #[command(flatten)]
@@ -55,6 +76,9 @@ pub(crate) enum Verb {
     Delete {
         #[command(flatten)]
         which: Which,
+        /// Only say what would happen
+        #[arg(long)]
+        dry_run: bool,
         /// Even if it is still in its clan, which keeps its entry then; `clan leave` is better
         #[arg(long)]
         force: bool,
@@ -73,6 +97,24 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             let vm = context.clan(which.clan).await?;
             follow(context, context.ask(context.client.stop_vm(&vm)).await?).await
         }
+        Verb::Restart(which) => {
+            let vm = context.clan(which.clan).await?;
+            follow(context, context.ask(context.client.restart_vm(&vm)).await?).await
+        }
+        Verb::Pause(which) => {
+            let vm = context.clan(which.clan).await?;
+            follow(context, context.ask(context.client.pause_vm(&vm)).await?).await
+        }
+        Verb::Resume(which) => {
+            let vm = context.clan(which.clan).await?;
+            follow(context, context.ask(context.client.resume_vm(&vm)).await?).await
+        }
+        Verb::Snapshot(args) => disk::make(args, context).await,
+        Verb::Snapshots(which) => disk::list(which, context).await,
+        Verb::Restore(args) => disk::restore(args, context).await,
+        Verb::Discard(args) => disk::discard(args, context).await,
+        Verb::Resize(args) => disk::resize(args, context).await,
+        Verb::Stats(which) => stats::run(which, context).await,
         Verb::Logs { which, lines, follow, console } => {
             let vm = context.clan(which.clan).await?;
             let query =
@@ -83,7 +125,7 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             let vm = context.clan(which.clan).await?;
             attach(context.ask(context.client.vm_console(&vm)).await?, context).await
         }
-        Verb::Delete { which, force } => {
+        Verb::Delete { which, dry_run, force } => {
             let named = context.clan(which.clan).await?;
             let vms = context.ask(context.client.vms()).await?;
             let vm = vms.iter().find(|v| v.clan.as_str() == named || v.id.to_string() == named);
@@ -94,6 +136,13 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
                 }
                 _ => format!("Delete the virtual machine {shown} and everything on its disk?"),
             };
+            if dry_run {
+                if context.printer.is_json() {
+                    return context.printer.json(&vm);
+                }
+                context.printer.talk(&format!("Would ask: {question}"));
+                return Ok(());
+            }
             context.confirm(&question, "delete without being asked")?;
             follow(context, context.ask(context.client.delete_vm(&named, DeleteQuery { force })).await?).await
         }

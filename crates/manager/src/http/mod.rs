@@ -5,6 +5,7 @@ pub(crate) mod auth;
 mod authority;
 mod clans;
 mod devices;
+mod images;
 mod mesh;
 mod problems;
 mod proxy;
@@ -286,9 +287,18 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/clans/{clan}/services", get(clans::services))
         .route("/clans/{clan}/leave", post(clans::leave))
         .route("/clans/{clan}/services/{name}/open", post(clans::open))
+        .route("/images", get(images::list).post(images::build).delete(images::gc))
+        .route("/images/{image}/verify", post(images::verify))
         .route("/vms", get(vms::list))
         .route("/vms/{vm}/start", post(vms::start))
         .route("/vms/{vm}/stop", post(vms::stop))
+        .route("/vms/{vm}/pause", post(vms::pause))
+        .route("/vms/{vm}/resume", post(vms::resume))
+        .route("/vms/{vm}/restart", post(vms::restart))
+        .route("/vms/{vm}/size", post(vms::resize))
+        .route("/vms/{vm}/snapshots", get(vms::snapshots).post(vms::make_snapshot))
+        .route("/vms/{vm}/snapshots/{name}/restore", post(vms::restore_snapshot))
+        .route("/vms/{vm}/snapshots/{name}", delete(vms::discard_snapshot))
         .route("/vms/{vm}", delete(vms::delete))
         .route("/vms/{vm}/logs", get(vms::logs))
         .route("/vms/{vm}/console", get(vms::console))

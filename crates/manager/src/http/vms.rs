@@ -1,28 +1,31 @@
-//! VMs: start, stop, delete, logs, console, statistics.
+//! VMs: start, stop, pause, snapshots, size, delete, logs, console, statistics.
 
 use std::sync::Arc;
 
 use axum::{
-    body::Body,
+    body::{Body, Bytes},
     extract::{Path, Query, State, rejection::QueryRejection},
     http::{HeaderValue, Request, Response, StatusCode, header},
     response::IntoResponse,
 };
-use clan_api::{ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, TaskInfo, VmInfo, VmStats};
+use clan_api::{
+    ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, MakeSnapshot, ResizeVm, SnapshotInfo,
+    TaskInfo, VmInfo, VmSize, VmStats,
+};
 use clan_wire::control::{ControlRequest, ControlResponse};
 use hyper_util::rt::TokioIo;
 use tokio::io::copy_bidirectional;
 use tokio_util::io::ReaderStream;
 
 use super::{
-    problems::{Answer, Json},
+    problems::{Answer, Json, parse},
     streamed,
 };
 use crate::{
     guest::{self, GuestError},
-    leave, logs,
+    leave, logs, machine,
     manager::Shared,
-    problem, status,
+    problem, snapshots, status,
 };
 
 const MAX_LINES: u32 = 100_000;
@@ -39,6 +42,65 @@ pub(super) async fn start(State(shared): State<Arc<Shared>>, Path(vm): Path<Stri
 pub(super) async fn stop(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
     let clan = shared.find(&vm)?;
     Ok(Json(StatusCode::ACCEPTED, leave::stop_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn pause(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, machine::pause_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn resume(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, machine::resume_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn restart(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, machine::restart_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn resize(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    body: Bytes,
+) -> Answer<Json<VmSize>> {
+    let request: ResizeVm = parse(&body)?;
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::OK, machine::resize(&shared, &clan, &request).await?))
+}
+
+pub(super) async fn snapshots(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+) -> Answer<Json<Vec<SnapshotInfo>>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::OK, crate::fetch::blocking(move || snapshots::list(&clan)).await?))
+}
+
+pub(super) async fn make_snapshot(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    body: Bytes,
+) -> Answer<Json<TaskInfo>> {
+    let request: MakeSnapshot = parse(&body)?;
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, snapshots::make_task(&shared, clan, request.name)?.info()))
+}
+
+pub(super) async fn restore_snapshot(
+    State(shared): State<Arc<Shared>>,
+    Path((vm, name)): Path<(String, String)>,
+) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, snapshots::restore_task(&shared, clan, &name)?.info()))
+}
+
+pub(super) async fn discard_snapshot(
+    State(shared): State<Arc<Shared>>,
+    Path((vm, name)): Path<(String, String)>,
+) -> Answer<Json<TaskInfo>> {
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, snapshots::discard_task(&shared, clan, &name)?.info()))
 }
 
 pub(super) async fn delete(

@@ -9,7 +9,7 @@ use std::{
 };
 
 use clan_types::ByteSize;
-use clan_vm::{AccelKind, ImageFiles, Qemu, Vm, VmSpec};
+use clan_vm::{AccelKind, Begin, ImageFiles, Qemu, Vm, VmSpec};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::{io::AsyncWriteExt, time::timeout};
 
@@ -100,6 +100,7 @@ pub(crate) fn spec(folder: &Path, then: &Then) -> VmSpec {
         accelerator: AccelKind::Tcg,
         forwards: Vec::new(),
         qemu: Qemu::Search,
+        begin: Begin::Boot,
     }
 }
 

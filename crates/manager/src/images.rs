@@ -1,0 +1,134 @@
+//! The images on this computer: which there are, whether they are whole, and removing those that nobody needs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::MetadataExt,
+    path::Path,
+    sync::Arc,
+};
+
+use clan_api::{ApiProblem, ErrorCode, ImageGc, ImageInfo, TaskKind, TaskResult};
+use clan_build::StoredImage;
+use clan_types::{ByteSize, ClanName, ImageId};
+
+use crate::{disk, fetch::blocking, image, manager::Shared, problem, tasks::Task};
+
+/// Fewer characters of an id do not name anything.
+const LEAST_PREFIX: usize = 4;
+
+/// Which clans' VMs run which images.
+fn users(shared: &Shared) -> BTreeMap<ImageId, Vec<ClanName>> {
+    let mut users: BTreeMap<ImageId, Vec<ClanName>> = BTreeMap::new();
+    for clan in shared.clans() {
+        let record = clan.record.get();
+        if let Some(image) = record.image {
+            users.entry(image).or_default().push(record.name);
+        }
+    }
+    users
+}
+
+/// All images, by id.
+pub(crate) async fn list(shared: &Arc<Shared>) -> Result<Vec<ImageInfo>, ApiProblem> {
+    let users = users(shared);
+    let (images, templates) = (shared.images.clone(), shared.templates.clone());
+    blocking(move || {
+        let info = |image: StoredImage| ImageInfo {
+            used: ByteSize::from_bytes(files(&image.dir).into_values().sum()),
+            title: image.manifest.title.chars().filter(|c| !c.is_control()).take(100).collect(),
+            memory_min: image.manifest.memory_min,
+            clans: users.get(&image.id).cloned().unwrap_or_default(),
+            template: templates.has_image(&image.id),
+            id: image.id,
+        };
+        images.list().into_iter().map(info).collect()
+    })
+    .await
+}
+
+/// The files of a directory, by device and number, with the bytes that they take. A file that has another name elsewhere takes
+/// its room once.
+fn files(dir: &Path) -> BTreeMap<(u64, u64), u64> {
+    let metas = disk::list(dir).into_iter().filter_map(|path| fs::symlink_metadata(path).ok());
+    metas.filter(fs::Metadata::is_file).map(|m| ((m.dev(), m.ino()), m.blocks().saturating_mul(512))).collect()
+}
+
+/// The image with an id, or a unique beginning of one.
+fn find(shared: &Shared, text: &str) -> Result<StoredImage, ApiProblem> {
+    let wanted = text.to_ascii_lowercase();
+    let all = shared.images.list();
+    let mut begins = all.iter().filter(|i| wanted.len() >= LEAST_PREFIX && i.id.to_string().starts_with(&wanted));
+    match (begins.next(), begins.next()) {
+        (Some(image), None) => Ok(image.clone()),
+        (Some(_), Some(_)) => {
+            Err(ApiProblem::new(ErrorCode::Ambiguous, "more than one image's id begins like this")
+                .hint("give more of it"))
+        }
+        (None, _) => Err(ApiProblem::new(ErrorCode::NotFound, "there is no such image on this computer")
+            .hint("see which there are: `clan image list`")),
+    }
+}
+
+/// Builds the image that a clan founded now would run, as a task; at once if it is there.
+pub(crate) fn build_task(shared: &Arc<Shared>) -> Arc<Task> {
+    let shared_ = shared.clone();
+    let title = "Build the image".to_owned();
+    shared.tasks.spawn(TaskKind::BuildImage, title.clone(), None, &[&title], move |task| async move {
+        task.begin(0);
+        let image = task.unless_cancelled(image::default_image(&shared_, &task)).await?;
+        Ok(TaskResult::Image { id: image.id })
+    })
+}
+
+/// Reads every file of an image and compares it with what the image's name says, as a task.
+pub(crate) fn verify_task(shared: &Arc<Shared>, text: &str) -> Result<Arc<Task>, ApiProblem> {
+    let image = find(shared, text)?;
+    let shared_ = shared.clone();
+    let title = format!("Verify the image {}", image.id.short());
+    Ok(shared.tasks.spawn(TaskKind::VerifyImage, title, None, &["Read every file"], move |task| async move {
+        task.begin(0);
+        let (images, id) = (shared_.images.clone(), image.id);
+        let verified = task.unless_cancelled(blocking(move || images.verify(&id))).await?;
+        verified.map_err(|e| {
+            let hint =
+                "build it again (`clan image gc`, then `clan image build`), or get it from another member by joining";
+            problem::store(&e).hint(hint)
+        })?;
+        Ok(TaskResult::Image { id })
+    }))
+}
+
+/// Removes the images that no VM here runs, with their templates, or says which.
+pub(crate) async fn gc(shared: &Arc<Shared>, dry_run: bool) -> Result<ImageGc, ApiProblem> {
+    // INVARIANT: nobody founds or joins meanwhile, so that what is in use now stays all there is.
+    let _none = shared.admission.lock().await;
+    let _built = shared.building.try_lock().map_err(|_| {
+        ApiProblem::new(ErrorCode::Conflict, "an image is being built").hint("wait for that task, or cancel it")
+    })?;
+    if let Some(task) = shared.tasks.list().into_iter().find(|t| !t.state.is_final() && needs_images(t.kind)) {
+        return Err(ApiProblem::new(ErrorCode::Conflict, format!("a task may need images: {}", task.title))
+            .hint("wait for it, or cancel it"));
+    }
+    let keep: Vec<ImageId> = users(shared).into_keys().collect();
+    let (images, templates) = (shared.images.clone(), shared.templates.clone());
+    blocking(move || {
+        let (kept, doomed): (Vec<_>, Vec<_>) = images.list().into_iter().partition(|image| keep.contains(&image.id));
+        let shared_files: BTreeSet<_> = kept.iter().flat_map(|i| files(&i.dir).into_keys()).collect();
+        let going: BTreeMap<_, _> = doomed.iter().flat_map(|i| files(&i.dir)).collect();
+        let freed = going.into_iter().filter(|(file, _)| !shared_files.contains(file)).map(|(_, size)| size);
+        let freed = ByteSize::from_bytes(freed.sum());
+        let removed: Vec<ImageId> = doomed.iter().map(|i| i.id).collect();
+        if !dry_run {
+            // First what cannot be used without them.
+            templates.keep_images(|id| keep.contains(id));
+            images.gc(&keep).map_err(|e| problem::store(&e))?;
+        }
+        Ok(ImageGc { removed, freed })
+    })
+    .await?
+}
+
+fn needs_images(kind: TaskKind) -> bool {
+    matches!(kind, TaskKind::CreateClan | TaskKind::JoinClan | TaskKind::BuildImage | TaskKind::VerifyImage)
+}

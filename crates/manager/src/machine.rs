@@ -1,0 +1,143 @@
+//! What a person does with their VM: pause, resume, start again, give it another size.
+
+use std::sync::Arc;
+
+use clan_api::{ApiProblem, ErrorCode, ResizeVm, TaskKind, VmSize, VmState};
+use clan_types::ByteSize;
+use clan_wire::agent::AgentRequest;
+
+use crate::{
+    clan::Clan,
+    create::{self, Size},
+    guest,
+    leave::{is_vm, start, stop, vm_task},
+    manager::Shared,
+    problem,
+    record::Phase,
+    tasks::Task,
+};
+
+const STOP_AND_START: [&str; 2] = ["Stop the virtual machine", "Start the virtual machine"];
+
+/// Halts a VM's processors, as a task.
+pub(crate) fn pause_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    is_vm(&clan, "stop")?;
+    let steps = ["Pause the virtual machine"];
+    vm_task(shared, clan, TaskKind::PauseVm, "Pause", &steps, |clan, _| async move { clan.keeper.pause(true).await })
+}
+
+/// Lets a paused VM go on, as a task.
+pub(crate) fn resume_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    is_vm(&clan, "start")?;
+    let steps = ["Let the virtual machine go on"];
+    vm_task(shared, clan, TaskKind::ResumeVm, "Resume", &steps, |clan, _| async move { clan.keeper.pause(false).await })
+}
+
+/// Stops a VM in good order and starts it again, as a task. Cancelled in between, it starts all the same.
+pub(crate) fn restart_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
+    is_vm(&clan, "restart")?;
+    vm_task(shared, clan, TaskKind::RestartVm, "Restart", &STOP_AND_START, |clan, task| async move {
+        // A manager that is killed meanwhile starts it: what the person wants does not change.
+        clan.keeper.restart().await?;
+        let mut view = clan.keeper.watch();
+        let down = view.wait_for(|v| v.state == VmState::Starting || v.state == VmState::Failed);
+        task.unless_cancelled(async {
+            let _ = down.await;
+            Ok(())
+        })
+        .await?;
+        task.begin(1);
+        task.unless_cancelled(start(&clan)).await
+    })
+}
+
+/// Gives a VM another size, or says what it would be.
+pub(crate) async fn resize(shared: &Arc<Shared>, clan: &Clan, request: &ResizeVm) -> Result<VmSize, ApiProblem> {
+    is_vm(clan, "restart")?;
+    let record = clan.record.get();
+    if record.phase != Phase::Ready {
+        return Err(ApiProblem::new(ErrorCode::Conflict, "the VM is being made or removed").hint("wait for that task"));
+    }
+    let cpus = match request.cpus {
+        None => record.cpus,
+        Some(n) => u8::try_from(n)
+            .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
+    };
+    let size =
+        Size { memory: request.memory.unwrap_or(record.memory), disk: request.disk.unwrap_or(record.disk), cpus };
+    create::check_computer(shared, size)?;
+    let least = record.image.and_then(|id| shared.images.get(&id)).map(|image| image.manifest.memory_min);
+    if let Some(least) = least.filter(|least| size.memory < *least) {
+        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {least} of memory")));
+    }
+    if size.disk < record.disk {
+        return Err(ApiProblem::new(ErrorCode::BadRequest, format!("the disk has {} already", record.disk))
+            .why("a disk can grow; to shrink it would lose what is at its end"));
+    }
+    let free = free_beside(clan)?;
+    let more = ByteSize::from_bytes(size.disk.as_bytes() - record.disk.as_bytes());
+    if more > free {
+        return Err(ApiProblem::new(ErrorCode::DiskFull, format!("the disk would grow by {more}, {free} are free")));
+    }
+    let runs = clan.keeper.vm().is_some();
+    let told = VmSize {
+        memory: size.memory,
+        cpus: u32::from(size.cpus),
+        disk: size.disk,
+        restart_needed: runs && (size.memory, size.cpus) != (record.memory, record.cpus),
+    };
+    if request.dry_run {
+        return Ok(told);
+    }
+    shared.check_idle(clan)?;
+    if size.disk > record.disk {
+        grow(clan, size.disk).await?;
+    }
+    let changed = clan.record.update(|r| (r.memory, r.cpus, r.disk) = (size.memory, size.cpus, size.disk));
+    changed.map_err(|e| problem::disk(&e))?;
+    Ok(told)
+}
+
+/// Grows the disk, and the file system on it: now if the guest runs, else when it starts.
+async fn grow(clan: &Clan, size: ByteSize) -> Result<(), ApiProblem> {
+    let Some(vm) = clan.keeper.vm() else {
+        let path = clan.record.paths().data_disk();
+        let grown = std::fs::OpenOptions::new().write(true).open(&path).and_then(|disk| disk.set_len(size.as_bytes()));
+        return grown.map_err(|e| {
+            ApiProblem::new(ErrorCode::VmFailed, format!("{} does not grow", path.display())).why(e.to_string())
+        });
+    };
+    vm.grow_data_disk(size).await.map_err(|e| problem::vm(&e))?;
+    let agent = clan.keeper.watch_agent().borrow().clone();
+    let grown = match agent {
+        Some(agent) => guest::ask_agent(&agent, &AgentRequest::GrowDisk, guest::PATIENCE).await.map(drop),
+        None => Err(guest::GuestError::NotConnected { who: "agent" }),
+    };
+    // The disk has grown; the guest makes use of it when it next starts.
+    grown.or_else(|error| {
+        tracing::warn!(%error, "the guest does not use its larger disk before it starts again");
+        Ok(())
+    })
+}
+
+fn free_beside(clan: &Clan) -> Result<ByteSize, ApiProblem> {
+    let stat = rustix::fs::statvfs(&clan.record.paths().dir)
+        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the disk cannot be measured").why(e.to_string()))?;
+    Ok(ByteSize::from_bytes(stat.f_bavail.saturating_mul(stat.f_frsize)))
+}
+
+/// Stops a VM for something that needs it so. It runs again, if it was to, by [`release`].
+pub(crate) async fn hold(clan: &Clan) -> Result<(), ApiProblem> {
+    clan.record.update(|r| r.held = r.wanted).map_err(|e| problem::disk(&e))?;
+    stop(clan).await
+}
+
+/// Whether the VM runs again after [`hold`]; it begins to, if so.
+pub(crate) async fn release(clan: &Clan) -> Result<bool, ApiProblem> {
+    let run = clan.record.get().held;
+    if run {
+        clan.keeper.want(true).await?;
+        clan.record.update(|r| r.held = false).map_err(|e| problem::disk(&e))?;
+    }
+    Ok(run)
+}

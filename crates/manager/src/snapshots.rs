@@ -1,0 +1,288 @@
+//! Snapshots of data disks: `<clan>/snapshots/<name>/{snapshot.json,data.ext4}`.
+//!
+//! A snapshot is of the disk only. One of a running guest is as after a power cut right after everything was written out:
+//! the guest's file system is made for that.
+
+use std::{
+    fs,
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use clan_api::{ApiProblem, ErrorCode, SnapshotInfo, TaskKind};
+use clan_types::{ByteSize, ImageId, Timestamp};
+use clan_vm::{Vm, copy_data_disk};
+use clan_wire::agent::AgentRequest;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    clan::Clan,
+    disk,
+    fetch::blocking,
+    guest,
+    leave::{is_vm, start, vm_task},
+    machine,
+    manager::Shared,
+    paths::ClanPaths,
+    problem,
+    record::Phase,
+    tasks::{Task, now},
+};
+
+const FOLDER: &str = "snapshots";
+const STAGING: &str = ".new-";
+/// Beside the data disk, while it is put in its place.
+const RESTORING: &str = "data.ext4.restoring";
+const MAX_SNAPSHOTS: usize = 32;
+/// For the guest to write out what it has.
+const SYNC: Duration = Duration::from_secs(30);
+
+#[derive(Debug, Clone, Serialize, Deserialize)]
+struct Snapshot {
+    made: Timestamp,
+    image: Option<ImageId>,
+    running: bool,
+}
+
+fn folder(clan: &Clan) -> PathBuf {
+    clan.record.paths().dir.join(FOLDER)
+}
+
+/// INVARIANT: a name stays within its folder.
+fn checked(name: &str) -> Result<&str, ApiProblem> {
+    let usual = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-';
+    if name.is_empty() || name.len() > 40 || !name.chars().all(usual) || name.starts_with('-') || name.ends_with('-') {
+        return Err(ApiProblem::new(ErrorCode::BadRequest, "this is no name for a snapshot")
+            .why("a name is up to 40 of a-z, 0-9 and inner hyphens"));
+    }
+    Ok(name)
+}
+
+/// The snapshots of a clan's VM, oldest first.
+pub(crate) fn list(clan: &Clan) -> Vec<SnapshotInfo> {
+    let mut all: Vec<_> = disk::list(&folder(clan)).iter().filter_map(|dir| info(dir)).collect();
+    all.sort_by_key(|s| (s.made, s.name.clone()));
+    all
+}
+
+fn info(dir: &Path) -> Option<SnapshotInfo> {
+    let name = checked(dir.file_name()?.to_str()?).ok()?.to_owned();
+    let snapshot: Snapshot = disk::read_json(&dir.join("snapshot.json")).ok()??;
+    let meta = fs::metadata(dir.join("data.ext4")).ok()?;
+    Some(SnapshotInfo {
+        name,
+        made: snapshot.made,
+        size: ByteSize::from_bytes(meta.len()),
+        used: ByteSize::from_bytes(meta.blocks().saturating_mul(512)),
+        image: snapshot.image,
+        running: snapshot.running,
+    })
+}
+
+fn find(clan: &Clan, name: &str) -> Result<SnapshotInfo, ApiProblem> {
+    let known = list(clan);
+    known.iter().find(|s| s.name == name).cloned().ok_or_else(|| {
+        let problem = ApiProblem::new(ErrorCode::NotFound, "there is no such snapshot of this VM");
+        match known.as_slice() {
+            [] => problem.hint("make one: `clan vm snapshot`"),
+            some => {
+                let names: Vec<&str> = some.iter().map(|s| s.name.as_str()).collect();
+                problem.hint(format!("there is: {}", names.join(", ")))
+            }
+        }
+    })
+}
+
+fn check_ready(clan: &Clan) -> Result<(), ApiProblem> {
+    is_vm(clan, "stop")?;
+    if clan.record.get().phase != Phase::Ready {
+        return Err(ApiProblem::new(ErrorCode::Conflict, "the VM is being made or removed").hint("wait for that task"));
+    }
+    Ok(())
+}
+
+/// Makes a snapshot, as a task.
+pub(crate) fn make_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: Option<String>) -> Result<Arc<Task>, ApiProblem> {
+    check_ready(&clan)?;
+    let name = name.unwrap_or_else(|| format!("at-{}", now().as_millis() / 1000));
+    checked(&name)?;
+    let known = list(&clan);
+    if known.iter().any(|s| s.name == name) {
+        return Err(ApiProblem::new(ErrorCode::Conflict, format!("there is a snapshot `{name}` already"))
+            .hint("choose another name, or discard that one: `clan vm discard`"));
+    }
+    if known.len() >= MAX_SNAPSHOTS {
+        return Err(ApiProblem::new(ErrorCode::Conflict, format!("this VM has {MAX_SNAPSHOTS} snapshots already"))
+            .hint("discard one: `clan vm discard`"));
+    }
+    vm_task(shared, clan, TaskKind::SnapshotVm, "Snapshot", &["Copy the disk"], move |clan, task| async move {
+        task.log(format!("the snapshot is `{name}`"));
+        task.unless_cancelled(make(&clan, &name)).await
+    })
+}
+
+async fn make(clan: &Clan, name: &str) -> Result<(), ApiProblem> {
+    let on_disk = |e| problem::disk(&e);
+    let folder = folder(clan);
+    disk::create_dir(&folder).map_err(on_disk)?;
+    let staging = Staging(folder.join(format!("{STAGING}{name}")));
+    disk::create_dir(&staging.0).map_err(on_disk)?;
+    let vm = clan.keeper.vm();
+    let snapshot = Snapshot { made: now(), image: clan.record.get().image, running: vm.is_some() };
+    let (from, to) = (clan.record.paths().data_disk(), staging.0.join("data.ext4"));
+    let copy = async { blocking(move || copy_data_disk(&from, &to)).await?.map_err(|e| problem::vm(&e)) };
+    match vm {
+        Some(vm) => held(clan, vm, copy).await?,
+        None => copy.await?,
+    }
+    disk::write_json(&staging.0.join("snapshot.json"), &snapshot).map_err(on_disk)?;
+    disk::rename_dir(&staging.0, &folder.join(name)).map_err(on_disk)
+}
+
+/// Removes what an interrupted manager left of snapshots.
+pub(crate) fn sweep(paths: &ClanPaths) {
+    // What cannot be removed now is tried again.
+    let _ = disk::remove_file(&paths.dir.join(RESTORING));
+    for path in disk::list(&paths.dir.join(FOLDER)) {
+        if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(STAGING)) {
+            let _ = disk::remove_dir(&path);
+        }
+    }
+}
+
+/// What is left of a snapshot that did not come to be goes.
+struct Staging(PathBuf);
+
+impl Drop for Staging {
+    fn drop(&mut self) {
+        // Once it is in its place there is nothing of this name.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Does something while the guest holds still with everything written out; it goes on afterwards, even if this is dropped.
+async fn held(clan: &Clan, vm: Vm, work: impl Future<Output = Result<(), ApiProblem>>) -> Result<(), ApiProblem> {
+    if vm.is_paused().await.map_err(|e| problem::vm(&e))? {
+        return work.await;
+    }
+    let agent = clan.keeper.watch_agent().borrow().clone();
+    if let Some(agent) = agent
+        && let Err(error) = guest::ask_agent(&agent, &AgentRequest::Sync, SYNC).await
+    {
+        tracing::debug!(%error, "the guest did not write out what it has");
+    }
+    vm.pause().await.map_err(|e| problem::vm(&e))?;
+    let resumed = Resumed(Some(vm));
+    let outcome = work.await;
+    resumed.now().await?;
+    outcome
+}
+
+struct Resumed(Option<Vm>);
+
+impl Resumed {
+    async fn now(mut self) -> Result<(), ApiProblem> {
+        match self.0.take() {
+            Some(vm) => vm.resume().await.map_err(|e| problem::vm(&e)),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Resumed {
+    fn drop(&mut self) {
+        if let (Some(vm), Ok(runtime)) = (self.0.take(), tokio::runtime::Handle::try_current()) {
+            // Cancelled: nobody waits for it, and it takes a moment.
+            runtime.spawn(async move {
+                if let Err(error) = vm.resume().await {
+                    tracing::warn!(%error, "the VM does not go on after a cancelled snapshot");
+                }
+            });
+        }
+    }
+}
+
+/// Puts a snapshot in the place of the data disk, as a task. The VM is stopped for it, and runs again if it was to.
+pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) -> Result<Arc<Task>, ApiProblem> {
+    check_ready(&clan)?;
+    let snapshot = find(&clan, checked(name)?)?;
+    let steps = ["Stop the virtual machine", "Put the disk back", "Start the virtual machine"];
+    vm_task(shared, clan, TaskKind::RestoreVm, "Restore", &steps, move |clan, task| async move {
+        let held = task.unless_cancelled(machine::hold(&clan)).await;
+        let put = match held {
+            Ok(()) => {
+                task.begin(1);
+                put_back(&clan, &snapshot).await
+            }
+            cancelled => cancelled,
+        };
+        // Whatever came of it, the VM runs as it did.
+        if machine::release(&clan).await? && put.is_ok() {
+            task.begin(2);
+            return task.unless_cancelled(start(&clan)).await;
+        }
+        put
+    })
+}
+
+async fn put_back(clan: &Clan, snapshot: &SnapshotInfo) -> Result<(), ApiProblem> {
+    let from = folder(clan).join(&snapshot.name).join("data.ext4");
+    let place = clan.record.paths().data_disk();
+    let beside = clan.record.paths().dir.join(RESTORING);
+    let size = clan.record.get().disk.max(snapshot.size);
+    let put = blocking(move || {
+        disk::remove_file(&beside).map_err(|e| problem::disk(&e))?;
+        copy_data_disk(&from, &beside).map_err(|e| problem::vm(&e))?;
+        // It may have grown since; the guest makes use of that when it starts.
+        let grown = fs::OpenOptions::new().write(true).open(&beside).and_then(|disk| disk.set_len(size.as_bytes()));
+        grown
+            .and_then(|()| fs::rename(&beside, &place))
+            .and_then(|()| fs::File::open(place.parent().unwrap_or(Path::new(".")))?.sync_all())
+            .map_err(|e| {
+                let _ = fs::remove_file(&beside);
+                ApiProblem::new(ErrorCode::VmFailed, "the snapshot was not put in its place").why(e.to_string())
+            })
+    });
+    put.await??;
+    clan.record.update(|r| (r.disk, r.fresh) = (size, None)).map_err(|e| problem::disk(&e))
+}
+
+/// Removes a snapshot, as a task.
+pub(crate) fn discard_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) -> Result<Arc<Task>, ApiProblem> {
+    check_ready(&clan)?;
+    let snapshot = find(&clan, checked(name)?)?;
+    vm_task(
+        shared,
+        clan,
+        TaskKind::DiscardSnapshot,
+        "Discard a snapshot of",
+        &["Remove it"],
+        move |clan, _| async move {
+            let dir = folder(&clan).join(&snapshot.name);
+            // Renamed first: an interrupted removal leaves no snapshot that looks complete.
+            let doomed = folder(&clan).join(format!("{STAGING}{}", snapshot.name));
+            blocking(move || {
+                disk::remove_dir(&doomed)?;
+                disk::rename_dir(&dir, &doomed)?;
+                disk::remove_dir(&doomed)
+            })
+            .await?
+            .map_err(|e| problem::disk(&e))
+        },
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_snapshots_name_stays_in_its_folder() {
+        for bad in ["", ".", "..", "a/b", "-a", "a-", "A", "a b", "ä", &"a".repeat(41)] {
+            assert!(checked(bad).is_err(), "{bad}");
+        }
+        assert_eq!(checked("before-2026-11").ok(), Some("before-2026-11"));
+    }
+}
