@@ -5,6 +5,7 @@
 mod failures;
 mod isolation;
 mod links;
+mod machine;
 mod secrecy;
 mod traffic;
 
@@ -75,6 +76,7 @@ fn two_people_meet_and_what_goes_wrong_is_told_or_heals() {
     links::check(&mut checks, &mut lab, &report.link);
     isolation::check(&mut checks, &mut lab);
     failures::check(&mut checks, &mut lab);
+    machine::check(&mut checks, &mut lab);
     secrecy::check(&mut checks, &mut lab, &report.link, watch);
     failures::leave(&mut checks, &mut lab);
     if !checks.failed.is_empty() {

@@ -1,0 +1,119 @@
+//! What a person does with a VM, and that the state is what they were told, also after the manager was killed.
+
+use std::time::Duration;
+
+use clan_lab::{Lab, LabError, Person, story};
+use serde_json::Value;
+
+use crate::{Checked, Checks, HEAL, refused, running_vm, status};
+
+const MANAGER: Duration = Duration::from_secs(20);
+/// Sorts after the story's clan, which is the first in every list.
+const ANOTHER: &str = "zoo";
+
+pub(crate) fn check(checks: &mut Checks, lab: &mut Lab) {
+    checks.that("a paused VM stays paused when the manager is killed, and goes on when told", || {
+        paused(lab.person("second"))
+    });
+    checks.that("a snapshot brings the disk back, of the same machine", || brought_back(lab.person("second")));
+    checks.that("a larger disk is there at once, and a smaller one is refused", || larger(lab.person("second")));
+    checks.that("a second VM of the image goes on from the template, with keys of its own", || {
+        from_template(lab.person("founder"))
+    });
+    checks.that("images are listed, found whole, and none that runs is removed", || images(lab.person("founder")));
+}
+
+fn vm(person: &Person, clan: &str) -> Result<Value, LabError> {
+    let vms = person.clan_json(&["vm", "list"])?;
+    let found = vms.as_array().and_then(|vms| vms.iter().find(|vm| vm["clan"] == clan)).cloned();
+    found.ok_or_else(|| LabError::Promise(format!("there is no VM of {clan}: {vms}")))
+}
+
+fn promise(kept: bool, what: impl FnOnce() -> String) -> Checked {
+    if kept { Ok(()) } else { Err(LabError::Promise(what())) }
+}
+
+fn paused(second: &mut Person) -> Checked {
+    let pid = story::until(HEAL, "second's VM", || running_vm(second))?;
+    second.clan(&["vm", "pause"])?.success()?;
+    let told = vm(second, story::CLAN)?;
+    promise(told["state"] == "paused", || format!("a paused VM is {}", told["state"]))?;
+    second.kill_manager()?;
+    second.start_manager(MANAGER)?;
+    let found = story::until(HEAL, "the manager to find the VM", || {
+        let told = vm(second, story::CLAN)?;
+        Ok((!told["pid"].is_null()).then_some(told))
+    })?;
+    let same = found["state"] == "paused" && found["pid"] == u64::from(pid);
+    promise(same, || format!("process {pid} was paused; found was {found}"))?;
+    second.clan(&["vm", "resume"])?.success()?;
+    let now = story::until(HEAL, "second's VM to go on", || running_vm(second))?;
+    promise(now == pid, || format!("it went on as process {now} instead of {pid}"))
+}
+
+fn machine_id(person: &Person) -> Result<Option<String>, LabError> {
+    let status = status(person)?;
+    let own = story::machines(&status).find(|machine| machine["this"] == true);
+    Ok(own.and_then(|machine| machine["id"].as_str()).map(str::to_owned))
+}
+
+fn brought_back(second: &Person) -> Checked {
+    let mark = |text: &str| -> Checked {
+        let mut console = second.console(story::CLAN)?;
+        console.run(&format!("echo {text} > /root/mark && sync"), HEAL).map(drop)
+    };
+    let machine = story::until(HEAL, "second's machine", || machine_id(second))?;
+    mark("kept")?;
+    second.clan(&["vm", "snapshot", "--name", "before"])?.success()?;
+    mark("lost")?;
+    refused(&second.clan(&["vm", "snapshot", "--name", "before"])?, &["already"])?;
+    refused(&second.clan(&["vm", "restore", "behind", "--yes"])?, &["no such"])?;
+    second.clan(&["vm", "restore", "before", "--dry-run"])?.success()?;
+    second.clan(&["vm", "restore", "before", "--yes"])?.success()?;
+    story::until(HEAL, "second's VM after the restoration", || running_vm(second))?;
+    let (said, _) = second.console(story::CLAN)?.run("cat /root/mark", HEAL)?;
+    promise(said.lines().any(|line| line.trim() == "kept"), || format!("the disk has {said:?} on it"))?;
+    let now = story::until(HEAL, "second's machine again", || machine_id(second))?;
+    promise(now == machine, || "the machine has another key on its restored disk".into())?;
+    second.clan(&["vm", "discard", "before", "--yes"])?.success()?;
+    let left = second.clan_json(&["vm", "snapshots"])?;
+    promise(left.as_array().is_some_and(Vec::is_empty), || format!("a removed snapshot is still there: {left}"))
+}
+
+fn larger(second: &Person) -> Checked {
+    refused(&second.clan(&["vm", "resize", "--disk", "128M"])?, &["already"])?;
+    refused(&second.clan(&["vm", "resize", "--memory", "1000G"])?, &["memory"])?;
+    second.clan(&["vm", "resize", "--disk", "3G"])?.success()?;
+    story::until(HEAL, "the guest to have the larger disk", || {
+        let stats = second.clan_json(&["vm", "stats"])?;
+        Ok(stats["latest"]["disk_total"].as_u64().filter(|total| *total > 5 << 29))
+    })
+    .map(drop)
+}
+
+fn from_template(founder: &Person) -> Checked {
+    let kept = founder.clan_json(&["image", "list"])?;
+    promise(kept[0]["template"] == true, || format!("the first VM left no template: {kept}"))?;
+    let made = ["create", ANOTHER, "--person", "founder", "--machine", "other"];
+    founder.clan(&made)?.success()?;
+    let pid = vm(founder, ANOTHER)?["pid"].as_u64().unwrap_or_default();
+    let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let went_on = line.split(|byte| *byte == 0).any(|word| word == b"-incoming");
+    promise(went_on, || "the second VM booted".into())?;
+    let status = status(founder)?;
+    let ids = status["clans"].as_array().into_iter().flatten().flat_map(|clan| {
+        clan["machines"].as_array().into_iter().flatten().filter(|m| m["this"] == true).map(|m| m["id"].clone())
+    });
+    let ids: Vec<_> = ids.collect();
+    promise(ids.len() == 2 && ids[0] != ids[1], || format!("two VMs from one state are the machines {ids:?}"))?;
+    founder.clan(&["vm", "delete", ANOTHER, "--force", "--yes"])?.success().map(drop)
+}
+
+fn images(founder: &Person) -> Checked {
+    founder.clan(&["image", "verify"])?.success()?;
+    founder.clan(&["image", "gc", "--yes"])?.success()?;
+    let left = founder.clan_json(&["image", "list"])?;
+    let runs = left[0]["clans"].as_array().is_some_and(|clans| clans.iter().any(|clan| clan == story::CLAN));
+    promise(runs, || format!("the image that runs is gone: {left}"))?;
+    refused(&founder.clan(&["image", "verify", "nosuch"])?, &["no such image"])
+}
