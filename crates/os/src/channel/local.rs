@@ -125,9 +125,9 @@ fn remove_stale(path: &Path) -> Result<(), LocalError> {
     use std::os::unix::fs::FileTypeExt;
     let failed = |action: &'static str| move |source| LocalError::Io { action, path: path.to_owned(), source };
     match fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("look at")(error)),
-        Ok(found) if !found.file_type().is_socket() => return Err(LocalError::Occupied { path: path.to_owned() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(failed("look at")(error)),
+        Ok(found) if !found.file_type().is_socket() => Err(LocalError::Occupied { path: path.to_owned() }),
         Ok(_) => fs::remove_file(path).map_err(failed("remove the stale socket")),
     }
 }
