@@ -92,7 +92,7 @@ fn well_formed(kind: u8, payload: &[u8], from_here: bool) -> Vec<u8> {
         body.resize(body.len().max(21), 0);
         // Rightful: at least the header itself, and no more than there is.
         let most = (body.len() - 1).min(60) / 4;
-        body[12] = (usize::from(body[12] >> 4).clamp(5, most) as u8) << 4;
+        body[12] = (usize::from(body[12] >> 4).clamp(5, most) as u8) << 4 | body[12] & 0x0f;
     }
     let (source, destination) = (address(v4, source), address(v4, destination));
     let mut packet = Vec::new();

@@ -187,9 +187,9 @@ fn same_but_for_lengths(a: &[u8], b: &[u8], headers: Headers) -> bool {
     } else {
         a[..4] == b[..4] && a[7] == b[7]
     };
-    // Acknowledgement; window; options.
+    // Acknowledgement, length and reserved bits; window; the urgent pointer (which says nothing here) and options.
     network
-        && a[ip + 8..ip + 12] == b[ip + 8..ip + 12]
+        && a[ip + 8..ip + 13] == b[ip + 8..ip + 13]
         && a[ip + 14..ip + 16] == b[ip + 14..ip + 16]
-        && a[ip + 20..all] == b[ip + 20..all]
+        && a[ip + 18..all] == b[ip + 18..all]
 }
