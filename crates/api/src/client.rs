@@ -19,10 +19,10 @@ use crate::{
     AddDevice, AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery,
     CreateClan, CreateInvite, CreatedClan, DecideAdmission, DeleteQuery, DeviceInfo, DeviceOffer, FindInvitation,
     FindRecovery, FoundInvitation, GroupInfo, ImageGc, ImageInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery,
-    LogSource, Login, MachineInfo, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange, RelayInfo,
-    RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm, Revocation, Revoke, RoleChange, RuleInfo,
-    ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status, TaskEvent, TaskId, TaskInfo, VmInfo,
-    VmSize, VmStats, WireguardMachine,
+    LogSource, Login, MachineInfo, MakeLogin, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange,
+    RelayInfo, RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm, Revocation, Revoke,
+    RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status, TaskEvent, TaskId,
+    TaskInfo, VmInfo, VmSize, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -386,8 +386,8 @@ impl ManagerClient {
     }
 
     /// A URL that opens the web page, signed in.
-    pub async fn login(&self) -> Result<Login, ClientError> {
-        self.post("/logins", &serde_json::json!({})).await
+    pub async fn login(&self, request: &MakeLogin) -> Result<Login, ClientError> {
+        self.post("/logins", request).await
     }
 
     async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {

@@ -266,7 +266,7 @@ fn verify_image() {}
 fn gc_images() {}
 
 /// A URL that opens the web page, signed in; over the Unix socket only
-#[utoipa::path(post, path = "/api/v1/logins", responses((status = 201, body = Login), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+#[utoipa::path(post, path = "/api/v1/logins", request_body = MakeLogin, responses((status = 201, body = Login), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn login() {}
 
 #[cfg(test)]

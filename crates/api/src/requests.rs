@@ -314,6 +314,15 @@ pub struct OpenedService {
     pub machine: MachineName,
 }
 
+/// Asks for a way into the web page.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct MakeLogin {
+    /// What the page shows first: a link that the desktop was told to open, as it came. At most 16 KiB.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub open: Option<String>,
+}
+
 /// A way into the web page.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct Login {

@@ -76,6 +76,8 @@ pub(crate) enum Command {
     Invites(commands::invites::Args),
     /// Accept an invitation
     Join(commands::join::Args),
+    /// Open a link that was clicked on
+    Open(commands::open::Args),
     /// Your devices: link a second computer, put a lost one out
     #[command(subcommand)]
     Device(commands::device::Verb),

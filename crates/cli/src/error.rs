@@ -265,9 +265,7 @@ impl From<LinkError> for CliError {
             LinkError::Foreign => {
                 ("link_invalid", "an invitation starts with `clan://join/`: ask the person who invited you for it")
             }
-            LinkError::NotAnInvitation => {
-                ("link_invalid", "an invitation starts with `clan://join/`: this link leads to something else")
-            }
+            LinkError::NotAnInvitation => ("link_unsupported", "an invitation starts with `clan://join/`: ask for one"),
             LinkError::Damaged => {
                 ("link_invalid", "copy the whole link again, without line breaks, and put it in quotes")
             }

@@ -11,6 +11,7 @@ mod preflight;
 mod printer;
 mod progress;
 mod qr;
+mod systemd;
 mod table;
 mod words;
 
@@ -59,6 +60,7 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
             Command::Revoke(noun) => revoke::run(noun, &context).await,
             Command::Log(args) => log::run(args, &context).await,
             Command::Join(args) => join::run(args, &context).await,
+            Command::Open(args) => open::run(args, &context).await,
             Command::Device(verb) => device::run(verb, &context).await,
             Command::Recover(args) => recover::run(args, &context).await,
             Command::Status(_) => status::run(&context).await,

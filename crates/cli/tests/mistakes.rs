@@ -44,8 +44,8 @@ hint: an invitation starts with `clan://join/`: ask the person who invited you f
 fn a_link_to_a_configuration_is_no_invitation() {
     Computer::new().clan(&["join", "clan://github.com/some/flake"]).assert().code(1).stdout_eq("").stderr_eq(str![[
         r#"
-error: this clan link is not an invitation
-hint: an invitation starts with `clan://join/`: this link leads to something else
+error: this link leads to a configuration, which this version of Clan cannot build yet
+hint: an invitation starts with `clan://join/`: ask for one
 
 "#
     ]]);
@@ -231,6 +231,7 @@ Commands:
   invite       Make a link that lets somebody in
   invites      Show the invites that were made, and what became of them
   join         Accept an invitation
+  open         Open a link that was clicked on
   device       Your devices: link a second computer, put a lost one out
   recover      Come back to a clan on a new computer, with your recovery phrase
   status       Show clans, machines and what needs attention

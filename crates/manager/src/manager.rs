@@ -134,9 +134,8 @@ impl ManagerError {
                 addr.port().wrapping_add(1).max(1024)
             )),
             Self::NotLoopback { .. } => plain(ErrorCode::BadRequest).hint("for example `--listen 127.0.0.1:7420`"),
-            Self::BadActivation { .. } => {
-                plain(ErrorCode::BadRequest).hint("hand in one listening TCP socket on loopback")
-            }
+            Self::BadActivation { .. } => plain(ErrorCode::BadRequest)
+                .hint("hand in a TCP socket on loopback, and the Unix socket of the data folder"),
             Self::Listen { .. } => plain(ErrorCode::PermissionDenied),
             Self::Disk(error) => problem::disk(error),
             Self::Images(error) => problem::store(error),
@@ -212,7 +211,7 @@ impl Manager {
 
     /// A URL that opens the web page, signed in; works once and for a short time.
     pub fn login_url(&self) -> String {
-        http::login_url(&self.shared)
+        http::login_url(&self.shared, None)
     }
 
     /// Works until cancelled; then ends tasks and, unless they are to go on, VMs in good order.
@@ -232,8 +231,6 @@ impl Manager {
         for clan in shared.clans() {
             clan.keeper.join().await;
         }
-        // Gone with its listener; a leftover would be removed by the next manager.
-        let _ = std::fs::remove_file(shared.paths.socket());
         tracing::info!("the manager has stopped");
         Ok(())
     }

@@ -167,7 +167,7 @@ pub(crate) fn link(error: &LinkError) -> ApiProblem {
     match error {
         LinkError::Foreign => plain(ErrorCode::LinkInvalid, error).hint("an invitation begins with `clan://join/`"),
         LinkError::NotAnInvitation => {
-            plain(ErrorCode::LinkInvalid, error).hint("an invitation begins with `clan://join/`")
+            plain(ErrorCode::LinkInvalid, error).hint("an invitation begins with `clan://join/`: ask for one")
         }
         LinkError::Damaged => plain(ErrorCode::LinkInvalid, error)
             .why("characters are missing or changed")

@@ -5,8 +5,8 @@
 use std::{path::PathBuf, time::Duration};
 
 use clan_api::{
-    ClanLogQuery, ClientError, CreateClan, CreateInvite, DeleteQuery, ErrorCode, JoinClan, LogQuery, ManagerClient,
-    PreviewJoin, RevocationKind, Revoke, TaskEvent, TaskState,
+    ClanLogQuery, ClientError, CreateClan, CreateInvite, DeleteQuery, ErrorCode, JoinClan, LogQuery, MakeLogin,
+    ManagerClient, PreviewJoin, RevocationKind, Revoke, TaskEvent, TaskState,
 };
 use clan_manager::{Manager, Options};
 use clan_vm::Qemu;
@@ -114,12 +114,15 @@ async fn a_browser_needs_a_session_which_a_link_begins_once() {
     let rebound = manager.tcp(&format!("GET /api/v1/status HTTP/1.1\nhost: evil.example\n{close}")).await;
     assert!(rebound.starts_with("HTTP/1.1 403"), "{rebound}");
 
-    let url = manager.client.login().await.unwrap().url;
+    let login = MakeLogin { open: Some("clan://join/a b".into()) };
+    let url = manager.client.login(&login).await.unwrap().url;
+    assert!(!url.contains("join"), "what is opened is in no process list: {url}");
     assert!(!url.contains(&manager.token()));
     let path = url.split_once(&format!(":{}", manager.address.port())).unwrap().1.to_owned();
     let visit = format!("GET {path} HTTP/1.1\nhost: localhost\n{close}");
     let answer = manager.tcp(&visit).await;
     assert!(answer.starts_with("HTTP/1.1 303"), "{answer}");
+    assert!(answer.contains("location: /#/open/clan%3A%2F%2Fjoin%2Fa%20b\r\n"), "{answer}");
     let cookie =
         answer.lines().find_map(|l| l.strip_prefix("set-cookie: ")).unwrap().split(';').next().unwrap().to_owned();
     assert!(manager.tcp(&visit).await.starts_with("HTTP/1.1 401"), "a login link works once");

@@ -374,12 +374,12 @@ function askInvite(clan) {
   });
 }
 
-function askJoin() {
+function askJoin(text = "") {
   ask({
     title: "Join a clan",
     text: "You will see where the link leads before anything happens.",
     verb: "Go on",
-    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" })), homeField()],
+    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" }, text)), homeField()],
     done: async ({ text, integrate }) => {
       const { link } = await call("POST", "/joins/invitation", { text });
       const home = integrate ? { integrate } : {};
@@ -387,6 +387,17 @@ function askJoin() {
       setTimeout(() => confirmJoin(link, preview, home));
     },
   });
+  // What somebody clicked on needs no second click.
+  if (text) dialog.querySelector("form").requestSubmit();
+}
+
+/** What the desktop handed over came behind the `#`; it does not stay in the address or in the history. */
+function takeOpened() {
+  const prefix = "#/open/";
+  if (!location.hash.startsWith(prefix)) return;
+  const text = decodeURIComponent(location.hash.slice(prefix.length));
+  history.replaceState(null, "", "#/");
+  askJoin(text);
 }
 
 /** Where the machine will be: a virtual one, unless a controller on this computer is named. */
@@ -395,11 +406,22 @@ function homeField() {
     h("input", { name: "integrate", placeholder: "/run/clan/controller.sock", pattern: "/.+", title: "A path that begins with /", spellcheck: "false" }));
 }
 
+/** This computer's name, as far as it may be a machine's and is free. */
+function machineName(taken) {
+  const label = (state.status?.host.name ?? "").split(".")[0].toLowerCase().replace(/[^a-z0-9-]+/g, "-").replace(/^-+|-+$/g, "") || "computer";
+  for (let n = 1; ; n++) {
+    const name = n === 1 ? label : `${label}-${n}`;
+    if (!taken.includes(name)) return name;
+  }
+}
+
 function confirmJoin(link, p, home) {
   ask({
-    title: `Join ${p.clan_name}?`,
-    text: `${p.inviter} invites you as ${p.role}. Compare the fingerprint with what ${p.inviter} sees.`,
-    verb: "Join",
+    title: p.device_of ? `Make this computer yours in ${p.clan_name}?` : `Join ${p.clan_name}?`,
+    text: p.device_of
+      ? `It becomes one of ${p.device_of}’s devices. Compare the fingerprint with what the other device shows.`
+      : `${p.inviter} invites you as ${p.role}. Compare the fingerprint with what ${p.inviter} sees.`,
+    verb: p.device_of ? "Make it mine" : "Join",
     fields: () => [
       h("dl", { class: "facts panel" }, facts([
         ["Fingerprint", h("code", null, p.fingerprint)],
@@ -411,10 +433,10 @@ function confirmJoin(link, p, home) {
         ["Runs by", p.vm && `${ACCELERATOR_WORD[p.vm.accelerator.kind]}: ${p.vm.accelerator.reason}`],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
-      field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
-      field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP })),
+      p.device_of || field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
+      field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, value: machineName(p.machines) })),
     ],
-    done: ({ person, machine }) => call("POST", "/joins", { link, person, machine, ...home }).then(() => undefined),
+    done: ({ person, machine }) => call("POST", "/joins", { link, person: p.device_of ?? person, machine, ...home }).then(() => undefined),
   });
 }
 
@@ -646,7 +668,7 @@ function overview() {
         h("h2", null, "You are in no clan yet"),
         h("p", null, "A clan is a private network of people and their machines. Nobody hosts it: it lives on your computers."),
         h("div", { class: "actions" },
-          h("button", { type: "button", class: "button primary", onclick: askJoin }, ICON.link(), "Join with a link"), " ",
+          h("button", { type: "button", class: "button primary", onclick: () => askJoin() }, ICON.link(), "Join with a link"), " ",
           h("button", { type: "button", class: "button", onclick: askCreate }, "Found a clan")),
         h("p", { class: "small" }, "Or in a terminal: ", h("code", null, "clan join LINK"), ", ", h("code", null, "clan create NAME"))),
     ];
@@ -726,7 +748,7 @@ function treeNav(route) {
             dot(tone), h("span", null, machine.name, h("span", { class: "visually-hidden" }, `, ${word}`)), machine.this && h("span", { class: "tag" }, "here")));
       }))))),
     state.status.clans.length > 0 && h("div", { class: "tree-actions", key: "actions" },
-      h("button", { type: "button", class: "button small", onclick: askJoin }, "Join a clan"),
+      h("button", { type: "button", class: "button small", onclick: () => askJoin() }, "Join a clan"),
       h("button", { type: "button", class: "button small", onclick: askCreate }, "Found a clan")),
   ];
 }
@@ -816,6 +838,7 @@ document.addEventListener("click", (event) => {
   if (!tree.contains(event.target) && !menu.contains(event.target)) openTree(false);
 });
 window.addEventListener("hashchange", () => {
+  takeOpened();
   // The skip link names an element, not a page.
   if (!location.hash.startsWith("#/") && location.hash !== "") return;
   openTree(false);
@@ -834,4 +857,5 @@ async function run() {
   }
 }
 
+takeOpened();
 run();

@@ -12,6 +12,8 @@ use serde::{Deserialize, Serialize};
 use crate::{CertificateHash, ClanId, Host, MachineId};
 
 const SCHEME: &str = "clan://";
+/// Links that other programs made for NixOS configurations.
+const NIX: &str = "nix://";
 const PREFIXES: [(&str, Purpose); 2] = [("clan://join/", Purpose::Join), ("clan://device/", Purpose::Device)];
 /// What the names of the passing devices begin with that device links stand for.
 pub const DEVICE_LINK: &str = "link-";
@@ -98,8 +100,8 @@ pub enum LinkError {
     /// Not a `clan://` link at all.
     #[error("this is not a clan link")]
     Foreign,
-    /// A `clan://` link, but not an invitation.
-    #[error("this clan link is not an invitation")]
+    /// A `clan://` or `nix://` link, but not an invitation: it leads to a configuration.
+    #[error("this link leads to a configuration, which this version of Clan cannot build yet")]
     NotAnInvitation,
     /// Characters are missing, added or changed.
     #[error("the invitation link is incomplete or damaged")]
@@ -125,6 +127,9 @@ impl FromStr for InviteLink {
     type Err = LinkError;
     fn from_str(text: &str) -> Result<Self, LinkError> {
         let text = text.trim();
+        if text.get(..NIX.len()).is_some_and(|s| s.eq_ignore_ascii_case(NIX)) {
+            return Err(LinkError::NotAnInvitation);
+        }
         if !text.get(..SCHEME.len()).is_some_and(|s| s.eq_ignore_ascii_case(SCHEME)) {
             return Err(LinkError::Foreign);
         }

@@ -35,7 +35,7 @@ pub(crate) struct Args {
 }
 
 /// Whether this computer itself is to be the machine.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct Integrate {
     /// Make this computer itself the clan's machine, by the controller that runs on it, instead of a virtual one
     #[arg(long, conflicts_with_all = ["memory", "disk", "cpus"])]
@@ -59,7 +59,7 @@ impl Integrate {
 }
 
 /// How large the virtual machine is.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct Size {
     /// Memory of the virtual machine, such as 512M or 2G
     #[arg(long, value_name = "SIZE")]

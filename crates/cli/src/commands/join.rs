@@ -32,8 +32,15 @@ pub(crate) struct Args {
     dry_run: bool,
 }
 
+impl Args {
+    /// An invitation, and everything else as it is by itself.
+    pub(crate) fn of(invitation: String) -> Self {
+        Self { invitation: vec![invitation], person: None, place: Place::default(), dry_run: false }
+    }
+}
+
 /// What this computer will be in the clan.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct Place {
     /// This computer's name in the clan [default: its host name]
     #[arg(long)]

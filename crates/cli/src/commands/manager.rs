@@ -1,5 +1,7 @@
 //! `clan manager`: the daemon on the base OS.
 
+mod unit;
+
 use std::{net::SocketAddr, path::PathBuf};
 
 use crate::{args::Global, context::data_dir, error::CliError, printer::Printer};
@@ -8,6 +10,7 @@ use crate::{args::Global, context::data_dir, error::CliError, printer::Printer};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 It needs no root, and keeps running until it is told to stop (Ctrl-C, SIGTERM).
+`clan manager --install` makes it a service that starts by itself.
 Packages for images are downloaded through the proxy that `http_proxy` names, if it is set.")]
 pub(crate) struct Args {
     /// Loopback address and port of the web page; a socket handed in by LISTEN_FDS wins over it
@@ -22,17 +25,38 @@ pub(crate) struct Args {
     /// The guest's first program [default: `clan-agent` beside this executable, or in ../lib/clan]
     #[arg(long, value_name = "FILE", env = "CLAN_AGENT", hide_env_values = true)]
     agent: Option<PathBuf>,
+    /// Install it as a service of yours, started at login and when it is needed, and have invitations open by a click
+    #[arg(long, group = "service")]
+    install: bool,
+    /// Stop that service and remove it; your clans stay
+    #[arg(long, group = "service")]
+    uninstall: bool,
+    /// Print what `--install` would install
+    #[arg(long, group = "service")]
+    print_unit: bool,
 }
 
-/// Runs until it is told to stop.
-#[cfg(feature = "manager")]
+/// Runs until it is told to stop, or installs what does.
 pub(crate) fn run(args: Args, global: &Global, printer: &Printer) -> Result<(), CliError> {
+    if args.print_unit {
+        return unit::print(&args, global, printer);
+    }
+    if args.install {
+        return unit::install(&args, global, printer);
+    }
+    if args.uninstall {
+        return unit::uninstall(printer);
+    }
+    serve(args, global, printer)
+}
+
+#[cfg(feature = "manager")]
+fn serve(args: Args, global: &Global, printer: &Printer) -> Result<(), CliError> {
     use clan_manager::{Manager, ManagerError, Options};
     use tokio_util::sync::CancellationToken;
 
     let data = data_dir(global)?;
-    let executable =
-        std::env::current_exe().map_err(|e| CliError::refused("system", "this executable cannot be found").why(e))?;
+    let executable = crate::systemd::executable()?;
     let agent = args.agent.unwrap_or_else(|| agent_beside(&executable));
     let mut options = Options::new(executable, agent);
     options.listen = args.listen;
@@ -96,8 +120,8 @@ fn signals(cancel: tokio_util::sync::CancellationToken) -> std::io::Result<tokio
 
 /// This executable was built without it.
 #[cfg(not(feature = "manager"))]
-pub(crate) fn run(args: Args, global: &Global, _printer: &Printer) -> Result<(), CliError> {
-    let Args { listen, keep_vms: _, mirror: _, agent: _ } = args;
+fn serve(args: Args, global: &Global, _printer: &Printer) -> Result<(), CliError> {
+    let listen = args.listen;
     let why = format!(
         "it was built without the manager, and neither listens on {listen} nor opens {}",
         data_dir(global)?.display()

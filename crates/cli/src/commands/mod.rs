@@ -17,6 +17,7 @@ pub(crate) mod machine;
 pub(crate) mod machines;
 pub(crate) mod manager;
 pub(crate) mod members;
+pub(crate) mod open;
 pub(crate) mod ping;
 pub(crate) mod recover;
 pub(crate) mod relay;

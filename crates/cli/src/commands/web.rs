@@ -1,5 +1,7 @@
 //! `clan web`: the web page, signed in.
 
+use clan_api::MakeLogin;
+
 use crate::{browser, context::Context, error::CliError};
 
 /// Arguments of `clan web`.
@@ -13,7 +15,7 @@ pub(crate) struct Args {
 
 /// Prints the address and opens it.
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
-    let login = context.ask(context.client.login()).await?;
+    let login = context.ask(context.client.login(&MakeLogin::default())).await?;
     if context.printer.is_json() {
         context.printer.json(&login)
     } else {

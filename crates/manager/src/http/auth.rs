@@ -76,7 +76,8 @@ pub(crate) struct Auth {
     /// Hashes are compared, so that the time that takes tells nothing.
     token: blake3::Hash,
     key: Zeroizing<[u8; 32]>,
-    logins: OneTime<()>,
+    /// With what the page is to show first.
+    logins: OneTime<Option<String>>,
     opens: OneTime<String>,
 }
 
@@ -106,14 +107,14 @@ impl Auth {
         Ok(Self { token: blake3::hash(text.as_bytes()), key, logins: OneTime::default(), opens: OneTime::default() })
     }
 
-    /// A one-time token for the web page.
-    pub(crate) fn new_login(&self) -> String {
-        self.logins.make(())
+    /// A one-time token for the web page, which shows `open` first.
+    pub(crate) fn new_login(&self, open: Option<String>) -> String {
+        self.logins.make(open)
     }
 
-    /// Uses a one-time token up: the cookie of a new session.
-    pub(super) fn take_login(&self, token: &str) -> Option<String> {
-        self.logins.take(token).map(|()| self.cookie(SESSION_COOKIE, "", "Strict"))
+    /// Uses a one-time token up: the cookie of a new session, and what to show first.
+    pub(super) fn take_login(&self, token: &str) -> Option<(String, Option<String>)> {
+        self.logins.take(token).map(|open| (self.cookie(SESSION_COOKIE, "", "Strict"), open))
     }
 
     /// A one-time token for a service.
@@ -333,7 +334,7 @@ mod tests {
     }
 
     fn session(auth: &Auth) -> String {
-        let cookie = auth.take_login(&auth.new_login()).unwrap();
+        let cookie = auth.take_login(&auth.new_login(None)).unwrap().0;
         cookie.split(';').next().unwrap().to_owned()
     }
 
@@ -417,10 +418,11 @@ mod tests {
     #[test]
     fn a_login_token_works_once_and_is_not_the_permanent_one() {
         let (_dir, auth) = auth();
-        let token = auth.new_login();
+        let token = auth.new_login(Some("clan://join/x".into()));
         assert!(auth.take_login(TOKEN).is_none());
         assert!(auth.take_login("").is_none());
-        let cookie = auth.take_login(&token).unwrap();
+        let (cookie, open) = auth.take_login(&token).unwrap();
+        assert_eq!(open.as_deref(), Some("clan://join/x"));
         assert!(cookie.contains("HttpOnly") && cookie.contains("SameSite=Strict") && !cookie.contains(TOKEN));
         assert!(auth.take_login(&token).is_none());
     }

@@ -14,7 +14,14 @@ mod tasks;
 mod vms;
 mod web;
 
-use std::{convert::Infallible, net::SocketAddr, os::fd::FromRawFd, sync::Arc, time::Duration};
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    os::fd::{FromRawFd, OwnedFd},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -24,7 +31,8 @@ use axum::{
     response::IntoResponse,
     routing::{delete, get, post},
 };
-use clan_api::{ApiProblem, ErrorCode, Login};
+use bytes::Bytes;
+use clan_api::{ApiProblem, ErrorCode, Login, MakeLogin};
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
@@ -47,24 +55,30 @@ use auth::{Caller, Door};
 use problems::{Answer, Json, Refusal};
 
 const MAX_BODY: usize = 256 << 10;
+/// Longest link that the desktop hands over.
+const MAX_OPENED: usize = 16 << 10;
 const MAX_CONNECTIONS: usize = 512;
 /// How long a browser may take to send the head of a request.
 const HEAD: Duration = Duration::from_secs(30);
 /// How long connections get to end when the manager stops.
 const GRACE: Duration = Duration::from_secs(2);
-/// The first descriptor of socket activation.
+/// The first descriptor of socket activation, and how many there may be.
 const FIRST_FD: i32 = 3;
+const MAX_HANDED: u32 = 2;
 
 /// The two doors.
 pub(crate) struct Listeners {
     tcp: TcpListener,
     unix: UnixListener,
     address: SocketAddr,
+    /// The Unix socket's file, to be removed in the end.
+    own_file: Option<PathBuf>,
 }
 
 impl Listeners {
     pub(crate) fn bind(paths: &Paths, listen: SocketAddr) -> Result<Self, ManagerError> {
-        let tcp = match activated()? {
+        let handed = activated()?;
+        let tcp = match handed.tcp {
             Some(listener) => listener,
             None => bind_tcp(listen)?,
         };
@@ -76,11 +90,22 @@ impl Listeners {
         tcp.set_nonblocking(true).map_err(failed(address.to_string()))?;
         let tcp = TcpListener::from_std(tcp).map_err(failed(address.to_string()))?;
         let path = paths.socket();
+        let on = || path.display().to_string();
+        if let Some(listener) = handed.unix {
+            let bound = listener.local_addr().ok();
+            if bound.as_ref().and_then(|bound| bound.as_pathname()) != Some(path.as_path()) {
+                return Err(bad_activation(&format!("the Unix socket is not at {}", on())));
+            }
+            listener.set_nonblocking(true).map_err(failed(on()))?;
+            // Whoever handed it in keeps the file, for the next manager.
+            let unix = UnixListener::from_std(listener).map_err(failed(on()))?;
+            return Ok(Self { tcp, unix, address, own_file: None });
+        }
         // INVARIANT: this manager holds the directory's lock, so a socket that is there belongs to nobody.
         disk::remove_file(&path)?;
-        let unix = UnixListener::bind(&path).map_err(failed(path.display().to_string()))?;
+        let unix = UnixListener::bind(&path).map_err(failed(on()))?;
         clan_store::SecretFile::restrict(&path)?;
-        Ok(Self { tcp, unix, address })
+        Ok(Self { tcp, unix, address, own_file: Some(path) })
     }
 
     pub(crate) fn address(&self) -> SocketAddr {
@@ -122,6 +147,10 @@ impl Listeners {
                 },
             }
         }
+        if let Some(path) = &self.own_file {
+            // A leftover would be replaced by the next manager.
+            let _ = std::fs::remove_file(path);
+        }
         closing.cancel();
         connections.close();
         if tokio::time::timeout(GRACE, connections.wait()).await.is_err() {
@@ -146,28 +175,46 @@ fn bind_tcp(listen: SocketAddr) -> Result<std::net::TcpListener, ManagerError> {
     })
 }
 
-/// The listener that socket activation hands in, if it does (sd_listen_fds(3)).
-fn activated() -> Result<Option<std::net::TcpListener>, ManagerError> {
+/// What socket activation handed in.
+#[derive(Default)]
+struct Handed {
+    tcp: Option<std::net::TcpListener>,
+    unix: Option<std::os::unix::net::UnixListener>,
+}
+
+/// The listeners that socket activation hands in, if it does (sd_listen_fds(3)): one of each kind at most.
+fn activated() -> Result<Handed, ManagerError> {
     let number = |name: &str| std::env::var(name).ok().and_then(|v| v.parse::<u32>().ok());
-    if number("LISTEN_PID") != Some(std::process::id()) {
-        return Ok(None);
+    let count = number("LISTEN_FDS").filter(|_| number("LISTEN_PID") == Some(std::process::id())).unwrap_or(0);
+    if count > MAX_HANDED {
+        return Err(bad_activation("there are more than two"));
     }
-    let bad = |why: &str| ManagerError::BadActivation { why: why.to_owned() };
-    match number("LISTEN_FDS") {
-        None | Some(0) => Ok(None),
-        Some(1) => {
-            // SAFETY: whoever started us says so in LISTEN_FDS, for this very process: descriptor 3 is open and ours.
-            let listener = unsafe { std::net::TcpListener::from_raw_fd(FIRST_FD) };
-            // What this process starts must not inherit it.
-            rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC)
-                .map_err(|_| bad("descriptor 3 is not open"))?;
-            if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
-                return Err(bad("descriptor 3 is not a listening socket"));
-            }
-            Ok(Some(listener))
+    let mut handed = Handed::default();
+    for fd in (FIRST_FD..).take(count as usize) {
+        // SAFETY: whoever started us says so in LISTEN_FDS, for this very process: the descriptor is open and ours.
+        let listener = unsafe { OwnedFd::from_raw_fd(fd) };
+        // What this process starts must not inherit it.
+        rustix::io::fcntl_setfd(&listener, rustix::io::FdFlags::CLOEXEC)
+            .map_err(|_| bad_activation(&format!("descriptor {fd} is not open")))?;
+        if !rustix::net::sockopt::socket_acceptconn(&listener).unwrap_or(false) {
+            return Err(bad_activation(&format!("descriptor {fd} is not a listening socket")));
         }
-        Some(_) => Err(bad("there is more than one")),
+        let is_unix =
+            rustix::net::sockopt::socket_domain(&listener).is_ok_and(|d| d == rustix::net::AddressFamily::UNIX);
+        let taken = if is_unix {
+            handed.unix.replace(listener.into()).is_some()
+        } else {
+            handed.tcp.replace(listener.into()).is_some()
+        };
+        if taken {
+            return Err(bad_activation("there are two of a kind"));
+        }
     }
+    Ok(handed)
+}
+
+fn bad_activation(why: &str) -> ManagerError {
+    ManagerError::BadActivation { why: why.to_owned() }
 }
 
 /// The socket's directory keeps others out; this is the second bolt.
@@ -233,12 +280,11 @@ async fn run(router: Router, mut request: Request<Body>, caller: Caller) -> Resp
 fn login(shared: &Shared, request: &Request<Body>) -> Response<Body> {
     let token = auth::query_value(request.uri(), "token").unwrap_or_default();
     match shared.auth.take_login(&token) {
-        Some(cookie) => {
-            let headers = [
-                (header::SET_COOKIE, cookie),
-                (header::LOCATION, "/".into()),
-                (header::CACHE_CONTROL, "no-store".into()),
-            ];
+        Some((cookie, open)) => {
+            // INVARIANT: what is opened, a secret perhaps, is behind the `#`: browsers send it nowhere.
+            let page = open.map_or("/".to_owned(), |open| format!("/#/open/{}", escaped(&open)));
+            let headers =
+                [(header::SET_COOKIE, cookie), (header::LOCATION, page), (header::CACHE_CONTROL, "no-store".into())];
             (StatusCode::SEE_OTHER, headers).into_response()
         }
         None => web::message(
@@ -249,9 +295,15 @@ fn login(shared: &Shared, request: &Request<Body>) -> Response<Body> {
     }
 }
 
-/// A URL that opens the web page, signed in.
-pub(crate) fn login_url(shared: &Shared) -> String {
-    format!("http://localhost:{}/login?token={}", shared.address.port(), shared.auth.new_login())
+/// A URL that opens the web page, signed in, where `open` is shown first.
+pub(crate) fn login_url(shared: &Shared, open: Option<String>) -> String {
+    format!("http://localhost:{}/login?token={}", shared.address.port(), shared.auth.new_login(open))
+}
+
+/// Percent-encoded (RFC 3986), all but what needs it nowhere.
+fn escaped(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte);
+    text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 fn router(shared: Arc<Shared>, door: Door) -> Router {
@@ -323,8 +375,12 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .with_state(shared)
 }
 
-async fn make_login(State(shared): State<Arc<Shared>>) -> Answer<Json<Login>> {
-    Ok(Json(StatusCode::CREATED, Login { url: login_url(&shared), expires: now().plus(auth::ONE_TIME) }))
+async fn make_login(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<Login>> {
+    let MakeLogin { open } = problems::parse(&body)?;
+    if open.as_ref().is_some_and(|open| open.len() > MAX_OPENED) {
+        return Err(Refusal(ApiProblem::new(ErrorCode::LinkInvalid, "this is no link: it is too long")));
+    }
+    Ok(Json(StatusCode::CREATED, Login { url: login_url(&shared, open), expires: now().plus(auth::ONE_TIME) }))
 }
 
 /// A body that this process may stream from elsewhere.

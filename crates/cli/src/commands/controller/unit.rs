@@ -1,14 +1,18 @@
 //! The controller as a service of systemd.
 
 use std::{
-    fs, io,
+    fs,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Command,
 };
 
 use super::{Args, Dns};
-use crate::{error::CliError, printer::Printer};
+use crate::{
+    error::CliError,
+    printer::Printer,
+    systemd::{self, executable, quoted},
+};
 
 const UNITS: &str = "/etc/systemd/system";
 const ROOT: u32 = 0;
@@ -160,19 +164,6 @@ WantedBy=multi-user.target
     ))
 }
 
-/// A word of a unit's command line (systemd.service(5)).
-fn quoted(path: &Path) -> Result<String, CliError> {
-    let text = path.to_str().filter(|text| !text.chars().any(|c| c.is_control() || matches!(c, '"' | '\\')));
-    let text =
-        text.ok_or_else(|| CliError::refused("controller", format!("{} cannot be in a unit", path.display())))?;
-    // Both have a meaning there.
-    Ok(format!("\"{}\"", text.replace('%', "%%").replace('$', "$$")))
-}
-
-fn executable() -> Result<PathBuf, CliError> {
-    std::env::current_exe().map_err(|e| CliError::refused("system", "this executable cannot be found").why(e))
-}
-
 /// The part of a path that somebody who is not root may replace.
 fn replaceable(path: &Path) -> Option<PathBuf> {
     let open = |path: &&Path| {
@@ -215,17 +206,7 @@ fn needs_root(flag: &str) -> Result<(), CliError> {
 }
 
 fn systemctl(arguments: &[&str]) -> Result<(), CliError> {
-    let shown = format!("systemctl {}", arguments.join(" "));
-    let failed = |why: String| CliError::refused("controller", format!("`{shown}` failed")).why(why);
-    let output = Command::new("systemctl").args(arguments).output().map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => failed("this computer does not run systemd".into()).hint(
-            "run the controller in the foreground, or by what this computer has instead: `clan controller --help`",
-        ),
-        _ => failed(e.to_string()),
-    })?;
-    if output.status.success() {
-        Ok(())
-    } else {
-        Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned()))
-    }
+    let instead =
+        "run the controller in the foreground, or by what this computer has instead: `clan controller --help`";
+    systemd::systemctl(arguments, instead)
 }
