@@ -21,7 +21,7 @@ use std::{
     time::Duration,
 };
 
-use clan_ledger::{Entry, Ledger};
+use clan_ledger::{Entry, Intake, Ledger};
 use clan_os::dns::{Zone, answer};
 use clan_replica::{LinkId, Ticket};
 use clan_tunnel::{Paths, ProbeKey};
@@ -31,7 +31,7 @@ use clan_wire::{
     codec,
     control::{ControlRequest, ControlResponse},
     image::Manifest,
-    peer::{ImageRequest, ImageResponse, JoinRequest, JoinResponse, PeerMessage},
+    peer::{EntryPage, ImageRequest, ImageResponse, JoinRequest, JoinResponse, PeerMessage},
 };
 use data_encoding::BASE64URL_NOPAD;
 use serde::{Serialize, de::DeserializeOwned};
@@ -118,7 +118,7 @@ pub fn join(data: &[u8]) {
     let request = match *kind {
         0 => {
             let entries = clan::parts(rest).map(|part| clan::signed_entry(clan::STRANGER, part)).collect();
-            Some(JoinRequest::Redeem { entries })
+            Some(JoinRequest::Redeem { entries, have: Vec::new() })
         }
         1 => return read::<JoinResponse>(rest),
         2 => {
@@ -128,17 +128,24 @@ pub fn join(data: &[u8]) {
             return;
         }
         3 => return read::<ImageResponse>(rest),
+        4 => {
+            if let Some(EntryPage { entries, more }) = round_trip(rest) {
+                let _ = Intake::new(clan::ledger().clone()).take(entries.iter().map(Vec::as_slice), !more);
+            }
+            return;
+        }
         _ => round_trip(rest),
     };
     match request {
-        Some(JoinRequest::Preview { proof }) => {
+        Some(JoinRequest::Preview { proof, have }) => {
             let _ = replica.preview(&proof, &stranger, clan::now(1));
+            assert!(replica.page(&have, None).is_some());
         }
-        Some(JoinRequest::Redeem { entries }) => {
+        Some(JoinRequest::Redeem { entries, .. }) => {
             replica.handle_redemption(Ticket(1), entries, clan::now(1));
             assert_eq!(clan::settle(&mut replica), 1, "a newcomer is answered once");
         }
-        Some(JoinRequest::Locate { proof }) => {
+        Some(JoinRequest::Locate { proof, .. }) => {
             let _ = replica.locate(&proof, &stranger, clan::now(1));
         }
         None => {}

@@ -9,7 +9,7 @@ use clan_wire::{
     beacon::Beacon,
     control::{ControlRequest, ControlResponse, Environment},
     image::{FileRole, ImageFile, Manifest},
-    peer::{ImagePart, ImageRequest, InviteProof, JoinRefusal, JoinRequest, JoinResponse, PeerMessage},
+    peer::{EntryPage, ImagePart, ImageRequest, InviteProof, JoinRefusal, JoinRequest, JoinResponse, PeerMessage},
     words::{WordsRefusal, WordsRequest, WordsResponse, announcement},
 };
 use serde::Serialize;
@@ -51,8 +51,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(("peer", framed(&[&[0], &bytes(&beacon)[64..]].concat())));
     let proof = InviteProof::new(&clan::key(50), &ledger.clan(), &clan::machine(clan::STRANGER));
     let what = ImagePart::File { hash: FileHash::from_bytes([1; 32]), offset: 3 };
-    seeds.push(("join", with(9, &JoinRequest::Preview { proof: proof.clone() })));
-    seeds.push(("join", with(9, &JoinRequest::Redeem { entries: encoded.clone() })));
+    seeds.push(("join", with(9, &JoinRequest::Preview { proof: proof.clone(), have: ledger.vector() })));
+    seeds.push(("join", with(9, &JoinRequest::Redeem { entries: encoded.clone(), have: vec![] })));
     seeds.push(("join", with(1, &JoinResponse::Refused(JoinRefusal::NameTaken { name: "bob".into() }))));
     seeds.push(("join", with(2, &ImageRequest { proof: Some(proof), what })));
     let file = |role| ImageFile { role, size: ByteSize::from_mib(1), hash: FileHash::from_bytes([2; 32]) };
@@ -69,7 +69,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(("control", with(0, &ControlRequest::SetEnvironment(environment))));
     seeds.push(("control", with(1, &AgentRequest::SetClock(clan::now(1).wall))));
     seeds.push(("control", with(2, &AgentResponse::Failed("no".into()))));
-    seeds.push(("control", with(3, &ControlResponse::Entries(encoded))));
+    seeds.push(("control", with(3, &ControlResponse::Entries)));
+    seeds.push(("join", with(4, &EntryPage { entries: encoded, more: true })));
     let peers = vec![PeerAddr { machine, addrs }];
     let certificate = CertificateHash::from_bytes([4; 32]);
     let relays = vec![RelayAddr { host: "203.0.113.7".parse().expect("a host"), port: 443, certificate }];

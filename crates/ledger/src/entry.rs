@@ -21,6 +21,9 @@ const END_OF_TIME: Timestamp = Timestamp::from_millis(1 << 48);
 pub struct AuthorId([u8; 32]);
 
 impl AuthorId {
+    /// Comes before all others.
+    pub(crate) const LEAST: Self = Self([0; 32]);
+
     /// Wraps a public key.
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)

@@ -1,7 +1,7 @@
 //! The logs of one clan.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet},
     sync::OnceLock,
     time::Duration,
 };
@@ -20,14 +20,8 @@ use crate::{
 /// How far an entry's time may lie ahead of the reader's clock and still be believed.
 pub const MAX_AHEAD: Duration = Duration::from_secs(600);
 
-/// What a ledger has: for each author key the next sequence number that it lacks. Beside these pairs stand others, under
-/// keys derived from an author's, that tell apart logs of equal length; whoever does not know them passes them on.
-pub type Vector = Vec<([u8; 32], u64)>;
-
 /// INVARIANT: no more entries than these wait for a predecessor.
 const MAX_WAITING: usize = 4096;
-/// INVARIANT: half of it holds what one author's dispute takes.
-const LEAST_LIMIT: usize = 6;
 
 /// What became of an inserted entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -240,50 +234,6 @@ impl Ledger {
         self.entries().find(|entry| entry.id() == *id)
     }
 
-    /// What this ledger has, for a peer's [`Ledger::missing`].
-    pub fn vector(&self) -> Vector {
-        let mut vector = Vector::new();
-        for (author, log) in &self.logs {
-            let wanted = log.wanted();
-            vector.push((*author.as_bytes(), wanted));
-            if let Some(last) = wanted.checked_sub(1).and_then(|seq| log.get(seq)) {
-                vector.push((log.tags[0], short(&last.id())));
-            }
-            if let Some(rival) = &log.rival {
-                vector.push((log.tags[1], short(&rival.id())));
-            }
-        }
-        vector
-    }
-
-    /// Entries that the sender of the vector lacks, at most `limit` (which is at least 6), each author's in order. Ask
-    /// again with the vector they lead to until there are none.
-    pub fn missing(&self, vector: &[([u8; 32], u64)], limit: usize) -> Vec<&Entry> {
-        let limit = limit.max(LEAST_LIMIT);
-        let theirs: HashMap<&[u8; 32], u64> = vector.iter().map(|(key, value)| (key, *value)).collect();
-        let next = |author: &AuthorId| theirs.get(author.as_bytes()).copied().unwrap_or(0);
-        // Half of the room is for disputes, each whole or not at all: otherwise what they know already, or cannot place
-        // before the dispute is settled, could fill it for ever.
-        let mut disputed = Vec::new();
-        for (author, log) in &self.logs {
-            let entries = dispute(log, next(author), &theirs);
-            if disputed.len() + entries.len() <= limit / 2 {
-                disputed.extend(entries);
-            }
-        }
-        let room = limit - disputed.len();
-        let mut missing = Vec::new();
-        for (author, log) in &self.logs {
-            let from = usize::try_from(next(author)).unwrap_or(usize::MAX).min(log.chain.len());
-            missing.extend(log.chain[from..].iter().take(room - missing.len()));
-            if missing.len() == room {
-                break;
-            }
-        }
-        missing.extend(disputed);
-        missing
-    }
-
     /// Signs the next entry of the key's log; the caller stores it, then inserts it. `now` is the wall clock.
     pub fn author(&self, key: &SigningKey, body: Body, now: Timestamp) -> Result<Entry, EntryError> {
         let head = self.logs.get(&AuthorId::of(key)).and_then(|log| log.chain.last());
@@ -460,30 +410,4 @@ impl Ledger {
             log.recheck.get_or_insert(0);
         }
     }
-}
-
-/// What shows a peer whose log of this author is on another branch that there are two. At most three entries.
-fn dispute<'a>(log: &'a Log, next: u64, theirs: &HashMap<&[u8; 32], u64>) -> Vec<&'a Entry> {
-    let mut entries = Vec::new();
-    if let Some(head) = theirs.get(&log.tags[0])
-        && let Some(ours) = next.checked_sub(1).and_then(|seq| log.get(seq))
-        && *head != short(&ours.id())
-    {
-        entries.push(ours);
-    }
-    if let Some(rival) = &log.rival {
-        if theirs.get(&log.tags[1]) != Some(&short(&rival.id())) {
-            entries.extend(log.get(rival.seq()));
-            entries.push(rival);
-        }
-        // Theirs is longer, so that we cannot tell whether it is the same branch: they can.
-        if next > log.len() {
-            entries.extend(log.chain.last());
-        }
-    }
-    entries
-}
-
-fn short(id: &EntryId) -> u64 {
-    id.as_bytes().iter().take(8).fold(0, |value, byte| value << 8 | u64::from(*byte))
 }

@@ -35,13 +35,15 @@ mod ledger;
 mod log;
 mod names;
 mod state;
+mod sync;
 mod weigh;
 
 pub use access::{AccessRule, Group, Party, PortRange, Protocol, Target};
 pub use body::{Body, DeviceKind, KeyProof, LastEntry, Title, TitleError, VmDescription};
 pub use entry::{AuthorId, Entry, EntryError, MAX_ENTRY};
-pub use ledger::{InsertError, Inserted, InsertedMany, Ledger, MAX_AHEAD, RedeemProblem, Vector};
+pub use ledger::{InsertError, Inserted, InsertedMany, Ledger, MAX_AHEAD, RedeemProblem};
 pub use state::{
     Device, Invite, InviteProblem, Machine, Node, Peer, Pending, Person, Published, Relay, Standing, State, Void,
     VoidReason,
 };
+pub use sync::{Intake, IntakeError, Page, Place, Vector};

@@ -6,7 +6,7 @@ mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clan_ledger::{AuthorId, Body, DeviceKind, Entry, Ledger, Party, Standing, Target};
+use clan_ledger::{AuthorId, Body, DeviceKind, Entry, Intake, Ledger, Party, Standing, Target};
 use clan_types::{CertificateHash, EntryId, Hlc, InviteId, MachineId, PersonId, Role, WgPublicKey};
 use common::*;
 use proptest::prelude::*;
@@ -239,6 +239,20 @@ fn synchronise(a: &mut Ledger, b: &mut Ledger, limit: usize) {
     panic!("the two never come to rest");
 }
 
+/// Takes pages until there are no more, as a newcomer does who has `known`.
+fn leaf_through(whole: &Ledger, known: &Ledger, bytes: usize) -> Ledger {
+    let (mut intake, vector, mut from) = (Intake::new(known.clone()), known.vector(), None);
+    loop {
+        let page = whole.page(&vector, from, bytes);
+        let last = page.next.is_none();
+        intake.take(page.entries.iter().map(|entry| entry.as_bytes()), last).expect("every page is news");
+        if last {
+            return intake.into_ledger();
+        }
+        from = page.next;
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -287,6 +301,20 @@ proptest! {
         prop_assert_eq!(a.state(), b.state());
         prop_assert_eq!(sorted(&a), sorted(&b));
         prop_assert_eq!(a.state(), whole.state());
+    }
+
+    #[test]
+    fn who_leafs_through_a_ledger_has_it_all(moves in moves(), known in 0usize..60, bytes in 1usize..4000) {
+        let (whole, _) = play(&moves);
+        let nothing = Ledger::open(whole.clan());
+        let all = leaf_through(&whole, &nothing, bytes);
+        prop_assert_eq!(sorted(&all), sorted(&whole));
+        prop_assert_eq!(all.state(), whole.state());
+        // Going on from a part: each author's log up to somewhere.
+        let mut part = nothing;
+        part.insert_all(whole.entries().take(known).cloned());
+        let again = leaf_through(&whole, &part, bytes);
+        prop_assert_eq!(sorted(&again), sorted(&whole));
     }
 
     #[test]

@@ -339,13 +339,13 @@ pub(crate) async fn provision(
 ) -> Result<(), ApiProblem> {
     let record = clan.record.get();
     let environment = link::environment(&record, &shared.images).await;
-    let request = Provision { clan: record.id, name: record.machine, entries, redeem, offers, environment };
+    let request = Provision { clan: record.id, name: record.machine, redeem, offers, environment };
     let request = ControlRequest::Provision(Box::new(request));
     let (mut attempt, mut waits) = (1, false);
     loop {
         let control = boot::wait(clan, clan.keeper.watch_control(), "controller", PROVISION).await?;
-        match guest::open(&control, &request, PROVISION).await {
-            Ok((_, ControlResponse::Provisioned { .. })) => return Ok(()),
+        match guest::provision(&control, &request, &entries, PROVISION).await {
+            Ok(ControlResponse::Provisioned) => return Ok(()),
             Ok(_) => return Err(problem::guest(&GuestError::Unexpected { what: "take its place in the clan" })),
             Err(GuestError::Refused(JoinRefusal::Pending)) => {
                 if !std::mem::replace(&mut waits, true) {

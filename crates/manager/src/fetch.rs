@@ -3,13 +3,13 @@
 use std::{
     fs::OpenOptions as SyncOpenOptions,
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use clan_api::{ApiProblem, ErrorCode};
 use clan_build::{ImageStore, StoreError, StoredImage};
-use clan_ledger::{AuthorId, InviteProblem, Ledger, VmDescription};
+use clan_ledger::{AuthorId, Intake, InviteProblem, Ledger, VmDescription};
 use clan_os::channel::{recv_message, send_message};
 use clan_relay::Names;
 use clan_types::{DeviceId, ImageId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
@@ -17,7 +17,7 @@ use clan_wire::{
     image::{MAX_MANIFEST, Manifest},
     peer::{
         ALPN_IMAGE, ALPN_JOIN, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal,
-        JoinRequest, JoinResponse, MAX_MESSAGE,
+        JoinRequest, JoinResponse, MAX_MESSAGE, Vector,
     },
 };
 use ed25519_dalek::SigningKey;
@@ -34,7 +34,7 @@ use tokio::{
 };
 
 use crate::{
-    problem, sign,
+    guest, problem,
     tasks::{TaskHandle, now},
 };
 
@@ -103,6 +103,8 @@ pub(crate) struct Fetcher {
     invite_key: SigningKey,
     /// The machine that answered last.
     answered: Mutex<Option<MachineId>>,
+    /// What a machine gave of the ledger before it broke off.
+    part: Mutex<Option<Ledger>>,
     /// The link's relays, by their names in the endpoint.
     relays: Vec<RelayUrl>,
 }
@@ -140,7 +142,7 @@ impl Fetcher {
         let machine = MachineId::from_bytes(*endpoint.id().as_bytes());
         let proof = InviteProof::new(&key, &link.clan, &machine);
         let relays = clan_relay::introduce(&endpoint, &names, &link.relays, Some(&proof)).await;
-        Ok(Self { endpoint, link, invite_key: key, answered: Mutex::new(first), relays })
+        Ok(Self { endpoint, link, invite_key: key, answered: Mutex::new(first), part: Mutex::new(None), relays })
     }
 
     /// What the link is for.
@@ -158,13 +160,11 @@ impl Fetcher {
         let began = Instant::now();
         let mut last = None;
         for peer in &self.ordered() {
-            match self.ask(peer, &JoinRequest::Redeem { entries: entries.clone() }).await {
-                Ok(JoinResponse::Admitted { entries }) => {
-                    return Ok(sign::fold(self.link.clan, entries.iter().map(Vec::as_slice)));
-                }
-                Ok(JoinResponse::Refused(refusal @ JoinRefusal::NotReady)) => last = Some(refusal.to_string()),
-                Ok(JoinResponse::Refused(refusal)) => return Err(problem::refusal(&refusal)),
-                Ok(JoinResponse::Preview { .. }) => last = Some("an answer to another question".into()),
+            match self.ask(peer, |have| JoinRequest::Redeem { entries: entries.clone(), have }).await {
+                Ok((JoinResponse::Admitted { .. }, ledger)) => return Ok(ledger),
+                Ok((JoinResponse::Refused(refusal @ JoinRefusal::NotReady), _)) => last = Some(refusal.to_string()),
+                Ok((JoinResponse::Refused(refusal), _)) => return Err(problem::refusal(&refusal)),
+                Ok((JoinResponse::Preview, _)) => last = Some("an answer to another question".into()),
                 Err(why) => last = Some(why),
             }
         }
@@ -234,8 +234,8 @@ impl Fetcher {
                 Some(answered) = asked.next() => answered,
                 () = sleep_until(due), if waiting.len() > 0 => {
                     if let Some(peer) = waiting.next() {
-                        let request = JoinRequest::Preview { proof: self.proof() };
-                        asked.push(async move { (peer.machine, self.ask(peer, &request).await) });
+                        let request = |have| JoinRequest::Preview { proof: self.proof(), have };
+                        asked.push(async move { (peer.machine, self.ask(peer, request).await) });
                     }
                     due = tokio::time::Instant::now() + STAGGER;
                     continue;
@@ -243,23 +243,24 @@ impl Fetcher {
                 else => break,
             };
             match answered {
-                (machine, Ok(JoinResponse::Preview { entries })) => {
-                    let ledger = sign::fold(self.link.clan, entries.iter().map(Vec::as_slice));
-                    match self.check(ledger) {
-                        Ok(found) => {
-                            *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine);
-                            return Round::Found(Box::new(found));
-                        }
-                        Err(problem) => refused = Some(problem),
+                (machine, Ok((JoinResponse::Preview, ledger))) => match self.check(ledger) {
+                    Ok(found) => {
+                        *self.answered.lock().unwrap_or_else(PoisonError::into_inner) = Some(machine);
+                        return Round::Found(Box::new(found));
                     }
+                    Err(problem) => refused = Some(problem),
+                },
+                (_, Ok((JoinResponse::Refused(JoinRefusal::NotReady), _))) => {
+                    *last = Some(JoinRefusal::NotReady.to_string());
                 }
-                (_, Ok(JoinResponse::Refused(refusal @ JoinRefusal::NotReady))) => *last = Some(refusal.to_string()),
                 // It may not have heard of the invite yet.
-                (_, Ok(JoinResponse::Refused(refusal @ JoinRefusal::UnknownInvite))) => {
+                (_, Ok((JoinResponse::Refused(refusal @ JoinRefusal::UnknownInvite), _))) => {
                     refused.get_or_insert(problem::refusal(&refusal));
                 }
-                (_, Ok(JoinResponse::Refused(refusal))) => return Round::Refused(Box::new(problem::refusal(&refusal))),
-                (_, Ok(JoinResponse::Admitted { .. })) => *last = Some("an answer to another question".into()),
+                (_, Ok((JoinResponse::Refused(refusal), _))) => {
+                    return Round::Refused(Box::new(problem::refusal(&refusal)));
+                }
+                (_, Ok((JoinResponse::Admitted { .. }, _))) => *last = Some("an answer to another question".into()),
                 (_, Err(why)) => *last = Some(why),
             }
             due = tokio::time::Instant::now();
@@ -328,16 +329,42 @@ impl Fetcher {
         }
     }
 
-    async fn ask(&self, peer: &PeerAddr, request: &JoinRequest) -> Result<JoinResponse, String> {
+    /// Asks a machine, and takes the ledger that may follow its answer: on top of what was had from one that broke off.
+    async fn ask(
+        &self,
+        peer: &PeerAddr,
+        request: impl FnOnce(Vector) -> JoinRequest,
+    ) -> Result<(JoinResponse, Ledger), String> {
         let connection = self.connect(peer, ALPN_JOIN).await?;
+        let begun = self.part().take().unwrap_or_else(|| Ledger::open(self.link.clan));
+        let request = request(begun.vector());
         let answer = timeout(PREVIEW, async {
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
-            send_message(&mut send, request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
-            recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())
+            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+            let response = recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+            Ok::<_, String>((recv, response))
         });
         let answer = answer.await.unwrap_or_else(|_| Err(format!("no answer within {} s", PREVIEW.as_secs())));
+        let outcome = match answer {
+            Ok((mut recv, response @ (JoinResponse::Preview | JoinResponse::Admitted { .. }))) => {
+                let taken = guest::take_ledger(&mut recv, Intake::new(begun), STALL).await;
+                taken.map(|ledger| (response, ledger))
+            }
+            Ok((_, refused)) => Ok((refused, begun)),
+            Err(why) => Err((Some(begun), why)),
+        };
         connection.close(0u32.into(), b"done");
-        answer
+        outcome.map_err(|(begun, why)| {
+            let mut part = self.part();
+            if begun.as_ref().map(Ledger::len) > part.as_ref().map(Ledger::len) {
+                *part = begun;
+            }
+            why
+        })
+    }
+
+    fn part(&self) -> MutexGuard<'_, Option<Ledger>> {
+        self.part.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The manifest of an image.

@@ -2,14 +2,19 @@
 
 use std::time::Duration;
 
-use clan_os::channel::{Channel, ChannelError, MessageError, Stream, recv_message, send_message};
+use clan_ledger::{Intake, Ledger};
+use clan_os::channel::{
+    Channel, ChannelError, MessageError, Stream, recv_message, recv_page, send_message, send_pages,
+};
 use clan_types::{ClanId, MachineId, WgPublicKey};
 use clan_wire::{
     agent::{self, AgentRequest, AgentResponse},
     control::{self, ControlRequest, ControlResponse, NodeStatus},
     peer::{EncodedEntry, JoinRefusal},
 };
-use tokio::time::timeout;
+use tokio::{io::AsyncRead, time::timeout};
+
+use crate::problem;
 
 /// How long most questions may take; guests are slow under emulation.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -81,11 +86,8 @@ pub(crate) async fn open(
         let answer = recv_message(&mut stream, control::MAX_MESSAGE).await.map_err(broken)?;
         Ok::<_, GuestError>((stream, answer))
     });
-    match answer.await.map_err(|_| GuestError::TimedOut { what, limit })?? {
-        (_, ControlResponse::Failed(why)) => Err(GuestError::Failed { what, why: short(&why) }),
-        (_, ControlResponse::Refused(refusal)) => Err(GuestError::Refused(refusal)),
-        answered => Ok(answered),
-    }
+    let (stream, answer) = answer.await.map_err(|_| GuestError::TimedOut { what, limit })??;
+    Ok((stream, judge(what, answer)?))
 }
 
 /// Asks the controller for something that is answered by `Done`.
@@ -112,11 +114,71 @@ pub(crate) async fn status(channel: &Channel, limit: Duration) -> Result<NodeSta
     }
 }
 
-/// All entries that the guest has.
-pub(crate) async fn entries(channel: &Channel) -> Result<Vec<EncodedEntry>, GuestError> {
-    match open(channel, &ControlRequest::Entries, PATIENCE).await?.1 {
-        ControlResponse::Entries(entries) => Ok(entries),
-        _ => Err(GuestError::Unexpected { what: "give the ledger" }),
+/// The ledger as the guest has it.
+pub(crate) async fn ledger(channel: &Channel, clan: ClanId) -> Result<Ledger, GuestError> {
+    let what = "give the ledger";
+    let (mut stream, answer) = open(channel, &ControlRequest::Entries, PATIENCE).await?;
+    if !matches!(answer, ControlResponse::Entries) {
+        return Err(GuestError::Unexpected { what });
+    }
+    let why = |why: String| GuestError::Failed { what, why };
+    take_ledger(&mut stream, Intake::new(Ledger::open(clan)), PATIENCE).await.map_err(|(_, broken)| why(broken))
+}
+
+/// Takes the pages of a ledger; each may take so long. On failure what came so far, and why.
+pub(crate) async fn take_ledger<R>(
+    stream: &mut R,
+    mut intake: Intake,
+    limit: Duration,
+) -> Result<Ledger, (Option<Ledger>, String)>
+where
+    R: AsyncRead + Unpin + ?Sized,
+{
+    loop {
+        let page = match timeout(limit, recv_page(stream)).await {
+            Ok(Ok(page)) => page,
+            Ok(Err(error)) => return Err((Some(intake.into_ledger()), problem::with_sources(&error))),
+            Err(_) => return Err((Some(intake.into_ledger()), format!("no answer within {} s", limit.as_secs()))),
+        };
+        let last = !page.more;
+        // Thousands of signatures are checked.
+        let taken = tokio::task::spawn_blocking(move || {
+            let outcome = intake.take(page.entries.iter().map(Vec::as_slice), last);
+            (intake, outcome)
+        });
+        let (back, outcome) = taken.await.map_err(|error| (None, error.to_string()))?;
+        // What was taken from somebody who goes on for ever is not kept.
+        outcome.map_err(|error| (None, format!("its ledger is not taken: {error}")))?;
+        intake = back;
+        if last {
+            return Ok(intake.into_ledger());
+        }
+    }
+}
+
+/// Gives the machine its place in the clan, with the ledger as it is known here.
+pub(crate) async fn provision(
+    channel: &Channel,
+    request: &ControlRequest,
+    entries: &[EncodedEntry],
+    limit: Duration,
+) -> Result<ControlResponse, GuestError> {
+    let what = name(request);
+    let answer = timeout(limit, async {
+        let mut stream = channel.open().await?;
+        let broken = |source| GuestError::Message { what, source };
+        send_message(&mut stream, request, control::MAX_MESSAGE).await.map_err(broken)?;
+        send_pages(&mut stream, entries).await.map_err(broken)?;
+        recv_message(&mut stream, control::MAX_MESSAGE).await.map_err(broken)
+    });
+    judge(what, answer.await.map_err(|_| GuestError::TimedOut { what, limit })??)
+}
+
+fn judge(what: &'static str, answer: ControlResponse) -> Result<ControlResponse, GuestError> {
+    match answer {
+        ControlResponse::Failed(why) => Err(GuestError::Failed { what, why: short(&why) }),
+        ControlResponse::Refused(refusal) => Err(GuestError::Refused(refusal)),
+        answer => Ok(answer),
     }
 }
 

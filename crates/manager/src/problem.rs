@@ -215,7 +215,7 @@ pub(crate) fn refusal(refusal: &JoinRefusal) -> ApiProblem {
         JoinRefusal::Expired => plain(ErrorCode::InviteExpired, refusal).hint(ASK_AGAIN),
         JoinRefusal::Revoked => plain(ErrorCode::InviteRevoked, refusal).hint("ask the person who invited you"),
         JoinRefusal::NameTaken { .. } => {
-            plain(ErrorCode::NameTaken, refusal).hint("choose another with `--name` or `--machine`")
+            plain(ErrorCode::NameTaken, refusal).hint("choose another with `--person` or `--machine`")
         }
         JoinRefusal::ClockAhead => {
             plain(ErrorCode::BadRequest, refusal).hint("set this computer's clock: `timedatectl set-ntp true`")
@@ -310,7 +310,19 @@ mod tests {
         ");
         insta::assert_snapshot!(told(&refusal(&JoinRefusal::NameTaken { name: "bob".into() })), @r"
         [name_taken] the name `bob` is taken in this clan
-        hint: choose another with `--name` or `--machine`
+        hint: choose another with `--person` or `--machine`
+        ");
+        insta::assert_snapshot!(told(&refusal(&JoinRefusal::ClockAhead)), @r"
+        [bad_request] this computer's clock is ahead of the clan's by more than ten minutes
+        hint: set this computer's clock: `timedatectl set-ntp true`
+        ");
+        insta::assert_snapshot!(told(&refusal(&JoinRefusal::Expired)), @r"
+        [invite_expired] this invite has expired
+        hint: ask for a new link: `clan invite` makes one
+        ");
+        insta::assert_snapshot!(told(&refusal(&JoinRefusal::UnknownInvite)), @r"
+        [invite_unknown] the clan does not know this invite
+        hint: ask for a new link: `clan invite` makes one
         ");
     }
 

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use clan_api::{ApiProblem, ErrorCode, FindRecovery};
-use clan_ledger::Entry;
-use clan_os::channel::{recv_message, send_message};
+use clan_ledger::{Entry, Intake, Ledger};
+use clan_os::channel::{recv_message, recv_page, send_message};
 use clan_types::{InviteLink, InviteSecret, MachineId, PeerAddr, PhraseError, Purpose, RecoveryPhrase};
-use clan_wire::peer::{ALPN_JOIN, DeviceProof, EncodedEntry, JoinRequest, JoinResponse, MAX_MESSAGE};
+use clan_wire::peer::{ALPN_JOIN, DeviceProof, JoinRequest, JoinResponse, MAX_MESSAGE};
 use ed25519_dalek::SigningKey;
 use futures_util::StreamExt;
 use iroh::{Endpoint, EndpointAddr, TransportAddr};
@@ -17,7 +17,7 @@ use tokio::{
 };
 use zeroize::Zeroizing;
 
-use crate::{fetch::Passing, problem, sign};
+use crate::{fetch::Passing, guest, problem};
 
 /// A guest tells where it is every three seconds or so.
 const SEARCH: Duration = Duration::from_secs(15);
@@ -45,10 +45,8 @@ pub(crate) async fn find(request: &FindRecovery) -> Result<InviteLink, ApiProble
     let endpoint = passing.bind().await?;
     let outcome = search(&endpoint, &mut events, &SigningKey::from_bytes(&seed)).await;
     endpoint.close().await;
-    let (entries, peer) = outcome.ok_or_else(nobody)?;
-    let clan = entries.iter().find_map(|bytes| Entry::decode(bytes).ok()).map(|entry| entry.clan());
-    let clan = clan.ok_or_else(nobody)?;
-    let ledger = sign::fold(clan, entries.iter().map(Vec::as_slice));
+    let (ledger, peer) = outcome.ok_or_else(nobody)?;
+    let clan = ledger.clan();
     if ledger.state().clan_name.is_none() {
         return Err(ApiProblem::new(ErrorCode::Untrusted, "the machine that answered does not hold a clan"));
     }
@@ -59,7 +57,7 @@ async fn search(
     endpoint: &Endpoint,
     events: &mut (impl futures_util::Stream<Item = DiscoveryEvent> + Unpin),
     key: &SigningKey,
-) -> Option<(Vec<EncodedEntry>, PeerAddr)> {
+) -> Option<(Ledger, PeerAddr)> {
     let mut asked = JoinSet::new();
     let mut count = 0;
     let over = sleep(SEARCH);
@@ -85,7 +83,7 @@ async fn search(
     }
 }
 
-async fn ask(endpoint: &Endpoint, addr: EndpointAddr, key: &SigningKey) -> Option<(Vec<EncodedEntry>, PeerAddr)> {
+async fn ask(endpoint: &Endpoint, addr: EndpointAddr, key: &SigningKey) -> Option<(Ledger, PeerAddr)> {
     let id = |key: iroh::PublicKey| MachineId::from_bytes(*key.as_bytes());
     let machine = id(addr.id);
     let addrs = addr.addrs.iter().filter_map(|addr| match addr {
@@ -97,15 +95,20 @@ async fn ask(endpoint: &Endpoint, addr: EndpointAddr, key: &SigningKey) -> Optio
     let answer = timeout(ANSWER, async {
         let (mut send, mut recv) = connection.open_bi().await.ok()?;
         let proof = DeviceProof::new(key, &machine, &id(endpoint.id()));
-        send_message(&mut send, &JoinRequest::Locate { proof }, MAX_MESSAGE).await.ok()?;
-        recv_message::<JoinResponse, _>(&mut recv, MAX_MESSAGE).await.ok()
+        send_message(&mut send, &JoinRequest::Locate { proof, have: Vec::new() }, MAX_MESSAGE).await.ok()?;
+        let JoinResponse::Preview = recv_message(&mut recv, MAX_MESSAGE).await.ok()? else { return None };
+        let first = recv_page(&mut recv).await.ok()?;
+        Some((recv, first))
     });
-    let answer = answer.await.ok()?;
+    let (mut recv, first) = answer.await.ok()??;
+    // Which clan it is only the entries say.
+    let clan = first.entries.iter().find_map(|bytes| Entry::decode(bytes).ok())?.clan();
+    let mut intake = Intake::new(Ledger::open(clan));
+    intake.take(first.entries.iter().map(Vec::as_slice), !first.more).ok()?;
+    let ledger =
+        if first.more { guest::take_ledger(&mut recv, intake, ANSWER).await.ok()? } else { intake.into_ledger() };
     connection.close(0u32.into(), b"done");
-    match answer? {
-        JoinResponse::Preview { entries } => Some((entries, peer)),
-        JoinResponse::Admitted { .. } | JoinResponse::Refused(_) => None,
-    }
+    Some((ledger, peer))
 }
 
 fn nobody() -> ApiProblem {

@@ -86,8 +86,7 @@ pub(crate) fn sign_all(
 /// The ledger as the clan's machine here has it, and beside it what is to be handed over first: what was signed, and
 /// did not arrive, as a manager was killed in between.
 async fn present(clan: &Clan, control: &Channel, log: &PersonLog) -> Result<Ledger, ApiProblem> {
-    let theirs = guest::entries(control).await.map_err(|e| problem::guest(&e))?;
-    let mut ledger = fold(clan.id(), theirs.iter().map(Vec::as_slice));
+    let mut ledger = guest::ledger(control, clan.id()).await.map_err(|e| problem::guest(&e))?;
     let behind: Vec<Entry> = {
         let known: HashSet<EntryId> = ledger.entries().map(Entry::id).collect();
         let mine = log.entries().filter_map(|bytes| Entry::decode(bytes).ok());
@@ -103,10 +102,7 @@ async fn present(clan: &Clan, control: &Channel, log: &PersonLog) -> Result<Ledg
 /// The ledger, to look at.
 pub(crate) async fn ledger(clan: &Clan) -> Result<Ledger, ApiProblem> {
     let control = clan.control().map_err(|e| problem::guest(&e))?;
-    let theirs = guest::entries(&control).await.map_err(|e| problem::guest(&e))?;
-    let id = clan.id();
-    // Thousands of signatures are checked.
-    crate::fetch::blocking(move || fold(id, theirs.iter().map(Vec::as_slice))).await
+    guest::ledger(&control, clan.id()).await.map_err(|e| problem::guest(&e))
 }
 
 /// Signs what `decision` says on seeing the ledger, all of it or nothing, and hands it to the clan's machine here.

@@ -8,7 +8,7 @@ use std::{path::Path, sync::Arc, time::Duration};
 use clan_api::{AddWireguard, CreateClan, ManagerClient, SetRelay, TaskEvent, TaskState};
 use clan_ledger::{Entry, Ledger};
 use clan_manager::{Manager, Options};
-use clan_os::channel::{Channel, Stream, recv_message, send_message};
+use clan_os::channel::{Channel, Stream, recv_message, recv_page, send_message, send_pages};
 use clan_types::{CertificateHash, ClanId, MachineId, Role, WgPublicKey, mesh_address};
 use clan_wire::control::{ControlRequest, ControlResponse, MAX_MESSAGE, MachineStatus, NodeStatus, PersonStatus};
 use tokio::{net::UnixListener, sync::Mutex, time::timeout};
@@ -34,14 +34,14 @@ impl Silent {
                 version: "test".into(),
             },
             ControlRequest::Provision(provision) => {
-                (self.clan, self.entries) = (Some(provision.clan), provision.entries);
-                ControlResponse::Provisioned { entries: self.entries.clone() }
+                self.clan = Some(provision.clan);
+                ControlResponse::Provisioned
             }
             ControlRequest::Append(entry) => {
                 self.entries.push(entry);
                 ControlResponse::Done
             }
-            ControlRequest::Entries => ControlResponse::Entries(self.entries.clone()),
+            ControlRequest::Entries => ControlResponse::Entries,
             ControlRequest::Status => ControlResponse::Status(Box::new(self.status())),
             _ => ControlResponse::Failed("this controller does not report".into()),
         }
@@ -105,8 +105,17 @@ fn serve(socket: &Path) {
 
 async fn converse(mut stream: Stream, silent: Arc<Mutex<Silent>>) {
     let Ok(request) = recv_message(&mut stream, MAX_MESSAGE).await else { return };
-    let answer = silent.lock().await.answer(request);
+    let mut silent = silent.lock().await;
+    if matches!(request, ControlRequest::Provision(_)) {
+        // It is a small clan.
+        silent.entries = recv_page(&mut stream).await.unwrap().entries;
+    }
+    let answer = silent.answer(request);
     send_message(&mut stream, &answer, MAX_MESSAGE).await.unwrap();
+    if matches!(answer, ControlResponse::Entries) {
+        send_pages(&mut stream, &silent.entries).await.unwrap();
+    }
+    drop(silent);
     // The manager closes once it has read the answer.
     let _ = recv_message::<ControlRequest, _>(&mut stream, MAX_MESSAGE).await;
 }

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use clan_ledger::Ledger;
+use clan_ledger::{Intake, Ledger};
 use clan_os::{
     addresses,
     channel::{Channel, ChannelError, LocalListener, Stream, open_virtio_port, recv_message, send_message},
@@ -15,7 +15,7 @@ use clan_os::{
     wireguard::Wireguard,
 };
 use clan_relay::Names;
-use clan_store::{LedgerStore, SealKey};
+use clan_store::{LedgerStore, SealKey, StoreError};
 use clan_types::ClanId;
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use iroh::{Endpoint, RelayUrl};
@@ -220,7 +220,10 @@ impl Controller {
         let Ok(request) = recv_message::<ControlRequest, _>(&mut stream, MAX_MESSAGE).await else { return };
         let response = match request {
             ControlRequest::Identify => self.identify().await,
-            ControlRequest::Provision(provision) => self.provision(*provision).await,
+            ControlRequest::Provision(provision) => match self.provide(*provision, &mut stream).await {
+                Some(response) => response,
+                None => return,
+            },
             ControlRequest::SetEnvironment(environment) => {
                 self.set_environment(environment).await;
                 ControlResponse::Done
@@ -243,7 +246,13 @@ impl Controller {
                 Ok(()) => ControlResponse::Done,
                 Err(error) => ControlResponse::Failed(chain(&error)),
             },
-            ControlRequest::Entries => ControlResponse::Entries(access.core.entries().await),
+            ControlRequest::Entries => {
+                let sent = send_message(&mut stream, &ControlResponse::Entries, MAX_MESSAGE).await;
+                if sent.is_ok() && access.core.send_ledger(&mut stream, Vec::new()).await.is_ok() {
+                    streams::finish(stream).await;
+                }
+                return;
+            }
             ControlRequest::Status => {
                 ControlResponse::Status(Box::new(status::report(&access.core.view(), access.wireguard()).await))
             }
@@ -314,12 +323,24 @@ impl Controller {
         }
     }
 
+    /// Takes the ledger that follows, then the place. `None` if the manager broke off.
+    async fn provide(&self, provision: Provision, stream: &mut Stream) -> Option<ControlResponse> {
+        let mut intake = Intake::new(Ledger::open(provision.clan));
+        match join::take(stream, &mut intake).await {
+            Ok(()) => Some(self.provision(provision, intake.into_ledger()).await),
+            Err(why) => {
+                tracing::warn!(why, "the manager did not hand over the ledger");
+                None
+            }
+        }
+    }
+
     /// Safe to repeat: the manager asks again after a restart of either side.
-    async fn provision(&self, provision: Provision) -> ControlResponse {
+    async fn provision(&self, provision: Provision, ledger: Ledger) -> ControlResponse {
         let mut slot = self.node.lock().await;
         if let Some(node) = slot.as_ref() {
             return if node.place.clan == provision.clan {
-                ControlResponse::Provisioned { entries: node.core.entries().await }
+                ControlResponse::Provisioned
             } else {
                 ControlResponse::Failed("this machine belongs to another clan".to_owned())
             };
@@ -328,37 +349,39 @@ impl Controller {
         if self.host.is_guest() {
             *self.environment.lock().await = provision.environment.clone();
         }
-        match self.take_place(provision).await {
+        match self.take_place(provision, ledger).await {
             Ok(node) => {
-                let entries = node.core.entries().await;
                 *slot = Some(node);
-                ControlResponse::Provisioned { entries }
+                ControlResponse::Provisioned
             }
             Err(ProvisionError::Refused(refusal)) => ControlResponse::Refused(refusal),
             Err(ProvisionError::Failed(reason)) => ControlResponse::Failed(reason),
         }
     }
 
-    async fn take_place(&self, provision: Provision) -> Result<Node, ProvisionError> {
+    async fn take_place(&self, provision: Provision, mut known: Ledger) -> Result<Node, ProvisionError> {
         let mut ways = self.ways(&provision.clan).await?;
-        let mut entries = provision.entries;
         let mut peers = Vec::new();
         if let Some(redeem) = provision.redeem {
             ways.introduced =
                 clan_relay::introduce(&ways.endpoint, &ways.names, &redeem.relays, redeem.proof.as_ref()).await;
-            entries.extend(join::redeem(&ways.endpoint, &redeem, &ways.introduced).await?);
+            let admitted = join::redeem(&ways.endpoint, &redeem, &ways.introduced, known).await?;
+            known = admitted.ledger;
             peers = redeem.peers;
+            // Those of the link may all be put out before this machine has heard of others.
+            let others =
+                admitted.peers.into_iter().filter(|other| peers.iter().all(|peer| peer.machine != other.machine));
+            let others: Vec<_> = others.collect();
+            peers.extend(others);
         }
         // The services are those of the image; a computer's own are not for the clan to start.
         let offers = if self.host.is_guest() { provision.offers } else { Vec::new() };
-        let place = Place { clan: provision.clan, name: provision.name, offers, peers };
+        let clan_name = known.state().clan_name.clone();
+        let place = Place { clan: provision.clan, clan_name, name: provision.name, offers, peers };
         let machine = self.identity().machine();
         let node = self
             .start_node(place.clone(), ways, |ledger| {
-                for entry in &entries {
-                    let entry = clan_ledger::Entry::decode(entry).map_err(|e| chain(&e))?;
-                    ledger.insert(entry).map_err(|e| chain(&e))?;
-                }
+                ledger.insert_all(known.entries().cloned());
                 match ledger.state().machine_in_good_standing(&machine) {
                     Some(_) => Ok(()),
                     None => Err("the clan's ledger does not name this machine".to_owned()),
@@ -396,7 +419,16 @@ impl Controller {
         // What this machine has verified before it wrote it down need not be verified again at every start.
         let seal = SealKey::derive(&self.identity().signing().to_bytes());
         let path = self.dir.join("ledger.redb");
-        let store = LedgerStore::open_sealed(path, &place.clan, seal).map_err(NodeError::from)?;
+        let open = || LedgerStore::open_sealed(&path, &place.clan, seal.clone());
+        let store = match open() {
+            // It was put aside; the replica learns from the other machines what it held.
+            Err(error @ StoreError::Corrupt { .. }) => {
+                tracing::error!(why = chain(&error), "the ledger's file is damaged: it is learnt anew");
+                open()
+            }
+            opened => opened,
+        };
+        let store = store.map_err(NodeError::from)?;
         let mut ledger = store.load().map_err(NodeError::from)?;
         let known = ledger.len();
         prepare(&mut ledger).map_err(ProvisionOrNodeError::Reason)?;
@@ -418,8 +450,9 @@ impl Controller {
         let cancel = self.cancel.child_token();
         let identity = self.identity();
         let bootstrap = place.peers.clone();
-        let (core, handle, dials) = Core::new(identity.signing().clone(), ledger, store, own, bootstrap)
-            .ok_or_else(|| ProvisionOrNodeError::Reason("the ledger lacks its founding entry".to_owned()))?;
+        let clan_name = place.clan_name.clone().or_else(|| "clan".parse().ok());
+        let clan_name = clan_name.ok_or_else(|| ProvisionOrNodeError::Reason("the clan has no name".to_owned()))?;
+        let (core, handle, dials) = Core::new(identity.signing().clone(), ledger, store, own, bootstrap, clan_name);
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
         let plan = MeshPlan {

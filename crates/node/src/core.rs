@@ -10,20 +10,22 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
-use clan_ledger::{Ledger, State};
+use clan_ledger::{Ledger, Place, State};
+use clan_os::channel::{MessageError, send_message};
 pub(crate) use clan_replica::Own;
 use clan_replica::{Action, Answer, Close, Config, LinkId, Now, Rejected, Replica, Ticket, WriteId};
 use clan_store::{LedgerStore, StoreError};
 use clan_types::{ClanId, ClanName, MachineId, PeerAddr, Timestamp};
 use clan_wire::{
     beacon::{self, Beacon},
-    peer::{DeviceProof, EncodedEntry, InviteProof, JoinRefusal, PeerMessage, Vector},
+    peer::{DeviceProof, EncodedEntry, EntryPage, InviteProof, JoinRefusal, MAX_PAGE, PeerMessage, Vector},
 };
 use ed25519_dalek::SigningKey;
 use iroh::endpoint::Connection;
 use tokio::{
+    io::AsyncWrite,
     sync::{mpsc, oneshot, watch},
-    time::Instant,
+    time::{Instant, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -31,6 +33,8 @@ use tokio_util::sync::CancellationToken;
 const QUEUE: usize = 256;
 /// Machines that wait to be dialled; the replica asks again for those that find no place.
 const DIALS: usize = 256;
+/// How long a reader of the ledger may take for a page.
+const PAGE_LIMIT: Duration = Duration::from_secs(20);
 /// What problems with the ledger's file are about.
 const DISK: &str = "disk";
 
@@ -39,6 +43,8 @@ const DISK: &str = "disk";
 pub(crate) struct View {
     pub clan: ClanId,
     pub clan_name: ClanName,
+    /// The machine is still finding out what its clan's ledger is.
+    pub learning: bool,
     pub machine: MachineId,
     pub state: Arc<State>,
     pub entries: u64,
@@ -88,19 +94,21 @@ enum Command {
     Preview {
         proof: InviteProof,
         endpoint: MachineId,
-        reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
+        reply: oneshot::Sender<Result<(), JoinRefusal>>,
     },
     Locate {
         proof: DeviceProof,
         endpoint: MachineId,
-        reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
+        reply: oneshot::Sender<Result<(), JoinRefusal>>,
     },
     Redeem {
         entries: Vec<EncodedEntry>,
-        reply: oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>,
+        reply: oneshot::Sender<Result<(), JoinRefusal>>,
     },
-    Entries {
-        reply: oneshot::Sender<Vec<EncodedEntry>>,
+    Page {
+        have: Arc<Vector>,
+        from: Option<Place>,
+        reply: oneshot::Sender<Option<(EntryPage, Option<Place>)>>,
     },
     ChangeOwn(Box<dyn FnOnce(&mut Own) + Send>),
     Problem {
@@ -156,28 +164,50 @@ impl CoreHandle {
         let _ = self.commands.send(Command::DialEnded { machine }).await;
     }
 
-    pub(crate) async fn preview(
-        &self,
-        proof: InviteProof,
-        endpoint: MachineId,
-    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+    pub(crate) async fn preview(&self, proof: InviteProof, endpoint: MachineId) -> Result<(), JoinRefusal> {
         self.ask(|reply| Command::Preview { proof, endpoint, reply }).await.unwrap_or(Err(JoinRefusal::NotReady))
     }
 
-    pub(crate) async fn locate(
-        &self,
-        proof: DeviceProof,
-        endpoint: MachineId,
-    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+    pub(crate) async fn locate(&self, proof: DeviceProof, endpoint: MachineId) -> Result<(), JoinRefusal> {
         self.ask(|reply| Command::Locate { proof, endpoint, reply }).await.unwrap_or(Err(JoinRefusal::NotReady))
     }
 
-    pub(crate) async fn redeem(&self, entries: Vec<EncodedEntry>) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+    pub(crate) async fn redeem(&self, entries: Vec<EncodedEntry>) -> Result<(), JoinRefusal> {
         self.ask(|reply| Command::Redeem { entries, reply }).await.unwrap_or(Err(JoinRefusal::NotReady))
     }
 
+    /// Sends what is lacking there of the ledger, in pages: each is taken from the ledger when the one before it is out, so
+    /// that no slow reader has a copy of all of it made. A reader who does not go on for [`PAGE_LIMIT`] is left.
+    pub(crate) async fn send_ledger<W>(&self, stream: &mut W, have: Vector) -> Result<(), MessageError>
+    where
+        W: AsyncWrite + Unpin + ?Sized,
+    {
+        let (have, mut from) = (Arc::new(have), None);
+        loop {
+            let page = self.ask(|reply| Command::Page { have: have.clone(), from, reply }).await.flatten();
+            let Some((page, next)) = page else { return Err(MessageError::Ended) };
+            let sent = timeout(PAGE_LIMIT, send_message(stream, &page, MAX_PAGE)).await;
+            sent.map_err(|_| std::io::Error::from(std::io::ErrorKind::TimedOut))??;
+            if next.is_none() {
+                return Ok(());
+            }
+            from = next;
+        }
+    }
+
+    /// All entries.
+    #[cfg(test)]
     pub(crate) async fn entries(&self) -> Vec<EncodedEntry> {
-        self.ask(|reply| Command::Entries { reply }).await.unwrap_or_default()
+        let (have, mut from, mut entries) = (Arc::new(Vector::new()), None, Vec::new());
+        loop {
+            let page = self.ask(|reply| Command::Page { have: have.clone(), from, reply }).await.flatten();
+            let Some((page, next)) = page else { return entries };
+            entries.extend(page.entries);
+            if next.is_none() {
+                return entries;
+            }
+            from = next;
+        }
     }
 
     /// Changes what the machine says of itself; a change is announced at once.
@@ -206,12 +236,13 @@ struct Link {
 /// Who waits for an answer of the replica.
 enum Asked {
     Insert(oneshot::Sender<Result<(), CoreError>>),
-    Redeem(oneshot::Sender<Result<Vec<EncodedEntry>, JoinRefusal>>),
+    Redeem(oneshot::Sender<Result<(), JoinRefusal>>),
 }
 
 /// The owner itself; see the module's documentation.
 pub(crate) struct Core {
     replica: Replica,
+    /// As it was known when the machine joined.
     clan_name: ClanName,
     store: LedgerStore,
     /// What the disk said to the last write that failed.
@@ -229,15 +260,16 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    /// `None` if the ledger lacks its founding entry. Third comes whom [`crate::peer::dial`] is to dial.
+    /// A ledger that lacks its founding entry, as after the disk lost it, is learnt from other machines; until then the clan
+    /// is called `clan_name`. Third comes whom [`crate::peer::dial`] is to dial.
     pub(crate) fn new(
         key: SigningKey,
         ledger: Ledger,
         store: LedgerStore,
         own: Own,
         bootstrap: Vec<PeerAddr>,
-    ) -> Option<(Self, CoreHandle, mpsc::Receiver<PeerAddr>)> {
-        let clan_name = ledger.state().clan_name.clone()?;
+        clan_name: ClanName,
+    ) -> (Self, CoreHandle, mpsc::Receiver<PeerAddr>) {
         let mut seed = [0; 32];
         if let Err(error) = getrandom::fill(&mut seed) {
             // Spreads load, and no more.
@@ -262,7 +294,7 @@ impl Core {
             publish,
             commands,
         };
-        Some((core, CoreHandle { commands: sender, view }, to_dial))
+        (core, CoreHandle { commands: sender, view }, to_dial)
     }
 
     /// The event loop.
@@ -326,8 +358,8 @@ impl Core {
                 self.asked.insert(ticket, Asked::Redeem(reply));
                 self.replica.handle_redemption(ticket, entries, now);
             }
-            Command::Entries { reply } => {
-                let _ = reply.send(self.replica.entries());
+            Command::Page { have, from, reply } => {
+                let _ = reply.send(self.replica.page(&have, from));
             }
             Command::ChangeOwn(change) => {
                 let mut own = self.replica.own().clone();
@@ -401,7 +433,10 @@ impl Core {
     fn close(&mut self, link: LinkId, why: Close) {
         let Some(link) = self.links.remove(&link) else { return };
         if why == Close::NotInGoodStanding {
-            tracing::info!(machine = %link.machine, "no longer in the clan: connection closed");
+            tracing::info!(machine = %link.machine, "not in the clan any more: the connection is closed");
+            // With the queue ends the conversation, after what is in it: see `peer`. Packets over it are no longer taken,
+            // as it is no link any more.
+            return;
         }
         let (code, reason) = why.reason();
         link.connection.close(code.into(), reason.as_bytes());
@@ -444,7 +479,8 @@ fn view(
 ) -> View {
     View {
         clan: replica.clan(),
-        clan_name: clan_name.clone(),
+        clan_name: replica.state().clan_name.as_ref().unwrap_or(clan_name).clone(),
+        learning: replica.is_learning(),
         machine: replica.machine(),
         state: replica.state().clone(),
         entries: replica.len() as u64,

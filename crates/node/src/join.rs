@@ -2,19 +2,22 @@
 
 use std::time::Duration;
 
-use clan_os::channel::{recv_message, send_message};
-use clan_types::MachineId;
+use clan_ledger::{Intake, Ledger};
+use clan_os::channel::{recv_message, recv_page, send_message};
+use clan_types::{MachineId, PeerAddr};
 use clan_wire::{
     control::Redeem,
-    peer::{ALPN_JOIN, EncodedEntry, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE},
+    peer::{ALPN_JOIN, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE, Vector},
 };
 use iroh::{Endpoint, RelayUrl, endpoint::Connection};
-use tokio::time::timeout;
+use tokio::{io::AsyncRead, time::timeout};
 
-use crate::{core::CoreHandle, net};
+use crate::{core::CoreHandle, net, report::chain, status};
 
 const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 const CONNECT_LIMIT: Duration = Duration::from_secs(20);
+/// Of each machine that is named to a newcomer.
+const MAX_ADDRESSES: usize = 16;
 /// Questions that one stranger may ask on a connection.
 const MAX_REQUESTS: usize = 8;
 
@@ -25,11 +28,18 @@ pub(crate) async fn serve(connection: Connection, core: CoreHandle) {
         let answered = timeout(REQUEST_LIMIT, async {
             let (mut send, mut recv) = connection.accept_bi().await.ok()?;
             let request = recv_message::<JoinRequest, _>(&mut recv, MAX_MESSAGE).await.ok()?;
-            let response = answer(request, endpoint, &core).await;
+            let (response, have) = answer(request, endpoint, &core).await;
             send_message(&mut send, &response, MAX_MESSAGE).await.ok()?;
-            send.finish().ok()
+            let follows = matches!(response, JoinResponse::Preview | JoinResponse::Admitted { .. });
+            Some((send, follows.then_some(have)))
         });
-        if !matches!(answered.await, Ok(Some(()))) {
+        let Ok(Some((mut send, have))) = answered.await else { break };
+        if let Some(have) = have
+            && core.send_ledger(&mut send, have).await.is_err()
+        {
+            break;
+        }
+        if send.finish().is_err() {
             break;
         }
     }
@@ -37,20 +47,24 @@ pub(crate) async fn serve(connection: Connection, core: CoreHandle) {
     let _ = timeout(REQUEST_LIMIT, connection.closed()).await;
 }
 
-async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) -> JoinResponse {
-    let outcome = match request {
-        JoinRequest::Preview { proof } => {
-            core.preview(proof, endpoint).await.map(|entries| JoinResponse::Preview { entries })
+/// The answer, and what the newcomer has of the ledger already.
+async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) -> (JoinResponse, Vector) {
+    let (outcome, have) = match request {
+        JoinRequest::Preview { proof, have } => {
+            (core.preview(proof, endpoint).await.map(|()| JoinResponse::Preview), have)
         }
-        JoinRequest::Locate { proof } => {
-            core.locate(proof, endpoint).await.map(|entries| JoinResponse::Preview { entries })
+        JoinRequest::Locate { proof, have } => {
+            (core.locate(proof, endpoint).await.map(|()| JoinResponse::Preview), have)
         }
-        JoinRequest::Redeem { entries } => core.redeem(entries).await.map(|entries| JoinResponse::Admitted { entries }),
+        JoinRequest::Redeem { entries, have } => {
+            (core.redeem(entries).await.map(|()| JoinResponse::Admitted { peers: status::others(&core.view()) }), have)
+        }
     };
-    outcome.unwrap_or_else(|refusal| {
+    let response = outcome.unwrap_or_else(|refusal| {
         tracing::info!(%endpoint, %refusal, "a newcomer was refused");
         JoinResponse::Refused(refusal)
-    })
+    });
+    (response, have)
 }
 
 /// Why this machine was not admitted.
@@ -69,32 +83,71 @@ pub(crate) enum RedeemError {
     },
 }
 
-/// Asks the machines named by the link, one after the other, to admit this one; directly, or through `relays`.
+/// What a machine of the clan gives whom it has admitted.
+pub(crate) struct Admitted {
+    /// The clan's ledger.
+    pub(crate) ledger: Ledger,
+    /// Other machines, and where they are.
+    pub(crate) peers: Vec<PeerAddr>,
+}
+
+/// Asks the machines named by the link, one after the other, to admit this one; directly, or through `relays`. Goes on
+/// from `ledger`, which is what is known of the clan's, and from what a machine gave that broke off.
 pub(crate) async fn redeem(
     endpoint: &Endpoint,
     redeem: &Redeem,
     relays: &[RelayUrl],
-) -> Result<Vec<EncodedEntry>, RedeemError> {
+    ledger: Ledger,
+) -> Result<Admitted, RedeemError> {
     let mut last = String::from("the link names no machine");
+    let mut intake = Intake::new(ledger);
     for peer in &redeem.peers {
         let Some(addr) = net::endpoint_addr(peer, relays) else { continue };
         let attempt = timeout(CONNECT_LIMIT, async {
             let connection = endpoint.connect(addr, ALPN_JOIN).await.map_err(|e| e.to_string())?;
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
-            let request = JoinRequest::Redeem { entries: redeem.entries.clone() };
+            let request = JoinRequest::Redeem { entries: redeem.entries.clone(), have: intake.ledger().vector() };
             send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
             let response = recv_message::<JoinResponse, _>(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
-            connection.close(0u32.into(), b"done");
-            Ok::<_, String>(response)
+            Ok::<_, String>((connection, recv, response))
         });
         match attempt.await {
-            Ok(Ok(JoinResponse::Admitted { entries })) => return Ok(entries),
-            Ok(Ok(JoinResponse::Refused(JoinRefusal::NotReady))) => last = JoinRefusal::NotReady.to_string(),
-            Ok(Ok(JoinResponse::Refused(refusal))) => return Err(RedeemError::Refused(refusal)),
-            Ok(Ok(JoinResponse::Preview { .. })) => last = String::from("an answer to another question"),
+            Ok(Ok((connection, mut recv, JoinResponse::Admitted { mut peers }))) => {
+                let whole = take(&mut recv, &mut intake).await;
+                connection.close(0u32.into(), b"done");
+                match whole {
+                    Ok(()) => {
+                        peers.truncate(status::MAX_OTHERS);
+                        peers.iter_mut().for_each(|peer| peer.addrs.truncate(MAX_ADDRESSES));
+                        return Ok(Admitted { ledger: intake.into_ledger(), peers });
+                    }
+                    Err(why) => last = why,
+                }
+            }
+            Ok(Ok((_, _, JoinResponse::Refused(JoinRefusal::NotReady)))) => last = JoinRefusal::NotReady.to_string(),
+            Ok(Ok((_, _, JoinResponse::Refused(refusal)))) => return Err(RedeemError::Refused(refusal)),
+            Ok(Ok((_, _, JoinResponse::Preview))) => last = String::from("an answer to another question"),
             Ok(Err(error)) => last = error,
             Err(_) => last = format!("no answer within {} s", CONNECT_LIMIT.as_secs()),
         }
     }
     Err(RedeemError::Unreachable { asked: redeem.peers.len(), last })
+}
+
+/// Takes the pages of a ledger.
+pub(crate) async fn take<R>(recv: &mut R, intake: &mut Intake) -> Result<(), String>
+where
+    R: AsyncRead + Unpin + ?Sized,
+{
+    loop {
+        let page = timeout(REQUEST_LIMIT, recv_page(recv)).await;
+        let page = page.map_err(|_| "the ledger stands still".to_owned())?.map_err(|e| chain(&e))?;
+        let entries = page.entries.iter().map(Vec::as_slice);
+        intake.take(entries, !page.more).map_err(|e| format!("the ledger is not taken: {e}"))?;
+        if !page.more {
+            return Ok(());
+        }
+        // Thousands of signatures were checked: others have their turn.
+        tokio::task::yield_now().await;
+    }
 }

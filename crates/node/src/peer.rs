@@ -19,6 +19,8 @@ use crate::{core::CoreHandle, net, relay};
 const QUEUE: usize = 64;
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
 const HELLO_LIMIT: Duration = Duration::from_secs(10);
+/// Who is put out has so long to take the entries by which they were.
+const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Tries to connect to the machines that come out of `dials`, and talks with those that it reaches.
 pub(crate) async fn dial(
@@ -81,10 +83,11 @@ pub(crate) async fn accepted(connection: Connection, core: CoreHandle) {
     converse(connection, send, recv, core).await;
 }
 
-/// Whether the other end is a machine of the clan; if not, the connection is closed before anything is read from it.
+/// Whether the other end is, or was, a machine of the clan, or may be one for all that is known here; if not, the
+/// connection is closed before anything is read from it. Whether it may stay is the replica's to say.
 fn greets(connection: &Connection, core: &CoreHandle) -> bool {
-    let machine = net::machine_of(connection);
-    let known = core.view().state.machine_in_good_standing(&machine).is_some();
+    let (machine, view) = (net::machine_of(connection), core.view());
+    let known = view.learning || view.state.machines.contains_key(&machine);
     if !known {
         // It may have been admitted elsewhere a moment ago: it asks again.
         tracing::debug!(%machine, "not a machine of this clan, as far as is known here");
@@ -106,13 +109,18 @@ async fn converse(connection: Connection, mut send: SendStream, mut recv: RecvSt
         connection.close(2u32.into(), b"another clan");
         return;
     }
-    let (out, queue) = mpsc::channel(QUEUE);
+    let (out, mut queue) = mpsc::channel(QUEUE);
     let Some(link) = core.linked(machine, connection.clone(), out, vector).await else {
-        connection.close(2u32.into(), b"unknown machine");
+        bid_farewell(send, &mut queue).await;
+        connection.close(3u32.into(), b"not in good standing");
         return;
     };
     tokio::select! {
-        () = write(send, queue) => {}
+        over = write(&mut send, &mut queue) => if over {
+            // The core let go of it: it was put out, and hears why.
+            bid_farewell(send, &mut queue).await;
+            connection.close(3u32.into(), b"not in good standing");
+        },
         () = read(recv, link, machine, &core) => {}
         _ = connection.closed() => {}
     }
@@ -122,12 +130,24 @@ async fn converse(connection: Connection, mut send: SendStream, mut recv: RecvSt
     tracing::info!(%machine, reason = reason.map(|r| r.to_string()), "disconnected");
 }
 
-async fn write(mut send: SendStream, mut queue: mpsc::Receiver<PeerMessage>) {
+/// Whether nothing more is to be sent; otherwise the stream broke.
+async fn write(send: &mut SendStream, queue: &mut mpsc::Receiver<PeerMessage>) -> bool {
     while let Some(message) = queue.recv().await {
-        if send_message(&mut send, &message, MAX_MESSAGE).await.is_err() {
-            return;
+        if send_message(send, &message, MAX_MESSAGE).await.is_err() {
+            return false;
         }
     }
+    true
+}
+
+/// Sends what is left in a queue that has ended, and waits a moment until it has arrived. Nothing is read meanwhile.
+async fn bid_farewell(mut send: SendStream, queue: &mut mpsc::Receiver<PeerMessage>) {
+    let sent = timeout(FAREWELL_LIMIT, async {
+        if write(&mut send, queue).await && send.finish().is_ok() {
+            let _ = send.stopped().await;
+        }
+    });
+    let _ = sent.await;
 }
 
 async fn read(mut recv: RecvStream, link: LinkId, machine: MachineId, core: &CoreHandle) {

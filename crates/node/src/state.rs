@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use clan_types::{ClanId, MachineName, PeerAddr, ServiceName};
+use clan_types::{ClanId, ClanName, MachineName, PeerAddr, ServiceName};
 use serde::{Deserialize, Serialize};
 
 /// What a machine remembers of how it was provisioned.
@@ -13,6 +13,9 @@ use serde::{Deserialize, Serialize};
 pub(crate) struct Place {
     /// The clan.
     pub clan: ClanId,
+    /// What it is called: to go by while the ledger is lost.
+    #[serde(default)]
+    pub clan_name: Option<ClanName>,
     /// The machine's own name.
     pub name: MachineName,
     /// Services to run and to offer.

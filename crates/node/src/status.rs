@@ -73,7 +73,7 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
 }
 
 /// Machines that are told of at most.
-const MAX_OTHERS: usize = 16;
+pub(crate) const MAX_OTHERS: usize = 16;
 
 /// Other machines that were heard of lately, those with an address that the whole internet may reach first.
 pub(crate) fn others(view: &View) -> Vec<PeerAddr> {

@@ -27,6 +27,7 @@ use crate::{
 };
 
 mod devices;
+mod large;
 mod words;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -55,14 +56,13 @@ impl Machine {
     ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = LedgerStore::open(dir.path().join("ledger.redb"), clan).unwrap();
+        let entries: Vec<_> = entries.iter().map(|entry| clan_ledger::Entry::decode(entry).unwrap()).collect();
+        store.append_all(&entries).unwrap();
         let mut ledger = Ledger::open(*clan);
-        for entry in entries {
-            let entry = clan_ledger::Entry::decode(entry).unwrap();
-            store.append(&entry).unwrap();
-            ledger.insert(entry).unwrap();
-        }
+        ledger.insert_all(entries);
         let own = Own { quic: endpoint.bound_sockets(), ..Own::default() };
-        let (core, handle, dials) = Core::new(key.clone(), ledger, store, own, bootstrap).unwrap();
+        let family = "family".parse().unwrap();
+        let (core, handle, dials) = Core::new(key.clone(), ledger, store, own, bootstrap, family);
         let cancel = CancellationToken::new();
         let images = Arc::new(ImageServer::new(Some(Disks::at(
             &dir.path().join("root"),
@@ -165,9 +165,19 @@ async fn ask(
     machine: &SigningKey,
     entries: Vec<EncodedEntry>,
 ) -> (Endpoint, Result<Vec<EncodedEntry>, RedeemError>) {
+    let (endpoint, outcome) = ask_one_of(vec![host.addr()], machine, entries).await;
+    (endpoint, outcome.map(|admitted| encode(&admitted.ledger)))
+}
+
+async fn ask_one_of(
+    peers: Vec<PeerAddr>,
+    machine: &SigningKey,
+    entries: Vec<EncodedEntry>,
+) -> (Endpoint, Result<join::Admitted, RedeemError>) {
     let endpoint = endpoint(machine).await;
-    let redeem = Redeem { entries, peers: vec![host.addr()], relays: Vec::new(), proof: None };
-    let outcome = join::redeem(&endpoint, &redeem, &[]).await;
+    let clan = clan_ledger::Entry::decode(&entries[0]).unwrap().clan();
+    let redeem = Redeem { entries, peers, relays: Vec::new(), proof: None };
+    let outcome = join::redeem(&endpoint, &redeem, &[], Ledger::open(clan)).await;
     (endpoint, outcome)
 }
 
@@ -219,7 +229,63 @@ async fn an_expired_invite_and_a_taken_name_are_refused_with_their_reason() {
 
     let (founder, clan) = founded(5, tomorrow()).await;
     let (_e, outcome) = ask(&founder, &key(5), newcomer(&clan, 4, &key(5), "ada")).await;
-    assert!(matches!(outcome, Err(RedeemError::Refused(JoinRefusal::NameTaken { .. }))), "{outcome:?}");
+    assert_eq!(outcome.unwrap_err().to_string(), "the name `ada` is taken in this clan");
+    let mut ledger = Ledger::open(clan);
+    add(&mut ledger, &key(4), Body::admission(&key(3), &clan, &person(4), "bob".parse().unwrap()));
+    add(&mut ledger, &key(4), enrol(&key(5), "founder"));
+    let (_e, outcome) = ask(&founder, &key(5), encode(&ledger)).await;
+    assert_eq!(outcome.unwrap_err().to_string(), "the name `founder` is taken in this clan");
+    // Another choice, by the same link.
+    let (_e, outcome) = ask(&founder, &key(7), newcomer(&clan, 6, &key(7), "eve")).await;
+    assert!(outcome.is_ok());
+}
+
+#[tokio::test]
+async fn an_invite_of_another_clan_and_one_that_was_withdrawn_are_refused_with_their_reason() {
+    let (founder, clan) = founded(5, tomorrow()).await;
+    let foreign = key(9);
+    let mut ledger = Ledger::open(clan);
+    add(&mut ledger, &key(4), Body::admission(&foreign, &clan, &person(4), "bob".parse().unwrap()));
+    let (_e, outcome) = ask(&founder, &key(5), encode(&ledger)).await;
+    assert_eq!(outcome.unwrap_err().to_string(), "the clan does not know this invite");
+
+    let mut ledger = Ledger::open(clan);
+    ledger.insert_all(founder.core.entries().await.iter().map(|entry| clan_ledger::Entry::decode(entry).unwrap()));
+    let invite = InviteId::from_bytes(key(3).verifying_key().to_bytes());
+    let entry = ledger.author(&key(1), Body::RevokeInvite { invite }, now()).unwrap();
+    founder.core.insert(vec![entry.encode()]).await.unwrap();
+    let (_e, outcome) = ask(&founder, &key(5), newcomer(&clan, 4, &key(5), "bob")).await;
+    assert_eq!(outcome.unwrap_err().to_string(), "this invite was withdrawn");
+}
+
+#[tokio::test]
+async fn a_newcomer_whose_clock_is_three_days_off_is_told_so_or_let_in() {
+    let (founder, clan) = founded(5, tomorrow()).await;
+    let days = Duration::from_secs(3 * 86_400);
+    let log = |person_seed: u8, machine: &SigningKey, name: &str, at: Timestamp| {
+        let author = key(person_seed);
+        let mut ledger = Ledger::open(clan);
+        for body in [
+            Body::admission(&key(3), &clan, &person(person_seed), name.parse().unwrap()),
+            enrol(machine, &format!("{name}s-machine")),
+        ] {
+            let entry = ledger.author(&author, body, at).unwrap();
+            ledger.insert(entry).unwrap();
+        }
+        encode(&ledger)
+    };
+    let before = founder.core.view().entries;
+    let (_e, outcome) = ask(&founder, &key(5), log(4, &key(5), "bob", now().plus(days))).await;
+    let told = "this computer's clock is ahead of the clan's by more than ten minutes";
+    assert_eq!(outcome.unwrap_err().to_string(), told);
+    assert_eq!(founder.core.view().entries, before, "nothing of it was recorded");
+
+    // One that is behind does no harm: the clan's machines say when somebody came in.
+    let past = Timestamp::from_millis(now().as_millis() - u64::try_from(days.as_millis()).unwrap());
+    let (_e, outcome) = ask(&founder, &key(7), log(6, &key(7), "eve", past)).await;
+    outcome.unwrap();
+    let since = founder.core.view().state.person(&person(6)).unwrap().since;
+    assert!(now().since(since) < Duration::from_secs(600), "{since:?}");
 }
 
 #[tokio::test]
@@ -257,6 +323,65 @@ async fn a_revoked_machine_loses_its_connection_and_gets_no_other() {
     let connection = second.endpoint.connect(addr, clan_wire::peer::ALPN_PEER).await.unwrap();
     timeout(LIMIT, connection.closed()).await.expect("refused");
     assert!(founder.core.view().links.is_empty());
+    let says_why = |v: &View| v.problems.iter().any(|p| p.starts_with("ada put this machine out of the clan"));
+    second.until("it hears why", says_why).await;
+}
+
+#[tokio::test]
+async fn a_machine_that_was_put_out_while_it_was_away_hears_of_it() {
+    let (founder, clan) = founded(1, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    founder.until("connected", |v| v.links.len() == 1).await;
+    let before = second.core.entries().await;
+    second.cancel.cancel();
+    second.endpoint.close().await;
+    founder.until("away", |v| v.links.is_empty()).await;
+    let mut ledger = Ledger::open(clan);
+    ledger.insert_all(before.iter().map(|entry| clan_ledger::Entry::decode(entry).unwrap()));
+    // Of what is written afterwards it gets nothing to see.
+    let invite = InviteId::from_bytes(key(8).verifying_key().to_bytes());
+    let secret = Body::Invite { invite, role: Role::Member, uses: 1, expires: tomorrow(), approval: false };
+    for body in [ledger.revocation_of_machine(&second.id()), secret] {
+        let entry = ledger.author(&key(1), body, now()).unwrap();
+        ledger.insert(entry.clone()).unwrap();
+        founder.core.insert(vec![entry.encode()]).await.unwrap();
+    }
+    let second = Machine::start(key(5), &clan, &before, endpoint(&key(5)).await, vec![founder.addr()]).await;
+    second.until("it hears why", |v| v.problems.iter().any(|p| p.starts_with("ada put this machine out"))).await;
+    assert!(!second.core.view().state.invites.contains_key(&invite));
+}
+
+#[tokio::test]
+async fn a_newcomer_knows_the_other_machines_when_the_one_that_admitted_them_is_gone() {
+    let (founder, clan) = founded(2, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    let id = second.id();
+    founder.until("the second is heard of", |v| v.beacons.contains_key(&id)).await;
+    let (from, admitted) = ask_one_of(vec![founder.addr()], &key(7), newcomer(&clan, 6, &key(7), "eve")).await;
+    let admitted = admitted.unwrap();
+    founder.cancel.cancel();
+    founder.endpoint.close().await;
+    let third = Machine::start(key(7), &clan, &encode(&admitted.ledger), from, admitted.peers).await;
+    // The second has not heard of the newcomer: it is told by nobody, and answers all the same once it is.
+    let told = encode(&admitted.ledger);
+    second.core.insert(told).await.unwrap();
+    third.until("connected", |v| v.links.contains_key(&id)).await;
+}
+
+#[tokio::test]
+async fn a_machine_whose_ledger_is_lost_starts_and_learns_it_again() {
+    let (founder, clan) = founded(1, tomorrow()).await;
+    let second = joined(&founder, &clan, 4, key(5), "bob").await;
+    second.until("connected", |v| v.links.len() == 1).await;
+    founder.cancel.cancel();
+    founder.endpoint.close().await;
+    second.until("the founder is gone", |v| v.links.is_empty()).await;
+    // It knows nobody: who knows it finds it.
+    let back = Machine::start(key(2), &clan, &[], endpoint(&key(2)).await, vec![second.addr()]).await;
+    assert!(back.core.view().problems.iter().any(|p| p.contains("learns it from the other machines")));
+    back.until("everything is learnt", |v| !v.learning).await;
+    assert_eq!(back.core.view().state, second.core.view().state);
+    assert_eq!(back.core.view().problems, Vec::<String>::new());
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ mod port;
 mod tests;
 
 pub use local::{LocalError, LocalListener};
-pub use message::{MessageError, recv_message, send_message};
+pub use message::{MessageError, recv_message, recv_page, send_message, send_pages};
 pub use port::{VirtioPort, open_virtio_port};
 
 use std::{

@@ -36,7 +36,7 @@ use std::time::Duration;
 
 use clan_ledger::Entry;
 use clan_types::{MachineId, PeerAddr, Timestamp};
-use clan_wire::peer::{EncodedEntry, JoinRefusal, PeerMessage};
+use clan_wire::peer::{JoinRefusal, PeerMessage};
 
 pub use beacons::Own;
 pub use newcomer::{belongs, check_invite, decode_newcomer};
@@ -113,8 +113,8 @@ pub enum Action {
 pub enum Answer {
     /// The entries are in the ledger and on disk; or why one of them is not. The others are all the same.
     Inserted(Result<(), Rejected>),
-    /// The newcomer is in: all entries. Or why not.
-    Redeemed(Result<Vec<EncodedEntry>, JoinRefusal>),
+    /// The newcomer is in, and may have the ledger: [`Replica::page`]. Or why not.
+    Redeemed(Result<(), JoinRefusal>),
 }
 
 /// Why an entry is not taken.

@@ -6,11 +6,13 @@ use std::{
     time::Duration,
 };
 
-use clan_ledger::{Body, Entry, Inserted, Ledger, State};
+use clan_ledger::{Body, Entry, Inserted, Ledger, Place, State};
 use clan_types::{ClanId, EntryId, MachineId, PeerAddr};
 use clan_wire::{
     beacon::{self, Beacon, SignedBeacon},
-    peer::{DeviceProof, EncodedEntry, InviteProof, JoinRefusal, MAX_ENTRIES, PeerMessage, Vector},
+    peer::{
+        DeviceProof, EncodedEntry, EntryPage, InviteProof, JoinRefusal, MAX_ENTRIES, PAGE_BYTES, PeerMessage, Vector,
+    },
 };
 use ed25519_dalek::SigningKey;
 
@@ -23,8 +25,11 @@ use crate::{
     rng::Rng,
 };
 
-/// Entries sent to a peer in one message.
+/// Entries sent to a peer in one message. INVARIANT: together they fit into it, however long they are.
 const BATCH: usize = 500;
+/// Entries sent in answer to one vector. A peer that lacks more asks again when it has taken these: what is sent is
+/// never more than it has room for, and a machine that lacks everything is not sent everything by everybody.
+const ANSWER: usize = 4 * BATCH;
 /// Pushed entries may be lost to a full queue: comparing what each has repairs that.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(15);
 /// With so many machines at a time, chosen at random: what one of them has gets to all in a few rounds.
@@ -64,6 +69,8 @@ pub struct Replica {
     links: BTreeMap<MachineId, LinkId>,
     /// See the crate's documentation.
     learning: bool,
+    /// By whom this machine was put out, in a sentence.
+    put_out: Option<String>,
     /// Machines that we should be linked with.
     wanted: BTreeSet<MachineId>,
     /// Something has changed that decides whom to dial.
@@ -101,7 +108,7 @@ struct Writing {
 
 /// What happens when entries are on disk.
 enum Then {
-    Insert { ticket: Option<Ticket>, outcome: Result<(), Rejected> },
+    Insert { ticket: Option<Ticket>, outcome: Result<(), Rejected>, more: bool },
     Redeem { ticket: Ticket, entries: Vec<Entry> },
 }
 
@@ -131,7 +138,9 @@ impl Replica {
         let machine = MachineId::from_bytes(config.key.verifying_key().to_bytes());
         let (state, vector) = (Arc::new(ledger.state().clone()), Arc::new(ledger.vector()));
         let learning = !state.machines.contains_key(&machine);
+        let put_out = out_of_the_clan(&ledger, &machine);
         let mut replica = Self {
+            put_out,
             key: config.key,
             machine,
             version: config.version,
@@ -288,7 +297,8 @@ impl Replica {
 
     /// What needs attention, one sentence each.
     pub fn problems(&self) -> Vec<String> {
-        self.beacons.clock_problem().into_iter().collect()
+        let own = [learning_problem(self.learning), self.put_out.clone(), self.beacons.clock_problem()];
+        own.into_iter().flatten().collect()
     }
 
     /// How many entries the ledger has. Like [`Replica::entries`] not to be asked while a write is outstanding.
@@ -314,46 +324,54 @@ impl Replica {
         PeerMessage::Hello { clan: self.clan(), vector: self.vector.to_vec() }
     }
 
+    /// Whether a machine that connects is answered: if it is not listened to, as one that was put out, it is told so.
+    pub fn answers(&self, machine: &MachineId) -> bool {
+        self.learning || self.state.machines.contains_key(machine)
+    }
+
     /// Whether a machine that connects is listened to.
     pub fn welcomes(&self, machine: &MachineId) -> bool {
         // One that is unknown may have been admitted elsewhere a moment ago: it asks again.
         self.learning || self.state.machine_in_good_standing(machine).is_some()
     }
 
-    /// What an invite leads to, for the endpoint that shows to hold its secret.
-    pub fn preview(
-        &self,
-        proof: &InviteProof,
-        endpoint: &MachineId,
-        now: Now,
-    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+    /// The entries that are lacking there, a page of them: see [`Ledger::page`]. `None` while a write is outstanding.
+    pub fn page(&self, vector: &Vector, from: Option<Place>) -> Option<(EntryPage, Option<Place>)> {
+        if self.writing.is_some() {
+            return None;
+        }
+        let page = self.ledger.page(vector, from, PAGE_BYTES);
+        let entries = page.entries.into_iter().map(Entry::encode).collect();
+        Some((EntryPage { entries, more: page.next.is_some() }, page.next))
+    }
+
+    /// Whether the ledger may be seen for an invite, by the endpoint that shows to hold its secret.
+    ///
+    /// # Errors
+    /// When it may not.
+    pub fn preview(&self, proof: &InviteProof, endpoint: &MachineId, now: Now) -> Result<(), JoinRefusal> {
         if self.writing.is_some() || self.learning {
             return Err(JoinRefusal::NotReady);
         }
         if !proof.is_valid(&self.clan(), endpoint) {
             return Err(JoinRefusal::UnknownInvite);
         }
-        newcomer::check_invite(&self.state, &proof.invite, now.wall)?;
-        Ok(self.entries())
+        newcomer::check_invite(&self.state, &proof.invite, now.wall)
     }
 
-    /// What somebody may see who holds the key of a device of the clan, and does not know which clan it is.
+    /// Whether the ledger may be seen by somebody who holds the key of a device of the clan, and does not know which clan
+    /// it is.
     ///
     /// # Errors
     /// When nobody here has the device, or the proof was made for another machine or endpoint.
-    pub fn locate(
-        &self,
-        proof: &DeviceProof,
-        endpoint: &MachineId,
-        now: Now,
-    ) -> Result<Vec<EncodedEntry>, JoinRefusal> {
+    pub fn locate(&self, proof: &DeviceProof, endpoint: &MachineId, now: Now) -> Result<(), JoinRefusal> {
         if self.writing.is_some() || self.learning {
             return Err(JoinRefusal::NotReady);
         }
         if !proof.is_valid(&self.machine(), endpoint) || !newcomer::may_return(&self.state, &proof.device, now.wall)? {
             return Err(JoinRefusal::UnknownInvite);
         }
-        Ok(self.entries())
+        Ok(())
     }
 
     fn handle(&mut self, input: Input, now: Now) {
@@ -374,7 +392,7 @@ impl Replica {
 
     fn take(&mut self, input: Input, now: Now) {
         match input {
-            Input::Insert { ticket, from, entries } => self.insert(ticket, from, &entries),
+            Input::Insert { ticket, from, entries } => self.insert(ticket, from, &entries, false),
             Input::Redeem { ticket, entries } => {
                 if let Err(refused) = self.redeem(ticket, &entries, now) {
                     self.actions.push_back(Action::Answer { ticket, answer: Answer::Redeemed(refused) });
@@ -411,7 +429,8 @@ impl Replica {
 
     fn message(&mut self, from: MachineId, message: PeerMessage, now: Now) {
         match message {
-            PeerMessage::Entries(entries) => self.insert(None, Some(from), &entries),
+            PeerMessage::Entries(entries) => self.insert(None, Some(from), &entries, false),
+            PeerMessage::EntriesAndMore(entries) => self.insert(None, Some(from), &entries, true),
             PeerMessage::Vector(vector) => {
                 self.compare(&vector);
                 self.send_missing(&from, &vector);
@@ -437,7 +456,8 @@ impl Replica {
         }
     }
 
-    fn insert(&mut self, ticket: Option<Ticket>, from: Option<MachineId>, encoded: &[EncodedEntry]) {
+    /// `more`: the sender has more for us.
+    fn insert(&mut self, ticket: Option<Ticket>, from: Option<MachineId>, encoded: &[EncodedEntry], more: bool) {
         let mut taking = Taking::default();
         let mut outcome = Ok(());
         for bytes in encoded.iter().take(MAX_ENTRIES) {
@@ -454,24 +474,19 @@ impl Replica {
         if let (Some(from), Err(why)) = (from, outcome) {
             self.actions.push_back(Action::Refused { from, why });
         }
-        self.persist(taking, from, Then::Insert { ticket, outcome });
+        self.persist(taking, from, Then::Insert { ticket, outcome, more });
     }
 
     /// Admits a newcomer: their entries are checked against the ledger as it is, recorded, and countersigned.
     /// `Err` is an answer that needs no write.
-    fn redeem(
-        &mut self,
-        ticket: Ticket,
-        encoded: &[EncodedEntry],
-        now: Now,
-    ) -> Result<(), Result<Vec<EncodedEntry>, JoinRefusal>> {
+    fn redeem(&mut self, ticket: Ticket, encoded: &[EncodedEntry], now: Now) -> Result<(), Result<(), JoinRefusal>> {
         if self.learning {
             return Err(Err(JoinRefusal::NotReady));
         }
         let entries = newcomer::decode_newcomer(encoded).map_err(Err)?;
         if newcomer::belongs(&entries, &self.state) {
             // The answer to an earlier attempt was lost.
-            return Err(Ok(self.entries()));
+            return Err(Ok(()));
         }
         if newcomer::returns(&entries, &self.state, now.wall).map_err(Err)? {
             let mut taking = Taking::default();
@@ -524,13 +539,20 @@ impl Replica {
         for batch in writing.fresh.chunks(BATCH) {
             self.broadcast(writing.from, &PeerMessage::Entries(batch.to_vec()));
         }
+        // Only who has taken something asks on: two machines that cannot agree do not talk for ever.
+        if let Then::Insert { more: true, .. } = writing.then
+            && !writing.entries.is_empty()
+            && let Some(link) = writing.from.and_then(|from| self.links.get(&from))
+        {
+            self.actions.push_back(Action::Send { link: *link, message: PeerMessage::Vector(self.vector.to_vec()) });
+        }
         let (ticket, answer) = match writing.then {
             Then::Insert { ticket: None, .. } => return,
-            Then::Insert { ticket: Some(ticket), outcome } => (ticket, Answer::Inserted(outcome)),
+            Then::Insert { ticket: Some(ticket), outcome, .. } => (ticket, Answer::Inserted(outcome)),
             Then::Redeem { ticket, entries } => {
                 let refusal = || newcomer::awaits(&entries, &self.state).unwrap_or(JoinRefusal::Malformed);
                 let in_clan = newcomer::belongs(&entries, &self.state);
-                (ticket, Answer::Redeemed(if in_clan { Ok(self.entries()) } else { Err(refusal()) }))
+                (ticket, Answer::Redeemed(if in_clan { Ok(()) } else { Err(refusal()) }))
             }
         };
         self.actions.push_back(Action::Answer { ticket, answer });
@@ -548,6 +570,7 @@ impl Replica {
     fn refresh(&mut self) {
         self.state = Arc::new(self.ledger.state().clone());
         self.vector = Arc::new(self.ledger.vector());
+        self.put_out = out_of_the_clan(&self.ledger, &self.machine);
         self.choose_neighbours();
         // INVARIANT: only machines in good standing are ever in `links`, unless this one is learning; packets and
         // entries come from there alone.
@@ -556,6 +579,7 @@ impl Replica {
         let strangers: Vec<_> = self.links.keys().filter(|machine| !stays(machine)).copied().collect();
         for machine in strangers {
             if let Some(link) = self.links.remove(&machine) {
+                self.bid_farewell(link, &machine, None);
                 self.actions.push_back(Action::Close { link, why: Close::NotInGoodStanding });
             }
         }
@@ -581,7 +605,12 @@ impl Replica {
 
     fn link(&mut self, machine: MachineId, link: LinkId, vector: &Vector) {
         if !self.welcomes(&machine) || machine == self.machine {
-            self.actions.push_back(Action::Close { link, why: Close::Unknown });
+            let known = self.state.machines.contains_key(&machine) && machine != self.machine;
+            if known {
+                self.bid_farewell(link, &machine, Some(vector));
+            }
+            let why = if known { Close::NotInGoodStanding } else { Close::Unknown };
+            self.actions.push_back(Action::Close { link, why });
             return;
         }
         if let Some(old) = self.links.insert(machine, link) {
@@ -596,6 +625,15 @@ impl Replica {
         self.actions.push_back(Action::Changed);
     }
 
+    /// A machine that is out learns by what, and nothing that came later.
+    fn bid_farewell(&mut self, link: LinkId, machine: &MachineId, vector: Option<&Vector>) {
+        let entries = self.ledger.farewell(machine, vector.map(Vec::as_slice), BATCH);
+        if !entries.is_empty() {
+            let message = PeerMessage::Entries(entries.into_iter().map(Entry::encode).collect());
+            self.actions.push_back(Action::Send { link, message });
+        }
+    }
+
     /// Having what another machine has ends the learning.
     fn compare(&mut self, theirs: &Vector) {
         if self.learning && self.state.machines.contains_key(&self.machine) && *theirs == *self.vector {
@@ -606,10 +644,14 @@ impl Replica {
 
     fn send_missing(&mut self, machine: &MachineId, vector: &Vector) {
         let Some(link) = self.links.get(machine).copied() else { return };
-        let missing: Vec<EncodedEntry> =
-            self.ledger.missing(vector, MAX_ENTRIES).into_iter().map(Entry::encode).collect();
-        for batch in missing.chunks(BATCH) {
-            self.actions.push_back(Action::Send { link, message: PeerMessage::Entries(batch.to_vec()) });
+        let missing: Vec<EncodedEntry> = self.ledger.missing(vector, ANSWER).into_iter().map(Entry::encode).collect();
+        let full = missing.len() >= ANSWER;
+        let mut batches = missing.chunks(BATCH).peekable();
+        while let Some(batch) = batches.next() {
+            let last = batches.peek().is_none();
+            let batch = batch.to_vec();
+            let message = if full && last { PeerMessage::EntriesAndMore(batch) } else { PeerMessage::Entries(batch) };
+            self.actions.push_back(Action::Send { link, message });
         }
     }
 
@@ -659,4 +701,28 @@ impl Replica {
         addrs.dedup();
         PeerAddr { machine, addrs }
     }
+}
+
+fn learning_problem(learning: bool) -> Option<String> {
+    let what = "this machine does not have the clan's ledger, or lost it, and learns it from the other machines; until then it admits nobody";
+    learning.then(|| what.to_owned())
+}
+
+/// By whom a machine was put out, as its own ledger has it.
+fn out_of_the_clan(ledger: &Ledger, machine: &MachineId) -> Option<String> {
+    let state = ledger.state();
+    let known = state.machines.get(machine)?;
+    let entry = ledger.put_out_by(machine).pop()?;
+    let who = state.person_of(&entry.author());
+    let name = who.and_then(|who| state.people.get(&who)).map_or("somebody", |person| person.name.as_str());
+    let own = who == Some(known.owner);
+    let what = match entry.body() {
+        Body::Leave => format!("{name} left the clan, and this machine with them"),
+        Body::RevokePerson { .. } if own => format!("{name} left the clan, and this machine with them"),
+        Body::RevokePerson { .. } => format!("{name} put its owner, and with them this machine, out of the clan"),
+        _ => format!("{name} put this machine out of the clan"),
+    };
+    Some(format!(
+        "{what}: the other machines do not talk with it any more; `clan leave` removes the clan from this computer"
+    ))
 }

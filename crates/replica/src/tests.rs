@@ -155,9 +155,9 @@ fn a_newcomer_and_the_countersignature_are_written_at_once_or_not_at_all() {
 
     replica.handle_redemption(Ticket(2), entries.clone(), now(2));
     let done = settle(&mut replica);
-    assert_eq!(answers(&done), [&Answer::Redeemed(Ok(replica.entries()))]);
+    assert_eq!(answers(&done), [&Answer::Redeemed(Ok(()))]);
     replica.handle_redemption(Ticket(3), entries, now(2));
-    assert_eq!(answers(&settle(&mut replica)), [&Answer::Redeemed(Ok(replica.entries()))], "asked again");
+    assert_eq!(answers(&settle(&mut replica)), [&Answer::Redeemed(Ok(()))], "asked again");
     replica.handle_redemption(Ticket(4), newcomer(&ledger.clan(), 5), now(2));
     assert_eq!(answers(&settle(&mut replica)), [&Answer::Redeemed(Err(JoinRefusal::Used))]);
 }
@@ -170,13 +170,38 @@ fn who_is_put_out_loses_the_link_and_is_not_dialled() {
     let entry = say(&mut ledger.clone(), 1, revoke);
     replica.handle_entries(None, None, vec![entry.encode()], now(2));
     let done = settle(&mut replica);
-    assert!(done.contains(&Action::Close { link: LinkId(1), why: Close::NotInGoodStanding }), "{done:?}");
+    let why = PeerMessage::Entries(vec![entry.encode()]);
+    let told = done.iter().position(|a| *a == Action::Send { link: LinkId(1), message: why.clone() });
+    let close = Action::Close { link: LinkId(1), why: Close::NotInGoodStanding };
+    assert!(told < done.iter().position(|a| *a == close) && told.is_some(), "{done:?}");
+    // What comes later is not for it any more.
+    let mut known = ledger.clone();
+    known.insert(entry.clone()).unwrap();
+    let later = say(&mut known, 1, enrol(103));
+    replica.handle_entries(None, None, vec![later.encode()], now(2));
+    settle(&mut replica);
     replica.handle_message(LinkId(1), machine(102), PeerMessage::Entries(vec![vec![1, 2]]), now(2));
     assert_eq!(actions(&mut replica), [], "what was still on its way does not count");
-    replica.handle_linked(machine(102), LinkId(2), vec![], now(3));
-    assert_eq!(actions(&mut replica), [Action::Close { link: LinkId(2), why: Close::Unknown }]);
+    replica.handle_linked(machine(102), LinkId(2), ledger.vector(), now(3));
+    let close = Action::Close { link: LinkId(2), why: Close::NotInGoodStanding };
+    assert_eq!(actions(&mut replica), [Action::Send { link: LinkId(2), message: why }, close], "it is told again");
+    replica.handle_linked(machine(110), LinkId(3), vec![], now(3));
+    assert_eq!(actions(&mut replica), [Action::Close { link: LinkId(3), why: Close::Unknown }], "a stranger is not");
     replica.handle_timeout(now(1000));
-    assert!(!actions(&mut replica).iter().any(|a| matches!(a, Action::Dial(_))));
+    assert!(!actions(&mut replica).iter().any(|a| matches!(a, Action::Dial(peer) if peer.machine == machine(102))));
+}
+
+#[test]
+fn a_machine_that_is_out_can_say_by_whom() {
+    let mut ledger = clan();
+    let mut replica = linked(ledger.clone());
+    assert_eq!(replica.problems(), Vec::<String>::new());
+    let revoke = ledger.revocation_of_machine(&machine(101));
+    let entry = say(&mut ledger, 1, revoke);
+    replica.handle_message(LinkId(1), machine(102), PeerMessage::Entries(vec![entry.encode()]), now(2));
+    settle(&mut replica);
+    let problem = replica.problems().pop().unwrap();
+    assert!(problem.starts_with("ada put this machine out of the clan: "), "{problem}");
 }
 
 #[test]

@@ -84,8 +84,9 @@ pub fn safety(world: &World) -> Vec<String> {
             || world.nodes.iter().any(|node| !node.hostile && AuthorId::of(&node.key) == *author)
     };
     for (entry, (author, node)) in &world.acknowledged {
-        // Nobody talks with a machine that was put out: what it alone has stays there.
-        let talks = state.machine_in_good_standing(&world.nodes[*node].id).is_some();
+        // Nobody talks with a machine that was put out: what it alone has stays there. And a liar's word is a liar's.
+        let told_by = &world.nodes[*node];
+        let talks = state.machine_in_good_standing(&told_by.id).is_some() && !told_by.hostile;
         // Of two entries that a liar signed for one place the ledger keeps one, whichever was told of first.
         let forked = state.equivocations.contains_key(author) && !honest(author);
         if talks && !forked && !entries.contains_key(entry) {

@@ -13,10 +13,14 @@
 pub mod check;
 pub mod dice;
 pub mod disk;
+mod end;
+mod faults;
 mod hostile;
+mod machines;
 mod network;
 mod people;
 mod plan;
+mod traffic;
 mod world;
 
 pub use plan::Plan;

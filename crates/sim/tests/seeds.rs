@@ -28,6 +28,7 @@ seeds! {
     seeds_from_150: 150..180,
     seeds_from_180: 180..210,
     seeds_from_210: 210..240,
+    whom_only_a_liar_acknowledged: 713..714,
 }
 
 #[test]

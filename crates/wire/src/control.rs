@@ -2,7 +2,8 @@
 //! over a Unix socket, where the controller runs on the base OS itself.
 //!
 //! Each stream carries one length-prefixed [`ControlRequest`], then one or more length-prefixed [`ControlResponse`]s;
-//! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes.
+//! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes. A ledger may be of any
+//! size: it follows a [`ControlRequest::Provision`] or a [`ControlResponse::Entries`] in [`crate::peer::EntryPage`]s.
 
 use std::{
     fmt,
@@ -30,7 +31,7 @@ pub const MAX_MESSAGE: usize = 4 << 20;
 pub enum ControlRequest {
     /// Who are you? Answered by [`ControlResponse::Identity`].
     Identify,
-    /// Gives a new machine its place in a clan. Answered by [`ControlResponse::Provisioned`] once it is in the mesh's
+    /// Gives a new machine its place in a clan; the ledger as the manager knows it follows in pages. Answered by [`ControlResponse::Provisioned`] once it is in the mesh's
     /// ledger (for a newcomer: once it was admitted), or by [`ControlResponse::Refused`].
     Provision(Box<Provision>),
     /// Tells what the machine cannot see from inside; sent whenever the channel starts or something of it changes.
@@ -114,8 +115,6 @@ pub struct Provision {
     pub clan: ClanId,
     /// The machine's name in it.
     pub name: MachineName,
-    /// The ledger as the manager knows it.
-    pub entries: Vec<EncodedEntry>,
     /// For a newcomer: the entries to be admitted with, and whom to ask. Empty for a founder.
     pub redeem: Option<Redeem>,
     /// Services of the image to start and to offer to the clan.
@@ -164,18 +163,15 @@ pub enum ControlResponse {
         version: String,
     },
     /// See [`ControlRequest::Provision`].
-    Provisioned {
-        /// All entries, those of the admission included.
-        entries: Vec<EncodedEntry>,
-    },
+    Provisioned,
     /// The clan does not admit this machine.
     Refused(JoinRefusal),
     /// Done.
     Done,
     /// It did not work.
     Failed(String),
-    /// All entries.
-    Entries(Vec<EncodedEntry>),
+    /// See [`ControlRequest::Entries`]; they follow in pages.
+    Entries,
     /// See [`NodeStatus`].
     Status(Box<NodeStatus>),
     /// See [`GuestStats`].

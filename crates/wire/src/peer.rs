@@ -1,13 +1,13 @@
 //! What machines of a clan, and newcomers, say over QUIC. One ALPN per conversation.
 
-use clan_types::{ClanId, DeviceId, FileHash, ImageId, InviteId, MachineId};
+use clan_types::{ClanId, DeviceId, FileHash, ImageId, InviteId, MachineId, PeerAddr};
 use ed25519_dalek::{Signature, Signer, SigningKey, Verifier, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
 /// Machine to machine: one bi-directional stream of [`PeerMessage`] (ledger and beacons), datagrams (WireGuard packets).
 pub const ALPN_PEER: &[u8] = b"clan/peer/1";
-/// Newcomer to machine: one [`JoinRequest`] and one [`JoinResponse`] a stream.
-pub const ALPN_JOIN: &[u8] = b"clan/join/1";
+/// Newcomer to machine: one [`JoinRequest`] and one [`JoinResponse`] a stream; where the answer says so, [`EntryPage`]s.
+pub const ALPN_JOIN: &[u8] = b"clan/join/2";
 /// Anyone entitled to machine: one [`ImageRequest`], one [`ImageResponse`], then raw bytes, a stream.
 pub const ALPN_IMAGE: &[u8] = b"clan/image/1";
 
@@ -15,9 +15,22 @@ pub const ALPN_IMAGE: &[u8] = b"clan/image/1";
 pub const MAX_MESSAGE: usize = 4 << 20;
 /// Most entries in one message.
 pub const MAX_ENTRIES: usize = 10_000;
+/// So many bytes of entries make a page full.
+pub const PAGE_BYTES: usize = 512 << 10;
+/// Largest page: one entry over, and what encoding adds.
+pub const MAX_PAGE: usize = PAGE_BYTES + (64 << 10);
 
 /// A signed ledger entry in its own encoding; opaque here, checked by the ledger.
 pub type EncodedEntry = Vec<u8>;
+
+/// Part of a ledger of any size: pages follow each other on a stream until one says that it is the last.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EntryPage {
+    /// Entries, each author's in order.
+    pub entries: Vec<EncodedEntry>,
+    /// Whether another page follows.
+    pub more: bool,
+}
 
 /// The next sequence number that the sender lacks, by author key.
 pub type Vector = Vec<([u8; 32], u64)>;
@@ -38,6 +51,9 @@ pub enum PeerMessage {
     Vector(Vector),
     /// A [`crate::beacon::SignedBeacon`], the sender's own or another machine's.
     Beacon(crate::beacon::SignedBeacon),
+    /// Like [`PeerMessage::Entries`], and there are more: who has taken them asks for those by a
+    /// [`PeerMessage::Vector`].
+    EntriesAndMore(Vec<EncodedEntry>),
 }
 
 /// Shows that the connecting endpoint holds an invite's secret, without sending it.
@@ -109,33 +125,36 @@ pub enum JoinRequest {
     Preview {
         /// Right to know.
         proof: InviteProof,
+        /// What the newcomer has of the ledger already, as after a connection that broke.
+        have: Vector,
     },
     /// Asks to be admitted.
     Redeem {
         /// The newcomer's log: their admission, then the enrolment of their machine. Or entries of a device of
         /// somebody who is in: further devices, and machines.
         entries: Vec<EncodedEntry>,
+        /// What the newcomer has of the ledger already.
+        have: Vector,
     },
     /// Asks a machine of an unknown clan whether somebody there has this device, as whoever has but a recovery phrase does.
     /// Answered by [`JoinResponse::Preview`].
     Locate {
         /// Right to know.
         proof: DeviceProof,
+        /// What the asker has of the ledger already.
+        have: Vector,
     },
 }
 
 /// Answer to a [`JoinRequest`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum JoinResponse {
-    /// The clan's ledger, which the newcomer checks for themselves.
-    Preview {
-        /// All entries.
-        entries: Vec<EncodedEntry>,
-    },
-    /// The newcomer is in.
+    /// The clan's ledger, which the newcomer checks for themselves: what they lack of it follows in [`EntryPage`]s.
+    Preview,
+    /// The newcomer is in. What they lack of the ledger follows in [`EntryPage`]s, the countersignature included.
     Admitted {
-        /// All entries, the countersignature included.
-        entries: Vec<EncodedEntry>,
+        /// Other machines, and where they are: whoever admits somebody may be put out a moment later.
+        peers: Vec<PeerAddr>,
     },
     /// No, and why.
     Refused(JoinRefusal),

@@ -42,11 +42,20 @@ async fn with_device(device: &SigningKey, name: &str, kind: DeviceKind) -> (Mach
     (founder, clan)
 }
 
-async fn asked(host: &Machine, from: &Endpoint, request: JoinRequest) -> JoinResponse {
+/// The answer, and the entries that follow it.
+async fn asked(host: &Machine, from: &Endpoint, request: JoinRequest) -> (JoinResponse, Vec<EncodedEntry>) {
     let connection = from.connect(net::endpoint_addr(&host.addr(), &[]).unwrap(), ALPN_JOIN).await.unwrap();
     let (mut send, mut recv) = connection.open_bi().await.unwrap();
     send_message(&mut send, &request, MAX_MESSAGE).await.unwrap();
-    recv_message(&mut recv, MAX_MESSAGE).await.unwrap()
+    let answer = recv_message(&mut recv, MAX_MESSAGE).await.unwrap();
+    let mut entries = Vec::new();
+    let mut more = !matches!(answer, JoinResponse::Refused(_));
+    while more {
+        let page = clan_os::channel::recv_page(&mut recv).await.unwrap();
+        entries.extend(page.entries);
+        more = page.more;
+    }
+    (answer, entries)
 }
 
 fn id(endpoint: &Endpoint) -> MachineId {
@@ -61,7 +70,8 @@ async fn a_recovery_phrase_brings_the_owner_back_on_a_new_computer() {
     let recovery = SigningKey::from_bytes(&typed.key_seed());
     let from = endpoint(&key(50)).await;
     let proof = DeviceProof::new(&recovery, &founder.id(), &id(&from));
-    let JoinResponse::Preview { entries } = asked(&founder, &from, JoinRequest::Locate { proof }).await else {
+    let (JoinResponse::Preview, entries) = asked(&founder, &from, JoinRequest::Locate { proof, have: vec![] }).await
+    else {
         panic!("the clan does not know the phrase")
     };
     let clan = clan_ledger::Entry::decode(&entries[0]).unwrap().clan();
@@ -72,7 +82,9 @@ async fn a_recovery_phrase_brings_the_owner_back_on_a_new_computer() {
     let by = AuthorId::of(&recovery);
     let body = Body::add_device(&device, &clan, &by, "new-laptop".parse().unwrap(), DeviceKind::Device);
     let entries = vec![signed(&mut ledger, &recovery, body)];
-    let JoinResponse::Admitted { .. } = asked(&founder, &from, JoinRequest::Redeem { entries }).await else {
+    let (JoinResponse::Admitted { .. }, _) =
+        asked(&founder, &from, JoinRequest::Redeem { entries, have: vec![] }).await
+    else {
         panic!("the phrase adds no device")
     };
     let mine = vec![signed(&mut ledger, &device, enrol(&machine, "new-laptop"))];
@@ -110,7 +122,7 @@ async fn another_phrase_and_a_proof_for_another_machine_open_nothing() {
         DeviceProof::new(&phrase_key(), &id(&from), &founder.id()),
         DeviceProof::new(&phrase_key(), &founder.id(), &founder.id()),
     ] {
-        let answer = asked(&founder, &from, JoinRequest::Locate { proof }).await;
+        let (answer, _) = asked(&founder, &from, JoinRequest::Locate { proof, have: vec![] }).await;
         assert_eq!(answer, JoinResponse::Refused(JoinRefusal::UnknownInvite));
     }
 }
@@ -123,13 +135,13 @@ async fn who_comes_back_brings_devices_and_machines_and_nothing_else() {
     let invite = InviteId::from_bytes(key(8).verifying_key().to_bytes());
     let body = Body::Invite { invite, role: Role::Owner, uses: 9, expires: tomorrow(), approval: false };
     let smuggled = vec![signed(&mut ledger_of(&clan, &before), &key(30), body)];
-    let answer = asked(&founder, &from, JoinRequest::Redeem { entries: smuggled }).await;
+    let (answer, _) = asked(&founder, &from, JoinRequest::Redeem { entries: smuggled, have: vec![] }).await;
     assert_eq!(answer, JoinResponse::Refused(JoinRefusal::Malformed));
     let taken = vec![signed(&mut ledger_of(&clan, &before), &key(30), enrol(&key(31), "founder"))];
-    let answer = asked(&founder, &from, JoinRequest::Redeem { entries: taken }).await;
+    let (answer, _) = asked(&founder, &from, JoinRequest::Redeem { entries: taken, have: vec![] }).await;
     assert_eq!(answer, JoinResponse::Refused(JoinRefusal::NameTaken { name: "founder".into() }));
     let stranger = vec![signed(&mut ledger_of(&clan, &before), &key(33), enrol(&key(34), "trojan"))];
-    let answer = asked(&founder, &from, JoinRequest::Redeem { entries: stranger }).await;
+    let (answer, _) = asked(&founder, &from, JoinRequest::Redeem { entries: stranger, have: vec![] }).await;
     assert!(matches!(answer, JoinResponse::Refused(_)), "{answer:?}");
     assert_eq!(founder.core.entries().await.len(), before.len(), "nothing of it was recorded");
 }
@@ -140,25 +152,25 @@ async fn a_device_link_works_once_and_for_ten_minutes() {
     let (founder, clan) = with_device(&link, &format!("{DEVICE_LINK}abc"), DeviceKind::Recovery).await;
     let from = endpoint(&key(50)).await;
     let proof = |by: &SigningKey| InviteProof::new(by, &clan, &id(&from));
-    let preview = |by: &SigningKey| JoinRequest::Preview { proof: proof(by) };
-    let JoinResponse::Preview { entries } = asked(&founder, &from, preview(&link)).await else { panic!("no preview") };
+    let preview = |by: &SigningKey| JoinRequest::Preview { proof: proof(by), have: vec![] };
+    let (JoinResponse::Preview, entries) = asked(&founder, &from, preview(&link)).await else { panic!("no preview") };
     let mut ledger = ledger_of(&clan, &entries);
     let by = AuthorId::of(&link);
     let device = key(71);
     let body = Body::add_device(&device, &clan, &by, "tablet".parse().unwrap(), DeviceKind::Device);
     let added = vec![signed(&mut ledger, &link, body)];
     assert!(matches!(
-        asked(&founder, &from, JoinRequest::Redeem { entries: added }).await,
-        JoinResponse::Admitted { .. }
+        asked(&founder, &from, JoinRequest::Redeem { entries: added, have: vec![] }).await,
+        (JoinResponse::Admitted { .. }, _)
     ));
     let over = ledger.revocation_of_device(&by.device());
     let mine = vec![signed(&mut ledger, &device, over), signed(&mut ledger, &device, enrol(&key(72), "tablet"))];
     assert!(matches!(
-        asked(&founder, &from, JoinRequest::Redeem { entries: mine }).await,
-        JoinResponse::Admitted { .. }
+        asked(&founder, &from, JoinRequest::Redeem { entries: mine, have: vec![] }).await,
+        (JoinResponse::Admitted { .. }, _)
     ));
-    assert!(matches!(asked(&founder, &from, preview(&device)).await, JoinResponse::Preview { .. }), "the device stays");
-    assert_eq!(asked(&founder, &from, preview(&link)).await, JoinResponse::Refused(JoinRefusal::UnknownInvite));
+    assert!(matches!(asked(&founder, &from, preview(&device)).await, (JoinResponse::Preview, _)), "the device stays");
+    assert_eq!(asked(&founder, &from, preview(&link)).await.0, JoinResponse::Refused(JoinRefusal::UnknownInvite));
 
     // The same in a clan whose link is older.
     // A machine of its own: two with one key would be taken for each other.
@@ -174,10 +186,10 @@ async fn a_device_link_works_once_and_for_ten_minutes() {
     }
     let late = Machine::start(machine.clone(), &clan, &encode(&ledger), endpoint(&machine).await, vec![]).await;
     let proof = InviteProof::new(&link, &clan, &id(&from));
-    let answer = asked(&late, &from, JoinRequest::Preview { proof }).await;
+    let (answer, _) = asked(&late, &from, JoinRequest::Preview { proof, have: vec![] }).await;
     assert_eq!(answer, JoinResponse::Refused(JoinRefusal::Expired));
     let body = Body::add_device(&key(71), &clan, &AuthorId::of(&link), "late".parse().unwrap(), DeviceKind::Device);
     let added = vec![signed(&mut ledger, &link, body)];
-    let answer = asked(&late, &from, JoinRequest::Redeem { entries: added }).await;
+    let (answer, _) = asked(&late, &from, JoinRequest::Redeem { entries: added, have: vec![] }).await;
     assert_eq!(answer, JoinResponse::Refused(JoinRefusal::Expired));
 }

@@ -2,7 +2,10 @@
 
 use std::io;
 
-use clan_wire::codec;
+use clan_wire::{
+    codec,
+    peer::{EncodedEntry, EntryPage, MAX_PAGE, PAGE_BYTES},
+};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 
@@ -54,4 +57,34 @@ where
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     Ok(codec::decode(&body)?)
+}
+
+/// Sends entries in [`EntryPage`]s, an empty one if there are none.
+pub async fn send_pages<W>(stream: &mut W, entries: &[EncodedEntry]) -> Result<(), MessageError>
+where
+    W: AsyncWrite + Unpin + ?Sized,
+{
+    let mut rest = entries;
+    loop {
+        let mut bytes = 0;
+        let full = rest.iter().position(|entry| {
+            let full = bytes >= PAGE_BYTES;
+            bytes += entry.len();
+            full
+        });
+        let (page, after) = rest.split_at(full.unwrap_or(rest.len()));
+        send_message(stream, &EntryPage { entries: page.to_vec(), more: !after.is_empty() }, MAX_PAGE).await?;
+        if after.is_empty() {
+            return Ok(());
+        }
+        rest = after;
+    }
+}
+
+/// Receives the next [`EntryPage`]. Not cancel safe.
+pub async fn recv_page<R>(stream: &mut R) -> Result<EntryPage, MessageError>
+where
+    R: AsyncRead + Unpin + ?Sized,
+{
+    recv_message(stream, MAX_PAGE).await
 }
