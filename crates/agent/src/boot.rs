@@ -70,7 +70,7 @@ pub(crate) fn boot() -> ExitCode {
     // The new root is entered only once everything in it is in place.
     match stack_disks().and_then(|disks| enter(&disks)) {
         Ok(own_program) => {
-            if let Err(error) = disk::grow() {
+            if let Err(error) = disk::grow(0) {
                 note(&mut problems, &format!("the data disk is not used to its end: {error}"));
             }
             log::info(&format!("root file system ready after {} ms", begin.elapsed().as_millis()));

@@ -21,8 +21,8 @@ pub(crate) trait Machine {
     fn renew(&mut self, entropy: &[u8]) -> io::Result<()>;
     /// Writes everything to the disks.
     fn sync(&mut self);
-    /// Has the file system on the data disk use all of the disk.
-    fn grow_disk(&mut self) -> io::Result<()>;
+    /// Has the file system on the data disk use all of the disk, which has so many bytes at least.
+    fn grow_disk(&mut self, least: u64) -> io::Result<()>;
     /// Asks the guest's init to stop everything and power off.
     fn power_off(&mut self) -> io::Result<()>;
     /// Powers off without asking anybody; what was written is on the disks.
@@ -67,8 +67,8 @@ impl Machine for Guest {
         rustix::fs::sync();
     }
 
-    fn grow_disk(&mut self) -> io::Result<()> {
-        disk::grow()
+    fn grow_disk(&mut self, least: u64) -> io::Result<()> {
+        disk::grow(least)
     }
 
     fn power_off(&mut self) -> io::Result<()> {

@@ -136,7 +136,7 @@ impl<M: Machine> Server<M> {
                 self.machine.sync();
                 AgentResponse::Done
             }
-            AgentRequest::GrowDisk => match self.machine.grow_disk() {
+            AgentRequest::GrowDisk(least) => match self.machine.grow_disk(least.as_bytes()) {
                 Ok(()) => AgentResponse::Done,
                 Err(error) => AgentResponse::Failed(format!("the file system does not grow: {error}")),
             },
@@ -176,7 +176,7 @@ impl<M: Machine> Server<M> {
 mod tests {
     use std::io;
 
-    use clan_types::Timestamp;
+    use clan_types::{ByteSize, Timestamp};
     use clan_wire::agent::Renewal;
 
     use super::*;
@@ -205,7 +205,7 @@ mod tests {
 
         fn sync(&mut self) {}
 
-        fn grow_disk(&mut self) -> io::Result<()> {
+        fn grow_disk(&mut self, _least: u64) -> io::Result<()> {
             Err(io::Error::other("no room"))
         }
 
@@ -308,7 +308,7 @@ mod tests {
         assert_eq!(pair.ask(&AgentRequest::Renew(renewal.into())), AgentResponse::Done);
         assert_eq!((pair.server.machine.clock, pair.server.machine.renewed.len()), (Some(now), 1));
         assert_eq!(pair.ask(&AgentRequest::Seal), AgentResponse::Failed("not yet".into()));
-        let grown = pair.ask(&AgentRequest::GrowDisk);
+        let grown = pair.ask(&AgentRequest::GrowDisk(ByteSize::from_mib(1)));
         assert_eq!(grown, AgentResponse::Failed("the file system does not grow: no room".into()));
     }
 

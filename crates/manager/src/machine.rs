@@ -1,15 +1,17 @@
 //! What a person does with their VM: pause, resume, start again, give it another size.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use clan_api::{ApiProblem, ErrorCode, ResizeVm, TaskKind, VmSize, VmState};
+use clan_os::channel::Channel;
 use clan_types::ByteSize;
 use clan_wire::agent::AgentRequest;
+use tokio::time::{Instant, sleep};
 
 use crate::{
     clan::Clan,
     create::{self, Size},
-    guest,
+    guest::{self, GuestError},
     leave::{is_vm, start, stop, vm_task},
     manager::Shared,
     problem,
@@ -17,6 +19,9 @@ use crate::{
     tasks::Task,
 };
 
+/// For a guest to hear that its disk has grown.
+const HEARD: Duration = Duration::from_secs(10);
+const ASK_AGAIN: Duration = Duration::from_millis(100);
 const STOP_AND_START: [&str; 2] = ["Stop the virtual machine", "Start the virtual machine"];
 
 /// Halts a VM's processors, as a task.
@@ -110,14 +115,26 @@ async fn grow(clan: &Clan, size: ByteSize) -> Result<(), ApiProblem> {
     vm.grow_data_disk(size).await.map_err(|e| problem::vm(&e))?;
     let agent = clan.keeper.watch_agent().borrow().clone();
     let grown = match agent {
-        Some(agent) => guest::ask_agent(&agent, &AgentRequest::GrowDisk, guest::PATIENCE).await.map(drop),
-        None => Err(guest::GuestError::NotConnected { who: "agent" }),
+        Some(agent) => grow_in_guest(&agent, size).await,
+        None => Err(GuestError::NotConnected { who: "agent" }),
     };
     // The disk has grown; the guest makes use of it when it next starts.
     grown.or_else(|error| {
         tracing::warn!(%error, "the guest does not use its larger disk before it starts again");
         Ok(())
     })
+}
+
+/// The guest hears of the new size a moment later.
+async fn grow_in_guest(agent: &Channel, size: ByteSize) -> Result<(), GuestError> {
+    let deadline = Instant::now() + HEARD;
+    let request = AgentRequest::GrowDisk(ByteSize::from_mib(size.as_mib()));
+    loop {
+        match guest::ask_agent(agent, &request, guest::PATIENCE).await {
+            Err(GuestError::Failed { .. }) if Instant::now() < deadline => sleep(ASK_AGAIN).await,
+            answer => return answer.map(drop),
+        }
+    }
 }
 
 fn free_beside(clan: &Clan) -> Result<ByteSize, ApiProblem> {

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use clan_types::Timestamp;
+use clan_types::{ByteSize, Timestamp};
 use serde::{Deserialize, Serialize};
 
 /// Name of the virtio-serial port.
@@ -39,8 +39,8 @@ pub enum AgentRequest {
     Renew(Box<Renewal>),
     /// Writes everything to the disks.
     Sync,
-    /// Has the file system on the data disk use all of the disk.
-    GrowDisk,
+    /// Has the file system on the data disk use all of the disk; fails if the disk does not have so much yet.
+    GrowDisk(ByteSize),
 }
 
 /// What a guest cannot have by itself.
