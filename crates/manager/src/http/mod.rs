@@ -57,7 +57,10 @@ use problems::{Answer, Json, Refusal};
 const MAX_BODY: usize = 256 << 10;
 /// Longest link that the desktop hands over.
 const MAX_OPENED: usize = 16 << 10;
-const MAX_CONNECTIONS: usize = 512;
+/// INVARIANT: the doors do not share their room: whoever fills the TCP port, which every user of the computer may, does
+/// not keep its owner from the Unix socket.
+const MAX_LOCAL: usize = 128;
+const MAX_REMOTE: usize = 512;
 /// How long a browser may take to send the head of a request.
 const HEAD: Duration = Duration::from_secs(30);
 /// How long connections get to end when the manager stops.
@@ -115,20 +118,22 @@ impl Listeners {
     /// Serves both doors until cancelled.
     pub(crate) async fn serve(self, shared: Arc<Shared>, cancel: CancellationToken) {
         let connections = TaskTracker::new();
-        let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let (local_room, remote_room) = (Arc::new(Semaphore::new(MAX_LOCAL)), Arc::new(Semaphore::new(MAX_REMOTE)));
         let (local, remote) = (router(shared.clone(), Door::Unix), router(shared.clone(), Door::Tcp));
         let closing = CancellationToken::new();
         loop {
-            let permit = tokio::select! {
-                biased;
-                () = cancel.cancelled() => break,
-                permit = room.clone().acquire_owned() => permit,
+            let by_unix = async {
+                let permit = local_room.clone().acquire_owned().await;
+                (permit, self.unix.accept().await)
             };
-            let Ok(permit) = permit else { break };
+            let by_tcp = async {
+                let permit = remote_room.clone().acquire_owned().await;
+                (permit, self.tcp.accept().await)
+            };
             tokio::select! {
                 biased;
                 () = cancel.cancelled() => break,
-                accepted = self.unix.accept() => match accepted {
+                (permit, accepted) = by_unix => match accepted {
                     Ok((stream, _)) if is_same_user(&stream) => {
                         let connection = serve_connection(stream, local.clone(), closing.clone());
                         connections.spawn(async move { connection.await; drop(permit); });
@@ -136,7 +141,7 @@ impl Listeners {
                     Ok(_) => tracing::warn!("another user tried to use the manager's socket"),
                     Err(error) => pause(&error).await,
                 },
-                accepted = self.tcp.accept() => match accepted {
+                (permit, accepted) = by_tcp => match accepted {
                     Ok((stream, _)) => {
                         let _ = stream.set_nodelay(true);
                         let gate = Router::new().fallback(enter).with_state(Gate { shared: shared.clone(), router: remote.clone() });
