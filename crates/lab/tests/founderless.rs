@@ -4,16 +4,7 @@
 
 mod common;
 
-use std::{
-    io::{ErrorKind, Read, Write},
-    net::{Ipv6Addr, TcpListener, TcpStream},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use clan_lab::{
     LabError,
@@ -22,15 +13,13 @@ use clan_lab::{
     nat::{Nat, SiteSpec},
     story::until,
 };
-use common::with_fleet;
+use common::{flow::Flow, with_fleet};
 use serde_json::Value;
 
 /// Every reachable member drops a revoked machine's packets within this time of the command.
 const CUT_OFF: Duration = Duration::from_secs(3);
 /// How long other things may take.
 const LIMIT: Duration = Duration::from_secs(30);
-/// A stream that carried nothing for so long is dead: a living one never pauses for so long on an idle wire.
-const DEAD: Duration = Duration::from_secs(5);
 const PORT: u16 = 7000;
 
 #[test]
@@ -78,7 +67,7 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
         until(LIMIT, "the last one reaching the others", || ping_once(fleet.computer("late"), other))?;
     }
 
-    let stream = Flow::start(fleet, "early", "member")?;
+    let stream = Flow::start(fleet, "early", "member", PORT)?;
     let began = Instant::now();
     fleet.computer("admin").clan(&["revoke", "person", "early", "--yes"])?.success()?;
     let command = began.elapsed();
@@ -117,68 +106,4 @@ fn names(fleet: &mut Fleet, asked: &str, name: &str, there: bool) -> Result<Opti
     // An empty list means that nothing is known yet.
     let has = all.iter().any(|m| m["name"] == name);
     Ok((!all.is_empty() && has == there).then_some(()))
-}
-
-/// A TCP stream through the mesh that is written to without pause.
-struct Flow {
-    last: Arc<Mutex<Instant>>,
-    stop: Arc<AtomicBool>,
-}
-
-impl Flow {
-    fn start(fleet: &mut Fleet, from: &str, to: &str) -> Result<Self, LabError> {
-        let address = address_of(fleet, from, to)?;
-        let listener = fleet.world().site(to).enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
-        let sender = fleet.world().site(from).enter(move || TcpStream::connect((address, PORT)))?;
-        let (receiver, _) = listener.accept().map_err(|source| LabError::Io { what: "accept".into(), source })?;
-        let flow = Self { last: Arc::new(Mutex::new(Instant::now())), stop: Arc::default() };
-        let (last, stop) = (flow.last.clone(), flow.stop.clone());
-        thread::spawn(move || {
-            let (mut receiver, mut buffer) = (receiver, vec![0; 1 << 16]);
-            receiver.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-            while !stop.load(Ordering::Relaxed) {
-                match receiver.read(&mut buffer) {
-                    Ok(0) => return,
-                    Ok(_) => *last.lock().unwrap() = Instant::now(),
-                    Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
-                    Err(_) => return,
-                }
-            }
-        });
-        let stop = flow.stop.clone();
-        thread::spawn(move || {
-            let mut sender = sender;
-            sender.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
-            let chunk = vec![7; 1 << 14];
-            while !stop.load(Ordering::Relaxed) {
-                match sender.write(&chunk) {
-                    Ok(_) => thread::sleep(Duration::from_millis(5)),
-                    Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
-                    Err(_) => return,
-                }
-            }
-        });
-        let before = *flow.last.lock().unwrap();
-        until(LIMIT, "the stream flowing", || Ok((*flow.last.lock().unwrap() > before).then_some(())))?;
-        Ok(flow)
-    }
-
-    /// When the last byte came, once none has for long.
-    fn died(&self) -> Option<Instant> {
-        let last = *self.last.lock().unwrap();
-        (last.elapsed() > DEAD).then_some(last)
-    }
-}
-
-impl Drop for Flow {
-    fn drop(&mut self) {
-        self.stop.store(true, Ordering::Relaxed);
-    }
-}
-
-fn address_of(fleet: &mut Fleet, asked: &str, name: &str) -> Result<Ipv6Addr, LabError> {
-    let machines = fleet.computer(asked).clan_json(&["machines"])?;
-    let all = machines.as_array().map(Vec::as_slice).unwrap_or_default();
-    let address = all.iter().find(|m| m["name"] == name).and_then(|m| m["address"].as_str()?.parse().ok());
-    address.ok_or_else(|| LabError::Promise(format!("{asked} knows no address of {name}")))
 }

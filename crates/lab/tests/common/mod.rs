@@ -1,5 +1,8 @@
 //! What the tests of a whole fleet share.
 
+#[allow(dead_code, reason = "not every test has a stream")]
+pub(crate) mod flow;
+
 use std::{fs, os::unix::fs::PermissionsExt};
 
 use clan_lab::{LabConfig, LabError, Screen, fleet::Fleet, leftovers, nat::SiteSpec};
