@@ -71,6 +71,12 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
         let finished = fleet.computer("guest").run_as_root("ping", &["-c", "1", "-W", "1", "host.work.clan"], SHORT)?;
         Ok(finished.status.success().then_some(()))
     })?;
+    // Each machine's second address is a route of its own: they do not go to whichever clan came first.
+    let second = second_address(fleet.computer("guest"))?;
+    until(LIMIT, "the second clan's IPv4 addresses", || {
+        let finished = fleet.computer("host").run_as_root("ping", &["-c", "1", "-W", "1", &second], SHORT)?;
+        Ok(finished.status.success().then_some(()))
+    })?;
     until(LIMIT, "the first clan's name", || ping_once(fleet.computer("host"), "host"))?;
     step("two clans share a computer and do not clash", began);
 
@@ -118,6 +124,14 @@ fn create(computer: &Computer, clan: &str, socket: &Path) -> Result<(), LabError
 fn devices(computer: &Computer) -> Result<usize, LabError> {
     let links = computer.run_as_root("ip", &["-o", "link"], SHORT)?.success()?;
     Ok(links.stdout.lines().filter(|line| line.contains(": clan-")).count())
+}
+
+/// The IPv4 address of a computer's only clan.
+fn second_address(computer: &Computer) -> Result<String, LabError> {
+    let listed = computer.run_as_root("ip", &["-4", "-o", "address"], SHORT)?.success()?.stdout;
+    let of = |line: &str| Some(line.split_once(" inet ")?.1.split('/').next()?.to_owned());
+    let found = listed.lines().find(|line| line.contains(": clan-")).and_then(of);
+    found.ok_or_else(|| LabError::Promise(format!("there is no IPv4 address of a clan: {listed}")))
 }
 
 fn demand(kept: bool, otherwise: &str) -> Result<(), LabError> {

@@ -209,7 +209,7 @@ async fn follow(
         }
         let own = view.state.machine_in_good_standing(&view.machine).and_then(|machine| second(machine.ipv4));
         if own != ipv4 {
-            match wireguard.set_ipv4(own) {
+            match wireguard.set_ipv4(own).await {
                 Ok(()) => tracing::debug!(address = ?own, "second address"),
                 Err(error) => tracing::warn!(error = %chain(&error), "this machine has no IPv4 address in the clan"),
             }

@@ -2,6 +2,7 @@
 //! many packets. [`clan_tunnel::offload`] splits and joins them.
 
 use std::{
+    collections::BTreeSet,
     io::{self, IoSlice},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::{AsFd, BorrowedFd},
@@ -9,15 +10,17 @@ use std::{
 };
 
 use clan_tunnel::offload::{Group, HEADER_LEN, Offload};
-use clan_types::IPV4_PREFIX;
-use tracing::debug;
+use rtnetlink::{RouteMessageBuilder, packet_route::route::RouteScope};
+use tokio::sync::Mutex;
+use tracing::{debug, warn};
 use tun_rs::SyncDevice;
 
 const CLAN_PREFIX: u8 = 48;
+const HOST_PREFIX: u8 = 32;
 /// The longest packet that the kernel hands over.
 const SUPER_PACKET: usize = 65_536;
 
-/// A TUN device with its addresses and the routes to the clan's networks. Dropping it removes the device, and with it
+/// A TUN device with its addresses and the routes to the clan's machines. Dropping it removes the device, and with it
 /// addresses and routes.
 pub struct Tun {
     device: SyncDevice,
@@ -26,6 +29,14 @@ pub struct Tun {
     address: Ipv6Addr,
     /// The second address; 0: none.
     ipv4: AtomicU32,
+    seconds: Mutex<Seconds>,
+}
+
+/// Second addresses, as the kernel knows them.
+#[derive(Default)]
+struct Seconds {
+    own: Option<Ipv4Addr>,
+    others: BTreeSet<Ipv4Addr>,
 }
 
 /// Why a TUN device could not be made.
@@ -57,7 +68,7 @@ impl Tun {
         device.set_nonblocking(true).map_err(failed)?;
         let name = device.name().map_err(failed)?;
         debug!(device = %name, %address, mtu, tcp_offload = device.tcp_gso(), udp_offload = device.udp_gso(), "network device is up");
-        Ok(Self { device, name, mtu, address, ipv4: AtomicU32::new(0) })
+        Ok(Self { device, name, mtu, address, ipv4: AtomicU32::new(0), seconds: Mutex::default() })
     }
 
     /// The device's name.
@@ -70,17 +81,52 @@ impl Tun {
         self.address
     }
 
-    /// Gives the device a second address, with the route to 100.64.0.0/10, or takes it away.
-    pub(crate) fn set_ipv4(&self, ipv4: Option<Ipv4Addr>) -> io::Result<()> {
-        let wanted = ipv4.map_or(0, Ipv4Addr::to_bits);
-        let had = self.ipv4.swap(wanted, Ordering::Relaxed);
-        if had == wanted {
+    /// Gives the device a second address, or takes it away, and leads the second addresses of others to it.
+    ///
+    /// One by one: every clan has its addresses from 100.64.0.0/10, so that a computer in two clans, or behind a carrier that
+    /// numbers its network like this, has use for all of it. Where two lead to one address the first keeps it.
+    pub(crate) async fn set_ipv4(&self, own: Option<Ipv4Addr>, others: &BTreeSet<Ipv4Addr>) -> io::Result<()> {
+        let mut known = self.seconds.lock().await;
+        if known.own != own {
+            if let Some(had) = known.own.take() {
+                // The kernel takes away what names it as the source, too.
+                known.others.clear();
+                self.ipv4.store(0, Ordering::Relaxed);
+                self.device.remove_address(had.into())?;
+            }
+            if let Some(address) = own {
+                self.device.add_address_v4(address, HOST_PREFIX)?;
+                self.ipv4.store(address.to_bits(), Ordering::Relaxed);
+                known.own = own;
+            }
+        }
+        let Some(own) = own else { return Ok(()) };
+        if known.others == *others {
             return Ok(());
         }
-        if had != 0 {
-            self.device.remove_address(Ipv4Addr::from_bits(had).into())?;
+        let index = self.device.if_index()?;
+        let (connection, kernel, _) = rtnetlink::new_connection()?;
+        // Ends by itself when the handle is dropped.
+        tokio::spawn(connection);
+        let route = |to: Ipv4Addr| {
+            let route = RouteMessageBuilder::<Ipv4Addr>::new().destination_prefix(to, HOST_PREFIX);
+            route.output_interface(index).pref_source(own).scope(RouteScope::Link).build()
+        };
+        let gone: Vec<Ipv4Addr> = known.others.difference(others).copied().collect();
+        for address in gone {
+            known.others.remove(&address);
+            if let Err(error) = kernel.route().del(route(address)).execute().await {
+                debug!(%error, %address, "a route was gone already");
+            }
         }
-        ipv4.map_or(Ok(()), |address| self.device.add_address_v4(address, IPV4_PREFIX.1))
+        let new: Vec<Ipv4Addr> = others.difference(&known.others).copied().collect();
+        for address in new {
+            match kernel.route().add(route(address)).execute().await {
+                Ok(()) => drop(known.others.insert(address)),
+                Err(error) => warn!(%error, device = %self.name, %address, "nothing leads to this IPv4 address here"),
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn mtu(&self) -> usize {

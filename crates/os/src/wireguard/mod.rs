@@ -170,6 +170,8 @@ pub struct Wireguard {
 struct Running {
     engine: Arc<Engine>,
     peers: BTreeMap<MachineId, WgPeer>,
+    /// The second address.
+    ipv4: Option<Ipv4Addr>,
     tasks: Vec<(&'static str, JoinHandle<()>)>,
     threads: Vec<thread::JoinHandle<()>>,
 }
@@ -191,8 +193,13 @@ impl Wireguard {
         let engine = Arc::new(engine.map_err(WireguardError::Threads)?);
         let changes = broadcast::Sender::new(CHANGES);
         let stop = CancellationToken::new();
-        let mut running =
-            Running { engine: engine.clone(), peers: BTreeMap::new(), tasks: Vec::new(), threads: Vec::new() };
+        let mut running = Running {
+            engine: engine.clone(),
+            peers: BTreeMap::new(),
+            ipv4: None,
+            tasks: Vec::new(),
+            threads: Vec::new(),
+        };
         let moves: [(&str, PacketThread); 2] = [("clan-outbound", outbound::run), ("clan-inbound", inbound::run)];
         for (name, work) in moves {
             let moved = engine.clone();
@@ -217,6 +224,14 @@ impl Wireguard {
     /// Makes `peers` the whole set: adds, updates and removes as needed; sessions of unchanged peers go on. A peer
     /// whose key is unusable, or that shares id, key or an address with an earlier one, is left out.
     pub async fn set_peers(&self, peers: Vec<WgPeer>) -> Result<(), WireguardError> {
+        self.exchange_with(peers)?;
+        if let Err(error) = self.lead_here().await {
+            debug!(%error, "without IPv4");
+        }
+        Ok(())
+    }
+
+    fn exchange_with(&self, peers: Vec<WgPeer>) -> Result<(), WireguardError> {
         let mut running = self.running();
         let running = running.as_mut().ok_or(WireguardError::Stopped)?;
         let engine = &running.engine;
@@ -276,11 +291,26 @@ impl Wireguard {
         }
     }
 
-    /// Gives the device a second address, or takes it away. Packets to it are for this machine.
-    pub fn set_ipv4(&self, ipv4: Option<Ipv4Addr>) -> Result<(), WireguardError> {
-        let running = self.running();
-        let running = running.as_ref().ok_or(WireguardError::Stopped)?;
-        running.engine.tun.set_ipv4(ipv4).map_err(WireguardError::Address)
+    /// Gives the device a second address, or takes it away. Packets to it are for this machine; without it none go to the
+    /// second addresses of others.
+    pub async fn set_ipv4(&self, ipv4: Option<Ipv4Addr>) -> Result<(), WireguardError> {
+        self.running().as_mut().ok_or(WireguardError::Stopped)?.ipv4 = ipv4;
+        self.lead_here().await
+    }
+
+    /// Lets the system know that second addresses are reached through the device.
+    async fn lead_here(&self) -> Result<(), WireguardError> {
+        let (engine, own, others) = {
+            let running = self.running();
+            let running = running.as_ref().ok_or(WireguardError::Stopped)?;
+            let addresses = running.peers.values().flat_map(|peer| &peer.addresses);
+            let others = addresses.filter_map(|address| match address {
+                IpAddr::V4(address) => Some(*address),
+                IpAddr::V6(_) => None,
+            });
+            (running.engine.clone(), running.ipv4, others.collect())
+        };
+        engine.tun.set_ipv4(own, &others).await.map_err(WireguardError::Address)
     }
 
     /// Replaces the addresses at which `peer` may be reachable. Unknown peers are ignored.

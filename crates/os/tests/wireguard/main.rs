@@ -283,6 +283,51 @@ fn machines_meet_over_ipv6_and_peers_come_and_go() {
 }
 
 #[test]
+fn second_addresses_lead_to_the_device_one_by_one() {
+    if !netns::enter("second_addresses_lead_to_the_device_one_by_one") {
+        return;
+    }
+    let (a, b, _carried) = two_machines();
+    let second = |machine: &Machine, address: &str| {
+        let (wireguard, address) = (machine.wireguard.clone(), address.parse().unwrap());
+        machine.namespace.run(async move { wireguard.set_ipv4(Some(address)).await.unwrap() });
+    };
+    let with = |machine: &Machine, address: &str| {
+        let mut peer = machine.peer(&["192.0.2.1:41641", "192.0.2.2:41641"]);
+        peer.addresses.push(address.parse().unwrap());
+        peer
+    };
+    let routes = || {
+        let output = a.namespace.run(async { std::process::Command::new("ip").args(["-4", "route"]).output() });
+        String::from_utf8(output.unwrap().stdout).unwrap()
+    };
+    // As another clan on this computer has it.
+    a.namespace.command("ip route add 100.64.0.9/32 dev wire0");
+    second(&a, "100.64.0.1");
+    second(&b, "100.64.0.2");
+    a.set_peers(vec![with(&b, "100.64.0.2")]);
+    b.set_peers(vec![with(&a, "100.64.0.1")]);
+    // A command in a namespace holds up the carrier.
+    eventually("the direct path is found", Duration::from_secs(5), || a.direct(&b).is_some() && b.direct(&a).is_some());
+    a.namespace.command("ping -c 1 -W 5 100.64.0.2");
+    assert!(!routes().contains("100.64.0.0/10"), "{}", routes());
+    assert!(routes().contains("100.64.0.9 dev wire0"), "{}", routes());
+
+    second(&a, "100.64.0.7");
+    b.set_peers(vec![with(&a, "100.64.0.7")]);
+    a.namespace.command("ping -c 1 -W 5 100.64.0.2");
+    let mut both = with(&b, "100.64.0.2");
+    both.addresses.push("100.64.0.9".parse().unwrap());
+    a.set_peers(vec![both]);
+    assert!(routes().contains("100.64.0.9 dev wire0"), "the first keeps it: {}", routes());
+    a.set_peers(vec![]);
+    assert!(!routes().contains("100.64.0.2"), "{}", routes());
+    assert!(routes().contains("100.64.0.9 dev wire0"), "{}", routes());
+    a.stop();
+    b.stop();
+}
+
+#[test]
 fn only_what_members_send_from_their_own_address_comes_out() {
     if !netns::enter("only_what_members_send_from_their_own_address_comes_out") {
         return;
