@@ -16,10 +16,12 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     str::FromStr,
+    time::Duration,
 };
 
 use crate::{
     LabError, Record,
+    delay::Delay,
     net::{INTERNET_ADDRESS, Namespace},
     process::{MARK, ProcessId},
     sweep,
@@ -339,6 +341,20 @@ impl Internet {
             "table ip loss {{\n}}\nflush table ip loss\ntable ip loss {{\n chain forward {{\n  type filter hook forward priority filter\n\
              numgen random mod 1000 < {per_thousand} drop\n }}\n}}\n"
         ))
+    }
+
+    /// Delays everything between a site and the internet, each way, until what is returned is dropped. Sizes of packets are
+    /// limited no more by [`Site::set_mtu`] meanwhile.
+    ///
+    /// # Errors
+    /// When the kernel refuses.
+    ///
+    /// # Panics
+    /// When there is no such uplink.
+    pub fn delay(&self, site: &Site, uplink: usize, delay: Duration) -> Result<Delay, LabError> {
+        let Some(uplink) = site.uplinks.get(uplink) else { panic!("{} has no uplink {uplink}", site.name) };
+        let [(outer, device), (_, port)] = &uplink.wire;
+        Delay::lay(&self.namespace, port, (outer, device), &format!("{}/32", uplink.public), delay)
     }
 
     /// Plugs `device` of `outer` into the internet; the number of the connection gives the address.
