@@ -59,7 +59,7 @@ bench:  ## measure the ledger; numbers are kept in target/bench
 
 bench-mesh: deps  ## measure the mesh beside its rivals (10 min); ARGS="--rounds 1 --only cable,clan,wireguard-go"
 	@./scripts/rivals target/rivals
-	cargo build --release --locked --package clan-lab
+	cargo build --release --locked --package clan-lab --package clan-cli
 	@$(SUDO) $(BIN:debug=release)/clan-lab --prefix clan-mesh bench-mesh $(ARGS)
 
 install: deps  ## build with optimisation and install to PREFIX (~/.local)

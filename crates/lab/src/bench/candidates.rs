@@ -11,7 +11,7 @@ use std::{
 };
 
 use super::{
-    EndConfig,
+    EndConfig, clan,
     end::{self, ends},
     site::{CABLE, Daemon, Site, finished},
 };
@@ -41,8 +41,10 @@ pub(super) struct Candidate {
 
 enum Kind {
     Cable,
-    /// With access rules, or without any: what they cost.
-    Ours {
+    /// Two integrated computers, as people run them.
+    Clan,
+    /// The data plane alone, with access rules or without any: what they cost, and what the rest does.
+    Engine {
         rules: bool,
     },
     WireguardGo,
@@ -57,8 +59,9 @@ pub(super) fn all(rivals: &Path) -> Vec<Candidate> {
     let of = |name, kind, root: &Path| Candidate { name, kind, root: root.to_owned() };
     vec![
         of("cable", Kind::Cable, &stable),
-        of("clan", Kind::Ours { rules: true }, &stable),
-        of("clan-without-rules", Kind::Ours { rules: false }, &stable),
+        of("clan", Kind::Clan, &stable),
+        of("engine", Kind::Engine { rules: true }, &stable),
+        of("engine-no-rules", Kind::Engine { rules: false }, &stable),
         of("wireguard-go", Kind::WireguardGo, &unstable),
         of("wireguard-go-stable", Kind::WireguardGo, &stable),
         of("nebula", Kind::Nebula, &unstable),
@@ -72,7 +75,8 @@ pub(super) fn all(rivals: &Path) -> Vec<Candidate> {
 impl Candidate {
     fn program(&self) -> Option<PathBuf> {
         match self.kind {
-            Kind::Cable | Kind::Ours { .. } => None,
+            Kind::Cable | Kind::Engine { .. } => None,
+            Kind::Clan => Some(clan::program()),
             Kind::WireguardGo => Some(self.root.join("usr/bin/wireguard-go")),
             Kind::Nebula => Some(self.root.join("usr/bin/nebula")),
             Kind::Tinc => Some(self.root.join("usr/sbin/tincd")),
@@ -87,7 +91,7 @@ impl Candidate {
     /// The version of its package.
     pub(super) fn version(&self) -> Option<String> {
         let package = match self.kind {
-            Kind::Cable | Kind::Ours { .. } => return None,
+            Kind::Cable | Kind::Clan | Kind::Engine { .. } => return None,
             Kind::WireguardGo => "wireguard-go_",
             Kind::Nebula => "nebula_",
             Kind::Tinc => "tinc_",
@@ -104,13 +108,14 @@ impl Candidate {
             (Kind::Nebula, Some(program)) => nebula(site, &program),
             (Kind::Tinc, Some(program)) => tinc(site, &program, &self.root),
             (Kind::Yggdrasil, Some(program)) => yggdrasil(site, &program),
-            (Kind::Ours { rules }, _) => ours(site, *rules),
+            (Kind::Clan, _) => clan::start(site),
+            (Kind::Engine { rules }, _) => engine(site, *rules),
             _ => Ok(Network { daemons: Vec::new(), target: CABLE[1].into() }),
         }
     }
 }
 
-fn ours(site: &Site, rules: bool) -> Result<Network, LabError> {
+fn engine(site: &Site, rules: bool) -> Result<Network, LabError> {
     let program = std::env::current_exe().map_err(LabError::io("find this program"))?;
     let mut daemons = Vec::new();
     for own in ENDS {

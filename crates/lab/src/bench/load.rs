@@ -29,14 +29,23 @@ pub(super) struct Sample {
     pub(super) four_back: Throughput,
     /// UDP packets of 64 bytes that arrived, in one second.
     pub(super) small_packets_per_s: f64,
-    /// Round trip of a ping on the idle network, in microseconds.
-    pub(super) ping_mean_us: f64,
-    pub(super) ping_min_us: f64,
+    /// Round trips of pings on the idle network, in microseconds.
+    pub(super) ping: Ping,
     /// The larger of both daemons, in MiB: before any load, and the peak.
     pub(super) idle_mib: f64,
     pub(super) peak_mib: f64,
     /// Load average of the machine when this began.
     pub(super) load: f64,
+}
+
+/// A neighbour who computes delays a few pings by whole slices of the scheduler, milliseconds each: they make the mean, and say
+/// nothing about the network. So the median is shown, and the tail kept.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(super) struct Ping {
+    pub(super) min_us: f64,
+    pub(super) median_us: f64,
+    pub(super) p90_us: f64,
+    pub(super) mean_us: f64,
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -55,7 +64,7 @@ pub(super) fn measure(
 ) -> Result<Sample, LabError> {
     let load = load_average();
     let idle_mib = peak_mib(&network.daemons);
-    let (ping_mean_us, ping_min_us) = ping(site, network)?;
+    let ping = ping(site, network)?;
     interrupted()?;
     let target = network.target.to_string();
     let _server = serve(site, &target)?;
@@ -83,18 +92,7 @@ pub(super) fn measure(
     let arrived = number("/end/sum/packets")? - number("/end/sum/lost_packets")?;
     let small_packets_per_s = arrived / number("/end/sum/seconds")?;
     let peak_mib = peak_mib(&network.daemons);
-    Ok(Sample {
-        one_there,
-        one_back,
-        four_there,
-        four_back,
-        small_packets_per_s,
-        ping_mean_us,
-        ping_min_us,
-        idle_mib,
-        peak_mib,
-        load,
-    })
+    Ok(Sample { one_there, one_back, four_there, four_back, small_packets_per_s, ping, idle_mib, peak_mib, load })
 }
 
 /// Starts the other side of the measurements, and waits until it listens.
@@ -133,17 +131,23 @@ fn unreadable(what: &str) -> LabError {
     LabError::Promise(format!("iperf3's report cannot be understood: {what}"))
 }
 
-/// Mean and least round trip in microseconds.
-fn ping(site: &Site, network: &Network) -> Result<(f64, f64), LabError> {
+fn ping(site: &Site, network: &Network) -> Result<Ping, LabError> {
     let mut command = site.command(0, "ping")?;
-    let text = finished(command.args(["-n", "-q", "-c", "200", "-i", "0.005"]).arg(network.target.to_string()))?;
-    // rtt min/avg/max/mdev = 0.030/0.045/0.190/0.015 ms
-    let times = text.lines().find_map(|line| line.strip_prefix("rtt ")?.split(" = ").nth(1));
-    let numbers: Vec<f64> = times.unwrap_or_default().split(['/', ' ']).filter_map(|word| word.parse().ok()).collect();
-    match numbers.as_slice() {
-        [min, mean, ..] => Ok((mean * 1000.0, min * 1000.0)),
-        _ => Err(LabError::Promise(format!("ping's report cannot be understood: {text}"))),
-    }
+    let text = finished(command.args(["-n", "-c", "200", "-i", "0.005"]).arg(network.target.to_string()))?;
+    round_trips(&text).ok_or_else(|| LabError::Promise(format!("ping's report cannot be understood: {text}")))
+}
+
+/// From lines like `64 bytes from 192.0.2.2: icmp_seq=1 ttl=64 time=0.045 ms`.
+fn round_trips(text: &str) -> Option<Ping> {
+    let time = |line: &str| line.split("time=").nth(1)?.split(' ').next()?.parse::<f64>().ok();
+    let mut times: Vec<f64> = text.lines().filter_map(time).map(|ms| ms * 1000.0).collect();
+    times.sort_by(f64::total_cmp);
+    Some(Ping {
+        min_us: *times.first()?,
+        median_us: *times.get(times.len() / 2)?,
+        p90_us: *times.get(times.len() * 9 / 10)?,
+        mean_us: times.iter().sum::<f64>() / times.len() as f64,
+    })
 }
 
 fn cpu_seconds(daemons: &[Daemon]) -> f64 {
@@ -165,7 +169,22 @@ fn peak_mib(daemons: &[Daemon]) -> f64 {
     peaks.max().unwrap_or(0) as f64 / 1024.0
 }
 
-fn load_average() -> f64 {
+pub(super) fn load_average() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pings_are_read_one_by_one() {
+        let line = |ms: &str| format!("64 bytes from 10.77.0.2: icmp_seq=1 ttl=64 time={ms} ms\n");
+        let text: String = ["0.100", "0.200", "0.300", "4.000"].map(line).concat();
+        let ping = round_trips(&format!("PING 10.77.0.2\n{text}\nrtt min/avg/max/mdev = 1/2/3/4 ms\n")).unwrap();
+        let all = [ping.min_us, ping.median_us, ping.p90_us, ping.mean_us].map(|us| us.round() as u64);
+        assert_eq!(all, [100, 300, 4000, 1150]);
+        assert!(round_trips("PING 10.77.0.2\n").is_none());
+    }
 }

@@ -5,6 +5,7 @@
 //! say something, and only about this machine.
 
 mod candidates;
+mod clan;
 mod end;
 mod load;
 mod report;
@@ -30,6 +31,8 @@ use crate::{Interrupt, LabError, Screen};
 const BASELINE: &str = "wireguard-go";
 /// How long a network may take until its first ping is answered.
 const MEETS_WITHIN: Duration = Duration::from_secs(20);
+/// The load average from which on neighbours disturb.
+const BUSY: f64 = 0.5;
 /// Lets a daemon settle before its memory is read and its speed measured.
 const SETTLE: Duration = Duration::from_millis(500);
 
@@ -65,10 +68,16 @@ pub fn run(config: &BenchConfig, screen: &Screen) -> Result<(), LabError> {
         .collect::<Vec<_>>();
     let missing = candidates.iter().filter(|candidate| !candidate.is_there()).map(|candidate| candidate.name);
     for name in missing {
-        screen.line(&format!("{name} is not here (`scripts/rivals` fetches it), and is left out."));
+        screen.line(&format!("{name} is not here (`make bench-mesh` builds or fetches it), and is left out."));
     }
     if cfg!(debug_assertions) {
         screen.line("This build is not optimised: the numbers mean little. Use `make bench-mesh`.");
+    }
+    let load = load::load_average();
+    if load > BUSY {
+        screen.line(&format!(
+            "This machine is busy (load {load:.1}): pings and ratios say little. Measure when it rests."
+        ));
     }
     let mut measured: Vec<Measured> = candidates
         .iter()

@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::{BASELINE, BenchConfig, load::Sample};
 use crate::{LabError, Screen};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// A quantity: its name in the file, its heading in the table, and how to read it from a sample.
 struct Quantity {
@@ -17,13 +17,14 @@ struct Quantity {
     of: fn(&Sample) -> f64,
 }
 
-const QUANTITIES: [Quantity; 8] = [
+const QUANTITIES: [Quantity; 9] = [
     Quantity { key: "one_there", heading: "1 ->", decimals: 2, of: |s| s.one_there.gbit_per_s },
     Quantity { key: "one_back", heading: "1 <-", decimals: 2, of: |s| s.one_back.gbit_per_s },
     Quantity { key: "four_there", heading: "4 ->", decimals: 2, of: |s| s.four_there.gbit_per_s },
     Quantity { key: "four_back", heading: "4 <-", decimals: 2, of: |s| s.four_back.gbit_per_s },
     Quantity { key: "small_packets_per_s", heading: "64 B/s", decimals: 0, of: |s| s.small_packets_per_s },
-    Quantity { key: "ping_mean_us", heading: "ping us", decimals: 0, of: |s| s.ping_mean_us },
+    Quantity { key: "ping_median_us", heading: "ping us", decimals: 0, of: |s| s.ping.median_us },
+    Quantity { key: "ping_p90_us", heading: "p90 us", decimals: 0, of: |s| s.ping.p90_us },
     Quantity { key: "cpu_s_per_gb", heading: "CPU s/GB", decimals: 2, of: cpu },
     Quantity { key: "peak_mib", heading: "peak MiB", decimals: 1, of: |s| s.peak_mib },
 ];
