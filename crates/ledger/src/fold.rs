@@ -210,6 +210,9 @@ impl Run {
             Standing::Revoked if cut.is_none() => return Err(VoidReason::AuthorRevoked),
             Standing::Revoked | Standing::Good => {}
         }
+        if device.is_spent_link(entry.time().wall) {
+            return Err(VoidReason::LinkExpired);
+        }
         if device.kind == DeviceKind::Recovery
             && !matches!(entry.body(), Body::AddDevice { .. } | Body::RevokeDevice { .. })
         {

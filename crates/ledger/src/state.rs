@@ -7,7 +7,7 @@ use clan_types::{
     PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
 };
 
-use crate::{AccessRule, AuthorId, DeviceKind, Group, Party, VmDescription};
+use crate::{AccessRule, AuthorId, DeviceKind, Group, MAX_AHEAD, Party, VmDescription};
 
 /// Whether a person or a machine is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -75,6 +75,12 @@ impl Device {
     pub fn is_link(&self) -> bool {
         let named = self.name.as_ref().is_some_and(|name| name.as_str().starts_with(clan_types::DEVICE_LINK));
         named && self.kind == DeviceKind::Recovery
+    }
+
+    /// Whether it is such a key, and what it signs at `at` comes too late to count. Whoever lets somebody in looks at their own
+    /// clock, and is stricter by as much as the newcomer's clock may be ahead.
+    pub fn is_spent_link(&self, at: Timestamp) -> bool {
+        self.is_link() && at.since(self.since) > clan_types::DEVICE_LINK_LIFETIME + MAX_AHEAD
     }
 }
 
@@ -223,6 +229,9 @@ pub enum VoidReason {
     /// It came from a recovery key, and is not about its person's devices.
     #[error("a recovery phrase may only add and revoke devices")]
     RecoveryKey,
+    /// It came from the key in a device link whose time was over.
+    #[error("the device link had expired")]
+    LinkExpired,
     /// An admission (or what came with it) that needs an approval and has none yet.
     #[error("nobody has approved the admission yet")]
     NotApproved,

@@ -317,8 +317,11 @@ impl Run {
         if !may(claim.role) {
             return Err(if may(claim.before) { VoidReason::AuthorDemoted } else { VoidReason::NotAllowed });
         }
-        let kind = self.state.devices.get(&claim.device.device()).map(|device| device.kind);
-        if kind == Some(DeviceKind::Recovery) && owner != claim.author {
+        let device = self.state.devices.get(&claim.device.device());
+        if device.is_some_and(|device| device.is_spent_link(claim.at.0.wall)) {
+            return Err(VoidReason::LinkExpired);
+        }
+        if device.is_some_and(|device| device.kind == DeviceKind::Recovery) && owner != claim.author {
             return Err(VoidReason::RecoveryKey);
         }
         // INVARIANT: of two who act against each other, the one whose claim was weighed first stays.

@@ -6,9 +6,10 @@ mod common;
 use std::collections::BTreeSet;
 
 use clan_ledger::{
-    AuthorId, Body, DeviceKind, Entry, EntryError, Node, Party, PortRange, Protocol, Standing, Target, VoidReason,
+    AuthorId, Body, DeviceKind, Entry, EntryError, MAX_AHEAD, Node, Party, PortRange, Protocol, Standing, Target,
+    VoidReason,
 };
-use clan_types::{CertificateHash, EntryId, Hlc, Role, WgPublicKey};
+use clan_types::{CertificateHash, DEVICE_LINK_LIFETIME, EntryId, Hlc, Role, WgPublicKey};
 use common::*;
 
 /// Person 1 is the founder, 2 an owner, 3 an admin, 4 a member, 5 a guest.
@@ -283,6 +284,26 @@ fn devices_are_put_out_by_their_person_and_by_admins_up_to_their_role() {
     assert_eq!(clan.role(4), Some(Role::Member));
     let nobody = clan.say(&key(3), Body::RevokeDevice { device: device(&key(77)), last: None });
     assert_eq!(clan.reason(&nobody), Some(VoidReason::NoSubject));
+}
+
+#[test]
+fn what_the_key_in_a_device_link_signs_after_its_time_is_void() {
+    let mut clan = family();
+    for (n, name) in [(30, "link-30"), (40, "phrase")] {
+        let (id, by) = (clan.ledger.clan(), AuthorId::of(&key(3)));
+        clan.say(&key(3), Body::add_device(&key(n), &id, &by, name.parse().unwrap(), DeviceKind::Recovery));
+    }
+    let in_time = clan.add_device(&key(30), 31, DeviceKind::Device);
+    clan.now += (DEVICE_LINK_LIFETIME + MAX_AHEAD).as_secs() + 1;
+    let late = clan.add_device(&key(30), 32, DeviceKind::Device);
+    let revocation = clan.say(&key(30), clan.ledger.revocation_of_device(&device(&key(3))));
+    let by_phrase = clan.add_device(&key(40), 41, DeviceKind::Device);
+    assert_eq!((clan.reason(&in_time), clan.reason(&by_phrase)), (None, None));
+    for entry in [&late, &revocation] {
+        assert_eq!(clan.reason(entry), Some(VoidReason::LinkExpired));
+    }
+    let good = |n| clan.ledger.state().device_in_good_standing(&device(&key(n))).is_some();
+    assert!(good(3) && good(31) && !good(32) && good(41));
 }
 
 #[test]
