@@ -101,6 +101,8 @@ impl Socket {
         // SAFETY: the vectors point to the packets, which outlive the call and are only read.
         let sent = unsafe { send_message(self.inner.as_raw_fd(), &mut vectors[..count], Some(segment), to) };
         match sent {
+            // Too long for this way (Linux 6.13 and later say so): one by one, they are sent in fragments.
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => self.send(first, to).map(|()| 1),
             // What a device without checksum offload, or an old kernel, says.
             Err(error) if matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL | libc::EOPNOTSUPP)) => {
                 debug!(%error, "the network refuses segmentation; packets are sent one by one");
