@@ -1,7 +1,7 @@
 //! The manager's side of the controller: the channel to it, and the life of the node behind it.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Mutex as SyncMutex, PoisonError},
     time::Duration,
@@ -21,7 +21,7 @@ use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSA
 use iroh::{Endpoint, RelayUrl};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Mutex, Semaphore},
+    sync::{Mutex, Notify, Semaphore},
     task::JoinSet,
     time::timeout,
 };
@@ -35,7 +35,7 @@ use crate::{
     image::ImageServer,
     join::{self, RedeemError},
     mesh::{self, Mesh, MeshPlan},
-    net, own, peer, ping,
+    net, own, peer, ping, pulse,
     relay::{self, Certificate},
     report::{Scope, chain},
     services,
@@ -397,8 +397,9 @@ impl Controller {
         let identity = self.identity();
         let ports = self.host.ports(&self.dir)?;
         let tun = mesh::interface(&self.host.interface(clan), clan, &identity.machine()).await;
-        let patience = self.host.network_patience();
-        let address = timeout(patience, base_address()).await.unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        // A computer changes its network; what the endpoint sends into the tunnel does not get through it.
+        let found = timeout(self.host.network_patience(), base_address()).await.ok();
+        let address = found.filter(|_| self.host.is_guest()).unwrap_or_else(|| own::everywhere(found));
         let external = self.environment.lock().await.quic.clone();
         let bind = SocketAddr::new(address, ports.quic);
         let names = Names::default();
@@ -478,8 +479,11 @@ impl Controller {
                 return Err(error.into());
             }
         };
+        let moved = Arc::new(Notify::new());
+        tasks.spawn(pulse::watch(endpoint.clone(), names.clone(), handle.clone(), moved.clone(), cancel.clone()));
         if !self.host.is_guest() {
-            tasks.spawn(own::follow(endpoint.clone(), ports, mesh.is_some(), handle.clone(), cancel.clone()));
+            let news = own::News { wireguard: mesh.as_ref().map(Mesh::wireguard), moved };
+            tasks.spawn(own::follow(endpoint.clone(), ports, news, handle.clone(), cancel.clone()));
         }
         let words = Arc::new(WordsDesk::new(identity.machine()));
         // Without its endpoint the machine is deaf: the whole controller ends, and systemd starts it afresh.

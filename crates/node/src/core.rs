@@ -115,6 +115,7 @@ enum Command {
         about: &'static str,
         what: Option<String>,
     },
+    Hurry(MachineId),
 }
 
 /// A way to ask the core.
@@ -213,6 +214,11 @@ impl CoreHandle {
     /// Changes what the machine says of itself; a change is announced at once.
     pub(crate) async fn change_own(&self, change: impl FnOnce(&mut Own) + Send + 'static) {
         let _ = self.commands.send(Command::ChangeOwn(Box::new(change))).await;
+    }
+
+    /// Has a machine that is not linked dialled at once, whoever's turn it is.
+    pub(crate) async fn hurry(&self, machine: MachineId) {
+        let _ = self.commands.send(Command::Hurry(machine)).await;
     }
 
     /// Says what needs attention about something, or that nothing does.
@@ -366,6 +372,7 @@ impl Core {
                 change(&mut own);
                 self.replica.handle_own(own, now);
             }
+            Command::Hurry(machine) => self.replica.handle_hurry(machine, now),
             Command::Problem { about, what } => {
                 let before = match what.clone() {
                     Some(what) => self.problems.insert(about, what),

@@ -17,7 +17,7 @@ use clan_os::{
     wireguard::{Carrier, CarrierEnds, Timing, WgPeer, WgPeerStatus, Wireguard, WireguardConfig},
 };
 use clan_types::{ClanId, MachineId, WgPublicKey, mesh_address, peer_address};
-use iroh::endpoint::Connection;
+use iroh::endpoint::{Connection, SendDatagramError};
 use tokio::{
     sync::{
         mpsc::{self, error::TrySendError},
@@ -30,8 +30,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     NodeError, access,
     core::{CoreHandle, View},
+    halves::{Joiner, Splitter},
     host::{self, DNS_PORT, NamesPlan, Pointer},
     identity::Identity,
+    pulse,
     report::chain,
 };
 
@@ -333,6 +335,7 @@ async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToke
     let mut views = core.watch();
     let mut readers: JoinSet<usize> = JoinSet::new();
     let mut reading: BTreeSet<usize> = BTreeSet::new();
+    let mut splitter = Splitter::default();
     loop {
         let links = views.borrow_and_update().links.clone();
         for (machine, connection) in links.iter() {
@@ -361,7 +364,7 @@ async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToke
                     // Without a connection, or with a full one, the packet is lost, as on any network.
                     Some((machine, packet)) => {
                         if let Some(connection) = links.get(&machine) {
-                            let _ = connection.send_datagram(packet);
+                            send(connection, packet, &mut splitter);
                         }
                     }
                     None => return,
@@ -371,8 +374,21 @@ async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToke
     }
 }
 
+fn send(connection: &Connection, packet: Bytes, splitter: &mut Splitter) {
+    let Err(SendDatagramError::TooLarge) = connection.send_datagram(packet.clone()) else { return };
+    let halves = connection.max_datagram_size().and_then(|max| splitter.split(&packet, max));
+    for half in halves.into_iter().flatten() {
+        let _ = connection.send_datagram(half);
+    }
+}
+
 async fn receive(machine: MachineId, connection: Connection, incoming: mpsc::Sender<(MachineId, Bytes)>) -> usize {
-    while let Ok(packet) = connection.read_datagram().await {
+    let mut joiner = Joiner::default();
+    while let Ok(datagram) = connection.read_datagram().await {
+        if pulse::is_question(&datagram) {
+            continue;
+        }
+        let Some(packet) = joiner.join(datagram) else { continue };
         if let Err(TrySendError::Closed(_)) = incoming.try_send((machine, packet)) {
             break;
         }

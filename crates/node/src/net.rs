@@ -22,8 +22,8 @@ const DISCOVERY: Duration = Duration::from_secs(3);
 /// Strangers, and machines, that may be in conversation at once; more are refused, not queued.
 const MAX_CONNECTIONS: usize = 256;
 
-/// Opens the endpoint. `bind` names the address of the base network: bound to everything, the endpoint would offer our
-/// own tunnel as a path.
+/// Opens the endpoint. Bound to all addresses it offers our own tunnel as a path, too: [`clan_os::wireguard`] keeps its
+/// packets out of there.
 pub(crate) async fn endpoint(
     key: SecretKey,
     bind: SocketAddr,

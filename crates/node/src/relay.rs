@@ -8,6 +8,7 @@
 
 mod access;
 mod certificate;
+mod health;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -19,7 +20,7 @@ use clan_types::{MachineId, MachineName, RelayAddr};
 use iroh::{Endpoint, RelayUrl};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::certificate::Certificate;
+pub(crate) use self::{certificate::Certificate, health::Health};
 use crate::core::{CoreHandle, View};
 
 /// A relay that cannot listen is tried again after this long: its port may become free.
@@ -44,6 +45,16 @@ pub(crate) fn urls(view: &View) -> Vec<RelayUrl> {
 pub(crate) fn machine_at(view: &View, url: &RelayUrl) -> Option<MachineName> {
     let (machine, _) = known(view).into_iter().find(|(_, relay)| url_of(relay).as_ref() == Some(url))?;
     Some(view.state.machine_in_good_standing(&machine)?.name.clone())
+}
+
+/// Makes the endpoint look at once which relays it reaches; by itself it does so every half minute.
+pub(crate) async fn look_again(endpoint: &Endpoint, view: &View) {
+    for (machine, relay) in known(view) {
+        if let Some(url) = url_of(&relay) {
+            // Nothing changes, but it looks.
+            clan_relay::insert(endpoint, url, &relay, machine == view.machine, None).await;
+        }
+    }
 }
 
 /// Keeps the endpoint's relays those that the ledger names, until cancelled; `introduced` are those it has already.

@@ -5,9 +5,9 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use futures_util::TryStreamExt;
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use rtnetlink::{
-    Handle, RouteMessageBuilder,
+    Handle, MulticastGroup, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
         address::{AddressAttribute, AddressHeaderFlags},
@@ -30,17 +30,20 @@ pub enum AddressesError {
 /// Addresses of interfaces that are up, neither loopback nor TUN; link-local ones are left out. Ordered.
 pub async fn local() -> Result<Vec<IpAddr>, AddressesError> {
     let kernel = connect()?;
-    let mut addresses: Vec<_> = by_interface(&kernel).await?.into_values().flatten().collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    Ok(addresses)
+    Ok(sorted(by_interface(&kernel, false).await?))
+}
+
+/// Addresses of TUN interfaces, the clan's own and others', that are up. Ordered.
+pub async fn inside_tunnels() -> Result<Vec<IpAddr>, AddressesError> {
+    let kernel = connect()?;
+    Ok(sorted(by_interface(&kernel, true).await?))
 }
 
 /// At most one IPv4 and one IPv6 address to bind to, in this order, such that nothing sent from there takes the clan's
 /// own device: of the interface with the default route, else of the first that has one.
 pub async fn physical() -> Result<Vec<IpAddr>, AddressesError> {
     let kernel = connect()?;
-    let interfaces = by_interface(&kernel).await?;
+    let interfaces = by_interface(&kernel, false).await?;
     let mut chosen = Vec::new();
     for v4 in [true, false] {
         let default = default_interface(&kernel, v4, &interfaces).await?;
@@ -50,6 +53,35 @@ pub async fn physical() -> Result<Vec<IpAddr>, AddressesError> {
     Ok(chosen)
 }
 
+/// Tells of changes of interfaces, addresses and routes.
+pub struct Changes(futures_util::stream::BoxStream<'static, ()>);
+
+/// Listens for changes. Ends with its last use.
+pub fn changes() -> Result<Changes, AddressesError> {
+    let groups = [
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+    ];
+    let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups).map_err(AddressesError::Connect)?;
+    // Ends by itself when nobody listens any more.
+    tokio::spawn(connection);
+    Ok(Changes(messages.map(drop).boxed()))
+}
+
+impl Changes {
+    /// Waits for the next change, or a number of them; for ever if the kernel tells no more.
+    pub async fn next(&mut self) {
+        match self.0.next().await {
+            // What came with it needs no look of its own.
+            Some(()) => while self.0.next().now_or_never().flatten().is_some() {},
+            None => std::future::pending().await,
+        }
+    }
+}
+
 fn connect() -> Result<Handle, AddressesError> {
     let (connection, handle, _) = rtnetlink::new_connection().map_err(AddressesError::Connect)?;
     // Ends by itself when the handle is dropped.
@@ -57,8 +89,15 @@ fn connect() -> Result<Handle, AddressesError> {
     Ok(handle)
 }
 
-/// Addresses worth telling others, by interface index.
-async fn by_interface(kernel: &Handle) -> Result<BTreeMap<u32, Vec<IpAddr>>, AddressesError> {
+fn sorted(interfaces: BTreeMap<u32, Vec<IpAddr>>) -> Vec<IpAddr> {
+    let mut addresses: Vec<_> = interfaces.into_values().flatten().collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    addresses
+}
+
+/// Addresses of which others could make use, by interface index: of TUN interfaces, or of all others.
+async fn by_interface(kernel: &Handle, tunnels: bool) -> Result<BTreeMap<u32, Vec<IpAddr>>, AddressesError> {
     let mut interfaces = BTreeMap::new();
     let mut links = kernel.link().get().execute();
     while let Some(link) = links.try_next().await.map_err(AddressesError::List)? {
@@ -67,7 +106,10 @@ async fn by_interface(kernel: &Handle) -> Result<BTreeMap<u32, Vec<IpAddr>>, Add
                 .attributes
                 .iter()
                 .any(|a| matches!(a, LinkAttribute::LinkInfo(infos) if infos.contains(&LinkInfo::Kind(InfoKind::Tun))));
-        if link.header.flags.contains(LinkFlags::Up) && !link.header.flags.contains(LinkFlags::Loopback) && !tunnel {
+        if link.header.flags.contains(LinkFlags::Up)
+            && !link.header.flags.contains(LinkFlags::Loopback)
+            && tunnel == tunnels
+        {
             interfaces.insert(link.header.index, Vec::new());
         }
     }

@@ -18,7 +18,7 @@ use iroh::{
 };
 use iroh_relay::RelayQuicConfig;
 
-pub use names::{Names, Place, hash_of, url_of, verifier};
+pub use names::{Names, Place, certificate_of, hash_of, url_of, verifier};
 
 /// INVARIANT: an endpoint uses no more relays than this.
 pub const MAX_RELAYS: usize = 8;

@@ -1,7 +1,7 @@
 //! Names of relays: how the endpoint finds one, and how it knows that it is the right one.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::{Arc, PoisonError, RwLock},
@@ -21,6 +21,7 @@ use rustls::{
     crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
+use tokio::sync::watch;
 
 /// No DNS ever answers for it (RFC 6761 section 6.4).
 const DOMAIN: &str = ".relay.invalid";
@@ -43,6 +44,11 @@ fn name_of(certificate: &CertificateHash) -> String {
 /// 52 characters for 32 bytes: a DNS label has room for 63.
 const LABEL: Encoding = BASE32_NOPAD;
 
+/// The certificate that a relay's name inside an endpoint is made of.
+pub fn certificate_of(url: &RelayUrl) -> Option<CertificateHash> {
+    certificate_in(url.host_str()?)
+}
+
 fn certificate_in(name: &str) -> Option<CertificateHash> {
     let label = name.trim_end_matches('.').to_ascii_uppercase();
     let label = label.strip_suffix(&DOMAIN.to_ascii_uppercase())?;
@@ -63,6 +69,8 @@ pub enum Place {
 #[derive(Debug, Clone)]
 pub struct Names {
     places: Arc<RwLock<BTreeMap<String, Place>>>,
+    /// Who is not answered for now; see [`Names::hold_back`].
+    held_back: Arc<watch::Sender<BTreeSet<String>>>,
     system: DnsResolver,
 }
 
@@ -70,7 +78,7 @@ impl Default for Names {
     fn default() -> Self {
         // INVARIANT: nobody's servers are asked but those that the computer asks anyway.
         let system = DnsResolver::builder().with_system_defaults().with_fallback_mode(FallbackMode::Never).build();
-        Self { places: Arc::default(), system }
+        Self { places: Arc::default(), held_back: Arc::new(watch::Sender::default()), system }
     }
 }
 
@@ -78,6 +86,25 @@ impl Names {
     /// Says where a relay is.
     pub fn set(&self, certificate: &CertificateHash, place: Place) {
         self.places.write().unwrap_or_else(PoisonError::into_inner).insert(name_of(certificate), place);
+    }
+
+    /// Says which relays are out of reach: whoever asks for one of them waits until it is not, or until their patience ends.
+    ///
+    /// The endpoint passes the packets for all relays through one queue, which is emptied while it waits for a relay, but not while
+    /// it pauses after one that refused it: so a dead relay must not refuse.
+    pub fn hold_back(&self, certificates: &[CertificateHash]) {
+        let held: BTreeSet<String> = certificates.iter().map(name_of).collect();
+        self.held_back.send_if_modified(|old| {
+            let changed = *old != held;
+            *old = held;
+            changed
+        });
+    }
+
+    async fn wait_for(&self, name: &str) {
+        let name = name.trim_end_matches('.');
+        // Fails if nobody can say anything any more, which cannot be while this is here.
+        let _ = self.held_back.subscribe().wait_for(|held| !held.contains(name)).await;
     }
 
     /// For the endpoint.
@@ -100,6 +127,7 @@ impl Resolver for Names {
     fn lookup_ipv4(&self, host: String) -> Answer<Ipv4Addr> {
         let this = self.clone();
         Box::pin(async move {
+            this.wait_for(&host).await;
             let all = match this.place(&host) {
                 Some(Place::Loopback) => vec![Ipv4Addr::LOCALHOST.into()],
                 Some(Place::Host(host)) => match host.ip() {
@@ -115,6 +143,7 @@ impl Resolver for Names {
     fn lookup_ipv6(&self, host: String) -> Answer<Ipv6Addr> {
         let this = self.clone();
         Box::pin(async move {
+            this.wait_for(&host).await;
             let all = match this.place(&host) {
                 Some(Place::Host(host)) => match host.ip() {
                     Some(ip) => vec![ip],
@@ -218,5 +247,12 @@ mod tests {
         assert_eq!(ask(here).await, [IpAddr::V4(Ipv4Addr::LOCALHOST)]);
         assert_eq!(ask(there).await, ["2001:db8::7".parse::<IpAddr>().unwrap()]);
         assert!(ask(unknown).await.is_empty());
+
+        names.hold_back(&[there]);
+        let (asked, ()) = tokio::join!(ask(there), async {
+            tokio::task::yield_now().await;
+            names.hold_back(&[]);
+        });
+        assert_eq!(asked, ["2001:db8::7".parse::<IpAddr>().unwrap()]);
     }
 }

@@ -61,6 +61,11 @@ impl Dialer {
         due
     }
 
+    /// An attempt is due now, even if it is the other one's turn.
+    pub(crate) fn hurry(&mut self, machine: MachineId, at: Duration) {
+        self.waiting.insert(machine, Backoff::new(at, true));
+    }
+
     pub(crate) fn ended(&mut self, machine: &MachineId) {
         self.running.remove(machine);
     }
@@ -90,6 +95,14 @@ mod tests {
         assert_eq!(poll(&mut high, 0, HIGH, false), []);
         assert_eq!(high.next(), Some(COURTESY));
         assert_eq!(poll(&mut high, 6, HIGH, false), [LOW]);
+    }
+
+    #[test]
+    fn whoever_is_in_a_hurry_does_not_wait_for_the_other() {
+        let mut high = Dialer::default();
+        assert_eq!(poll(&mut high, 0, HIGH, false), []);
+        high.hurry(LOW, Duration::from_secs(1));
+        assert_eq!(poll(&mut high, 1, HIGH, false), [LOW]);
     }
 
     #[test]

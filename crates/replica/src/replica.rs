@@ -93,6 +93,7 @@ enum Input {
     Linked { machine: MachineId, link: LinkId, vector: Vector },
     Unlinked { link: LinkId },
     DialEnded { machine: MachineId },
+    Hurry { machine: MachineId },
     Own(Own),
     Timeout,
 }
@@ -204,6 +205,12 @@ impl Replica {
     /// What [`Action::Dial`] began has ended.
     pub fn handle_dial_ended(&mut self, machine: MachineId, now: Now) {
         self.handle(Input::DialEnded { machine }, now);
+    }
+
+    /// A machine that is not linked shall be dialled now, whoever's turn it is: this end knows, and the other does not, that
+    /// their connection is gone.
+    pub fn handle_hurry(&mut self, machine: MachineId, now: Now) {
+        self.handle(Input::Hurry { machine }, now);
     }
 
     /// Changes what the machine says of itself; a change is announced at once.
@@ -415,6 +422,10 @@ impl Replica {
             }
             Input::DialEnded { machine } => {
                 self.dialer.ended(&machine);
+                self.look_around = true;
+            }
+            Input::Hurry { machine } => {
+                self.dialer.hurry(machine, now.at);
                 self.look_around = true;
             }
             Input::Own(own) => {

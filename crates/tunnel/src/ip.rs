@@ -34,6 +34,20 @@ pub fn addresses(packet: &[u8]) -> Option<Addresses> {
     }
 }
 
+/// The UDP port that a packet is sent from; `None` if it is not UDP, or not the beginning of a datagram.
+#[inline]
+pub fn udp_source(packet: &[u8]) -> Option<u16> {
+    const UDP: u8 = 17;
+    let at = match packet.first()? >> 4 {
+        4 if packet.get(9) == Some(&UDP) && packet.get(6)? & 0x1f == 0 && packet.get(7) == Some(&0) => {
+            usize::from(packet[0] & 0x0f) * 4
+        }
+        6 if packet.get(6) == Some(&UDP) => 40,
+        _ => return None,
+    };
+    Some(u16::from_be_bytes(packet.get(at..at + 2)?.try_into().ok()?))
+}
+
 /// Takes one from the number of hops that a packet may still make. False if it may make none, or is none of IP.
 pub fn hop(packet: &mut [u8]) -> bool {
     match packet.first().map(|byte| byte >> 4) {
@@ -122,5 +136,29 @@ mod tests {
         assert_eq!((found.destination, found.length), ("::1".parse().unwrap(), 48));
         assert_eq!(addresses(&v6[..39]), None);
         assert_eq!(addresses(&[]), None);
+    }
+
+    #[test]
+    fn the_port_of_a_datagram_is_read_with_bounds() {
+        let mut v6 = [0; 48];
+        (v6[0], v6[6]) = (0x60, 17);
+        v6[40..42].copy_from_slice(&41640u16.to_be_bytes());
+        assert_eq!(udp_source(&v6), Some(41640));
+        assert_eq!(udp_source(&v6[..41]), None);
+        v6[6] = 6;
+        assert_eq!(udp_source(&v6), None, "TCP");
+        let mut v4 = [0; 32];
+        (v4[0], v4[9]) = (0x46, 17);
+        v4[24..26].copy_from_slice(&7u16.to_be_bytes());
+        assert_eq!(udp_source(&v4), Some(7), "options are skipped");
+        v4[7] = 1;
+        assert_eq!(udp_source(&v4), None, "a later fragment has no ports");
+    }
+
+    proptest! {
+        #[test]
+        fn reading_ports_of_anything_never_panics(bytes in prop::collection::vec(any::<u8>(), 0..64)) {
+            let _ = udp_source(&bytes);
+        }
     }
 }

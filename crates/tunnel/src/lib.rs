@@ -14,6 +14,6 @@ mod peer;
 mod probe;
 mod rng;
 
-pub use paths::{Paths, Transmit};
+pub use paths::{MAX_OBSERVED, Paths, Transmit};
 pub use peer::{LOST_AFTER, MAX_CANDIDATES, PathChange, PathChoice};
 pub use probe::{PROBE_LEN, ProbeKey, is_probe};

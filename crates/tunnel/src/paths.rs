@@ -1,6 +1,7 @@
 //! The paths to all peers.
 
 use std::{
+    cmp::Reverse,
     collections::{BTreeMap, VecDeque},
     net::SocketAddr,
     time::Duration,
@@ -10,7 +11,7 @@ use clan_types::MachineId;
 
 use crate::{
     peer::{PathChange, PathChoice, Peer, canonical},
-    probe::{Probe, ProbeKey, tag_of},
+    probe::{Probe, ProbeKey, network_of, tag_of},
     rng::Rng,
 };
 
@@ -23,9 +24,14 @@ pub struct Transmit {
     pub bytes: Vec<u8>,
 }
 
+/// INVARIANT: no more own addresses than this are told to others, however many peers say how they see this machine.
+pub const MAX_OBSERVED: usize = 4;
+
 /// The paths to all peers of one machine.
 pub struct Paths {
     local: MachineId,
+    /// Which network this machine is in, as it tells its peers.
+    network: u8,
     rng: Rng,
     peers: BTreeMap<MachineId, Peer>,
     by_tag: BTreeMap<[u8; 8], MachineId>,
@@ -40,6 +46,7 @@ impl Paths {
     pub fn new(local: MachineId, seed: [u8; 32]) -> Self {
         Self {
             local,
+            network: 0,
             rng: Rng::new(seed),
             peers: BTreeMap::new(),
             by_tag: BTreeMap::new(),
@@ -83,6 +90,28 @@ impl Paths {
         self.peers.get_mut(&peer).is_some_and(|known| known.note_traffic(now))
     }
 
+    /// Says that this machine is in another network now: no address has proven itself there. Peers are told, and asked.
+    pub fn moved(&mut self, now: Duration) {
+        self.network = self.network.wrapping_add(1);
+        for (id, peer) in &mut self.peers {
+            let had = peer.used();
+            peer.moved(now);
+            if peer.used() != had {
+                self.changes.push_back(PathChange { peer: *id, path: peer.path(now) });
+            }
+        }
+    }
+
+    /// Says that a packet of `peer` came inside the carrier; who speaks there was proven by whoever runs it. True if
+    /// [`Self::next_timeout`] may have moved.
+    pub fn note_carried(&mut self, peer: MachineId, now: Duration) -> bool {
+        let doubted = self.peers.get_mut(&peer).is_some_and(|known| known.doubt(now));
+        if doubted {
+            self.changes.push_back(PathChange { peer, path: PathChoice::Carrier });
+        }
+        doubted
+    }
+
     /// Takes a datagram that [`crate::is_probe`], and returns the reply to send at once. Whatever is not an authentic
     /// probe of a peer is ignored without a reply.
     pub fn handle_probe(&mut self, src: SocketAddr, bytes: &[u8], now: Duration) -> Option<Transmit> {
@@ -99,6 +128,8 @@ impl Paths {
                 if !peer.on_echo(src, echo, now) {
                     return None;
                 }
+                // INVARIANT: a move is believed only with the echo of a fresh nonce, so no recording can feign one.
+                peer.on_network(src, network_of(bytes));
                 peer.observed = Some(canonical(observed));
                 Some(Probe::Confirm { echo: nonce, observed: src })
             }
@@ -106,11 +137,14 @@ impl Paths {
                 if !peer.on_echo(src, echo, now) {
                     return None;
                 }
+                // INVARIANT: a move is believed only with the echo of a fresh nonce, so no recording can feign one.
+                peer.on_network(src, network_of(bytes));
                 peer.observed = Some(canonical(observed));
                 None
             }
         };
-        let reply = reply.map(|probe| Transmit { to: src, bytes: probe.encode(&peer.key, &self.local, &id) });
+        let reply =
+            reply.map(|probe| Transmit { to: src, bytes: probe.encode(&peer.key, &self.local, &id, self.network) });
         let proven = peer.is_proven(src);
         if peer.used() != before {
             self.changes.push_back(PathChange { peer: id, path: peer.path(now) });
@@ -137,8 +171,10 @@ impl Paths {
             handled.push(*id);
             let had = peer.used();
             for (to, nonce) in peer.handle_timeout(&mut self.rng, now) {
-                self.transmits
-                    .push_back(Transmit { to, bytes: Probe::Request { nonce }.encode(&peer.key, &self.local, id) });
+                self.transmits.push_back(Transmit {
+                    to,
+                    bytes: Probe::Request { nonce }.encode(&peer.key, &self.local, id, self.network),
+                });
             }
             if peer.used() != had {
                 changes.push(PathChange { peer: *id, path: peer.path(now) });
@@ -175,11 +211,18 @@ impl Paths {
         self.by_addr.get(&canonical(src)).copied()
     }
 
-    /// This machine's own addresses as peers see them.
+    /// This machine's own addresses as peers see them, at most [`MAX_OBSERVED`]: those that most peers see, for behind a
+    /// router without a dependable mapping each peer sees another.
     pub fn observed(&self) -> Vec<SocketAddr> {
-        let mut observed: Vec<_> = self.peers.values().filter_map(|p| p.observed).collect();
+        let mut seen: BTreeMap<SocketAddr, usize> = BTreeMap::new();
+        for addr in self.peers.values().filter_map(|p| p.observed) {
+            *seen.entry(addr).or_default() += 1;
+        }
+        let mut seen: Vec<(Reverse<usize>, SocketAddr)> =
+            seen.into_iter().map(|(addr, by)| (Reverse(by), addr)).collect();
+        seen.sort_unstable();
+        let mut observed: Vec<SocketAddr> = seen.into_iter().take(MAX_OBSERVED).map(|(_, addr)| addr).collect();
         observed.sort_unstable();
-        observed.dedup();
         observed
     }
 

@@ -34,6 +34,8 @@ const BUSY_FOR: Duration = Duration::from_secs(5);
 const FORGET_AFTER: Duration = Duration::from_secs(300);
 /// Another path must be at least this much faster before it replaces the one in use.
 const WORTHWHILE: Duration = Duration::from_millis(1);
+/// What comes inside the carrier so soon after a direct path was proven had been sent before.
+const STRAGGLING: Duration = Duration::from_millis(250);
 const MAX_OUTSTANDING: usize = 8;
 
 /// How packets to a peer travel.
@@ -132,6 +134,8 @@ pub(crate) struct Peer {
     busy_since: Duration,
     /// Our own address, as the peer sees it.
     pub(crate) observed: Option<SocketAddr>,
+    /// Which network the peer was in when it last proved an address.
+    network: Option<u8>,
 }
 
 impl Peer {
@@ -145,6 +149,7 @@ impl Peer {
             last_traffic: None,
             busy_since: Duration::ZERO,
             observed: None,
+            network: None,
         }
     }
 
@@ -271,6 +276,38 @@ impl Peer {
         };
         candidate.next_probe = Some(now + interval);
         self.consider(src, busy, now);
+        true
+    }
+
+    /// The peer has just proven `src`, and says which network it is in. If it has moved, nothing else that it proved
+    /// holds any longer.
+    pub(crate) fn on_network(&mut self, src: SocketAddr, network: u8) {
+        if self.network.replace(network).is_some_and(|old| old != network) {
+            self.candidates.iter_mut().filter(|c| c.addr != src).for_each(Candidate::disprove);
+            self.active = Some(src);
+        }
+    }
+
+    /// This machine has moved: every address has to prove itself again, at once.
+    pub(crate) fn moved(&mut self, now: Duration) {
+        self.active = None;
+        self.observed = None;
+        for candidate in &mut self.candidates {
+            candidate.disprove();
+            candidate.backoff = RETRY;
+            candidate.next_probe = Some(now);
+        }
+    }
+
+    /// The peer sends inside the carrier, so it has no direct path, and perhaps never again this one: it has moved, mostly.
+    /// The carrier evidently works; the direct path may prove itself again. True if it has been left.
+    pub(crate) fn doubt(&mut self, now: Duration) -> bool {
+        let Some(active) = self.active_candidate() else { return false };
+        if active.answered.is_some_and(|at| now < at + STRAGGLING) {
+            return false;
+        }
+        self.active = None;
+        self.candidates.iter_mut().for_each(|candidate| candidate.hurry(now));
         true
     }
 

@@ -4,7 +4,7 @@
 //! 0      magic 0xC1 (WireGuard packets start with 1, 2, 3 or 4)
 //! 1      version 1
 //! 2      kind: 1 request, 2 answer, 3 confirmation
-//! 3      0
+//! 3      which network the sender is in: another number than before means that it has moved
 //! 4..12  tag of the pair of machines: says which key to check with, and nothing to others
 //! 12..28 nonce of the sender; 0 in a confirmation
 //! 28..44 nonce that is answered; 0 in a request
@@ -87,15 +87,20 @@ pub(crate) fn tag_of(bytes: &[u8]) -> Option<[u8; 8]> {
     well_formed.then(|| bytes[4..12].try_into().ok()).flatten()
 }
 
+/// The network that the sender of a probe is in; to be believed once the probe was decoded.
+pub(crate) fn network_of(bytes: &[u8]) -> u8 {
+    bytes.get(3).copied().unwrap_or_default()
+}
+
 impl Probe {
-    pub(crate) fn encode(&self, key: &ProbeKey, from: &MachineId, to: &MachineId) -> Vec<u8> {
+    pub(crate) fn encode(&self, key: &ProbeKey, from: &MachineId, to: &MachineId, network: u8) -> Vec<u8> {
         let (kind, nonce, echo, observed) = match self {
             Self::Request { nonce } => (1, *nonce, [0; 16], None),
             Self::Answer { nonce, echo, observed } => (2, *nonce, *echo, Some(observed)),
             Self::Confirm { echo, observed } => (3, [0; 16], *echo, Some(observed)),
         };
         let mut bytes = vec![0; PROBE_LEN];
-        bytes[..3].copy_from_slice(&[MAGIC, VERSION, kind]);
+        bytes[..4].copy_from_slice(&[MAGIC, VERSION, kind, network]);
         bytes[4..12].copy_from_slice(&key.tag());
         bytes[12..28].copy_from_slice(&nonce);
         bytes[28..44].copy_from_slice(&echo);
@@ -155,7 +160,7 @@ mod tests {
                 Probe::Answer { nonce: [1; 16], echo: [2; 16], observed },
                 Probe::Confirm { echo: [2; 16], observed },
             ] {
-                let bytes = probe.encode(&key(), &A, &B);
+                let bytes = probe.encode(&key(), &A, &B, 7);
                 assert_eq!(bytes.len(), PROBE_LEN);
                 assert!(is_probe(&bytes));
                 assert_eq!(tag_of(&bytes), Some(key().tag()));
@@ -166,7 +171,7 @@ mod tests {
 
     #[test]
     fn a_reflected_probe_is_not_authentic() {
-        let bytes = Probe::Request { nonce: [1; 16] }.encode(&key(), &A, &B);
+        let bytes = Probe::Request { nonce: [1; 16] }.encode(&key(), &A, &B, 7);
         assert_eq!(Probe::decode(&bytes, &key(), &B, &A), None);
     }
 
@@ -180,7 +185,7 @@ mod tests {
     proptest! {
         #[test]
         fn a_changed_byte_is_noticed(at in 0..PROBE_LEN, by in 1u8..) {
-            let mut bytes = Probe::Request { nonce: [1; 16] }.encode(&key(), &A, &B);
+            let mut bytes = Probe::Request { nonce: [1; 16] }.encode(&key(), &A, &B, 7);
             bytes[at] ^= by;
             prop_assert!(tag_of(&bytes) != Some(key().tag()) || Probe::decode(&bytes, &key(), &A, &B).is_none());
         }

@@ -486,3 +486,57 @@ proptest! {
         prop_assert!(net.run(net.now + 6 * S, Net::both_direct), "a healed network is used again");
     }
 }
+
+#[test]
+fn a_machine_that_moved_is_reached_at_its_new_address_within_two_round_trips() {
+    let mut net = Net::pair(
+        Node::new(1, Nat::Restricted, &["10.0.0.1:9"]),
+        Node::new(2, Nat::None, &["203.0.113.200:9"]),
+        (true, false),
+    );
+    assert!(net.run(20 * S, |net| net.direct(0, 1).is_some() && net.direct(1, 0).is_some()));
+    let old = net.direct(1, 0).unwrap();
+    let recorded = net.recorded.clone();
+
+    // Another router, another address: nothing reaches the old one any more.
+    net.nodes[0].outside = Ipv4Addr::new(203, 0, 113, 77);
+    net.nodes[0].mappings.clear();
+    net.nodes[0].opened.clear();
+    let now = net.now;
+    net.nodes[0].paths.moved(now);
+    assert_eq!(net.direct(0, 1), None, "nothing is proven in the new network");
+    let moved = |net: &Net| net.direct(1, 0).is_some_and(|at| at.ip() == Ipv4Addr::new(203, 0, 113, 77));
+    assert!(net.run(now + 80 * MS, |net| moved(net) && net.direct(0, 1).is_some()), "too slow");
+
+    // Whoever recorded what was said before cannot send it back there.
+    for bytes in recorded {
+        net.deliver(1, old, &bytes);
+    }
+    assert!(moved(&net));
+}
+
+#[test]
+fn whoever_speaks_through_the_carrier_is_answered_there_until_the_direct_path_proves_itself_again() {
+    let mut net = Net::pair(
+        Node::new(1, Nat::None, &["203.0.113.1:9"]),
+        Node::new(2, Nat::None, &["203.0.113.2:9"]),
+        (true, true),
+    );
+    assert!(net.run(20 * S, |net| net.direct(0, 1).is_some() && net.direct(1, 0).is_some()));
+    let (peer, now) = (net.nodes[0].id, net.now);
+    assert!(!net.nodes[1].paths.note_carried(peer, now), "sent before the direct path was proven");
+    assert!(net.direct(1, 0).is_some());
+
+    net.run(now + 5 * S, |_| false);
+    net.cut.insert(203);
+    // Past the last answer that may still be on its way.
+    let now = net.now;
+    net.run(now + 300 * MS, |_| false);
+    let now = net.now;
+    assert!(net.nodes[1].paths.note_carried(peer, now));
+    assert_eq!(net.direct(1, 0), None, "at once, not only when probes have gone unanswered for seconds");
+    assert!(!net.nodes[1].paths.note_carried(peer, now), "once is enough");
+
+    net.cut.clear();
+    assert!(net.run(now + 2 * S, |net| net.direct(1, 0).is_some()), "a path that still works is used again");
+}

@@ -14,7 +14,10 @@ use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError, RwLock,
+        atomic::{AtomicU16, Ordering},
+    },
     time::Duration,
 };
 
@@ -125,6 +128,8 @@ pub(crate) struct Engine {
     filters: Mutex<Filters>,
     /// Tells the prober that its next moment may have come nearer.
     pub(crate) wake: Notify,
+    /// UDP port whose packets have no business in the tunnel, beside the socket's own; 0: none.
+    pub(crate) outside_port: AtomicU16,
     /// Readable once the threads shall end.
     stop: OwnedFd,
 }
@@ -154,8 +159,15 @@ impl Engine {
             timing,
             filters: Mutex::default(),
             wake: Notify::new(),
+            outside_port: AtomicU16::new(0),
             stop: rustix::event::eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?,
         })
+    }
+
+    /// Whether a packet that an application sent, as it seems, is really one that carries the tunnel.
+    pub(crate) fn is_carrier(&self, packet: &[u8]) -> bool {
+        let outside = self.outside_port.load(Ordering::Relaxed);
+        clan_tunnel::ip::udp_source(packet).is_some_and(|port| port == outside)
     }
 
     /// A peer without sessions.

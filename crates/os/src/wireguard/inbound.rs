@@ -70,7 +70,11 @@ pub(super) async fn run_carrier(
             count = incoming.recv_many(&mut batch, BATCH) => if count == 0 { return },
         }
         inbound.begin();
+        let mut speaker = None;
         for (peer, packet) in batch.drain(..) {
+            if speaker.replace(peer) != Some(peer) && engine.directory.note_carried(peer) {
+                engine.wake.notify_one();
+            }
             let source = Source::Carrier(peer);
             // Probes have no business on the carrier.
             if packet.len() <= MAX_PACKET

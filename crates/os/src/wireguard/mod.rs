@@ -14,7 +14,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
     thread,
     time::Duration,
 };
@@ -355,6 +355,24 @@ impl Wireguard {
     /// The bound UDP port.
     pub fn udp_port(&self) -> u16 {
         self.udp_port
+    }
+
+    /// Says that the machine's addresses on the base network have changed: every path is proven anew, at once.
+    pub fn moved(&self) {
+        if let Some(running) = self.running().as_ref() {
+            let engine = &running.engine;
+            let now = engine.directory.now();
+            engine.directory.lock().moved(now);
+            engine.wake.notify_one();
+        }
+    }
+
+    /// Keeps what is sent from this UDP port out of the tunnel: a connection that carries the tunnel's packets must not
+    /// choose the tunnel for itself.
+    pub fn keep_outside(&self, port: u16) {
+        if let Some(running) = self.running().as_ref() {
+            running.engine.outside_port.store(port, Ordering::Relaxed);
+        }
     }
 
     /// Own UDP addresses as peers see them: candidates to publish, beside the local ones.

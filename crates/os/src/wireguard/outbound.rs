@@ -52,6 +52,9 @@ struct Outbound<'a> {
 impl Outbound<'_> {
     fn take(&mut self, offload: Offload, packet: &mut [u8]) {
         let Some(destination) = ip::addresses(packet).map(|addresses| addresses.destination) else { return };
+        if self.engine.is_carrier(packet) {
+            return;
+        }
         let Some(member) = self.engine.table().by_address.get(&destination).cloned() else { return };
         self.engine.filters().outbound(None, packet, self.engine.directory.now());
         if self.to.as_ref().is_none_or(|to| !Arc::ptr_eq(to, &member)) {

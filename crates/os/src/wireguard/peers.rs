@@ -82,6 +82,12 @@ impl Directory {
         self.paths.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// A packet of a peer came inside the carrier; whether the prober must look again.
+    pub(crate) fn note_carried(&self, peer: MachineId) -> bool {
+        let now = self.now();
+        self.lock().note_carried(peer, now)
+    }
+
     /// How to send to a peer now; whether the prober must look again.
     pub(crate) fn route(&self, peer: MachineId) -> (Route, bool) {
         let now = self.now();
