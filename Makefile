@@ -7,7 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Lets cargo-nextest run the lab's tests with root's rights where it has none itself.
 RUNNER := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env")
 
-.PHONY: run lab sim fuzz stop web clean-lab test lint bench bench-mesh install deps build help
+.PHONY: run lab lab-matrix sim fuzz stop web clean-lab test lint bench bench-mesh install deps build help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +17,9 @@ run: deps build  ## two people, two computers, one clan; Ctrl-C ends it
 
 lab: deps build  ## five computers without virtual machines, behind routers; a table of how fast; Ctrl-C ends it
 	@$(SUDO) $(BIN)/clan-lab five
+
+lab-matrix: deps build  ## every kind of router against every other, twice; writes docs/reachability.md
+	@$(SUDO) $(BIN)/clan-lab --prefix clan-matrix matrix --out docs/reachability.md
 
 stop:  ## end what `make run` and `make lab` started, whatever state it is in
 	@if [ -x $(BIN)/clan-lab ]; then $(SUDO) $(BIN)/clan-lab stop; else echo 'Nothing was built, so nothing runs.'; fi

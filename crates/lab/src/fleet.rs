@@ -387,6 +387,8 @@ impl Computer {
         let log = open_log(&path, &self.place.account)?;
         let also = log.try_clone().map_err(LabError::io("share a daemon's log"))?;
         command.env("NO_COLOR", "1").stdin(Stdio::null()).stdout(log).stderr(also);
+        // For whoever looks for a fault.
+        command.envs(std::env::var_os("CLAN_LOG").map(|filter| ("CLAN_LOG", filter)));
         let mut child = command.spawn().map_err(LabError::io(format!("start the {kind} of {}", self.name)))?;
         let began = Instant::now();
         while !listens_below(child.id(), folder) {

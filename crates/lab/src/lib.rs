@@ -17,6 +17,7 @@ pub mod five;
 pub mod fleet;
 mod http;
 mod lab;
+pub mod matrix;
 pub mod nat;
 mod net;
 mod process;

@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -13,6 +13,7 @@ use clan_lab::{
     bench::{self, BenchConfig, EndConfig},
     five,
     fleet::{self, Fleet, Place},
+    matrix::{self, Conditions, Troubles},
     nat::Nat,
     story, sweep,
 };
@@ -62,6 +63,21 @@ enum Verb {
         /// End when the table is printed, even on a terminal
         #[arg(long)]
         once: bool,
+    },
+    /// Every kind of router against every other: whether machines reach each other, how, how fast, and what they survive
+    Matrix {
+        /// Computers behind each kind
+        #[arg(long, default_value_t = 2)]
+        each: usize,
+        /// How often the uplink of a computer is changed under running streams
+        #[arg(long, default_value_t = 14)]
+        switches: usize,
+        /// How often a relay is killed under running streams, and as often cut off
+        #[arg(long, default_value_t = 2)]
+        deaths: usize,
+        /// Where to write what was seen
+        #[arg(long, value_name = "FILE")]
+        out: Option<PathBuf>,
     },
     /// A shell, or a command, on a computer of `five`, as its ordinary user
     On {
@@ -145,6 +161,10 @@ fn dispatch(cli: &Cli, screen: &Screen) -> Result<(), LabError> {
             run(&config, screen, *once)
         }
         Verb::Five { routers, once } => five(&apart(config), screen, routers, *once),
+        Verb::Matrix { each, switches, deaths, out } => {
+            let troubles = Troubles { switches: *switches, deaths: *deaths };
+            matrix(&apart(config), screen, *each, troubles, out.as_deref())
+        }
         Verb::On { name, command } => on(&apart(config), name, command),
         Verb::Stop => {
             let apart = apart(config.clone());
@@ -265,6 +285,44 @@ fn five(config: &LabConfig, screen: &Screen, routers: &[Nat], once: bool) -> Res
     match told {
         Ok(_) | Err(LabError::Interrupted) => Ok(()),
         Err(_) => Err(LabError::Promise(format!("It was not told to its end; the logs are in {}", logs.display()))),
+    }
+}
+
+fn matrix(
+    config: &LabConfig,
+    screen: &Screen,
+    each: usize,
+    troubles: Troubles,
+    out: Option<&Path>,
+) -> Result<(), LabError> {
+    on_signals(config.interrupt.clone())?;
+    screen.heading("Clan: every kind of router against every other");
+    let mut fleet = Fleet::up(config, &matrix::specs(each), screen)?;
+    let told = matrix::tell(&mut fleet).and_then(|mut report| {
+        matrix::trouble(&mut fleet, &mut report, troubles)?;
+        Ok(report)
+    });
+    if let Err(error) = &told {
+        screen.failed(&error.chain());
+    }
+    let logs = fleet.record().logs();
+    fleet.down()?;
+    let report =
+        told.map_err(|_| LabError::Promise(format!("it was not told to its end; logs: {}", logs.display())))?;
+    let date = std::process::Command::new("date").args(["-u", "+%Y-%m-%d"]).output();
+    let conditions = Conditions {
+        date: date.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned()).unwrap_or_default(),
+        kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned(),
+        processors: thread::available_parallelism().map_or(0, usize::from),
+    };
+    let document = report.document(&conditions);
+    match out {
+        Some(file) => std::fs::write(file, document)
+            .map_err(|error| LabError::Promise(format!("cannot write {}: {error}", file.display()))),
+        None => {
+            document.lines().for_each(|line| screen.line(line));
+            Ok(())
+        }
     }
 }
 

@@ -371,7 +371,7 @@ impl Internet {
 }
 
 /// A computer and the routers before it.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Site {
     name: String,
     prefix: String,
@@ -439,6 +439,14 @@ impl Site {
         self.computer.ip(&["link", "set", device, "up"])?;
         self.computer.ip(&["route", "replace", &format!("{gateway}/32"), "dev", device])?;
         self.computer.ip(&["route", "replace", "default", "via", &gateway, "dev", device])
+    }
+
+    /// Takes every plug out; [`Site::switch_to`] puts one in again.
+    ///
+    /// # Errors
+    /// When the network is gone.
+    pub fn unplug(&self) -> Result<(), LabError> {
+        self.uplinks.iter().try_for_each(|uplink| self.computer.ip(&["link", "set", &uplink.device, "down"]))
     }
 
     /// Limits the size of packets on the wire between the outermost router and the internet.
