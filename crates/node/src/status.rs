@@ -171,7 +171,8 @@ fn path(view: &View, status: Option<&WgPeerStatus>, link: Option<&Connection>) -
     }
     let link = link?;
     let paths = link.paths();
-    let selected = paths.iter().find(|p| p.is_selected())?;
+    // Right after a connection was made anew none may be marked as the one in use.
+    let selected = paths.iter().find(|p| p.is_selected()).or_else(|| paths.iter().next())?;
     let rtt_us = Some(u64::try_from(selected.rtt().as_micros()).unwrap_or(u64::MAX));
     Some(match selected.remote_addr() {
         TransportAddr::Ip(addr) => PathStatus {
