@@ -85,9 +85,9 @@ impl ManagerClient {
         self.post("/clans", request).await
     }
 
-    /// The link in a pasted text, or the one that four words stand for, which may take as long as a search of the LAN.
-    pub async fn find_invitation(&self, text: &str) -> Result<FoundInvitation, ClientError> {
-        self.post("/joins/invitation", &FindInvitation { text: text.to_owned() }).await
+    /// The link in a pasted text, or the one that four words stand for, which may take as long as a search of the LAN or at a relay.
+    pub async fn find_invitation(&self, request: &FindInvitation) -> Result<FoundInvitation, ClientError> {
+        self.post("/joins/invitation", request).await
     }
 
     /// A device link for this computer, by right of a recovery phrase.

@@ -31,6 +31,9 @@ pub struct DeviceOffer {
     /// Four words that lead to the link on the local network, once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub words: Option<String>,
+    /// A relay by which the words lead here from elsewhere, to be named along with them; absent if the clan has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words_relay: Option<String>,
     /// The phrase, where one was asked for: it is shown once and not kept.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub recovery_phrase: Option<String>,

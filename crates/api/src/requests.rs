@@ -55,6 +55,9 @@ pub struct PreviewJoin {
 pub struct FindInvitation {
     /// A link, with whatever is around and in it; or four words, whose machine is looked for on the local network.
     pub text: String,
+    /// Where to look for the machine of words instead: a relay of its clan, as host or `host:port`; the port is mostly 443.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub relay: Option<String>,
 }
 
 /// Looks for the clan that a recovery phrase belongs to.
@@ -252,6 +255,9 @@ pub struct Invite {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<u64>)]
     pub words_expire: Option<Timestamp>,
+    /// A relay by which the words lead here from elsewhere, to be named along with them; absent if the clan has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub words_relay: Option<String>,
 }
 
 /// Where log lines come from.

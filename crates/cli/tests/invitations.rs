@@ -38,6 +38,19 @@ fn four_words_are_looked_for_with_quotes_around_them_or_without() {
     assert_eq!(asked_of(&["river", "table", "moon", "robot"], "", Some(&link)), all);
     assert_eq!(asked_of(&["River-Tabl-moon-ROBOT"], "", Some(&link)), all);
     assert_eq!(asked_of(&["-"], "river table\nmoon robot\n", Some(&link)), all);
+    let at_relay = r#"POST /api/v1/joins/invitation {"text":"river table moon robot","relay":"203.0.113.7:8443"}"#;
+    let given = ["river", "table", "moon", "robot", "--relay", "203.0.113.7:8443"];
+    assert_eq!(asked_of(&given, "", Some(&link)), [at_relay.to_owned(), preview(&link)]);
+}
+
+#[test]
+fn a_relay_is_named_along_with_words_only() {
+    Computer::new().clan(&["join", &common::link(), "--relay", "203.0.113.7"]).assert().code(1).stderr_eq(str![[r#"
+error: a relay is named along with words only
+why: a link names the relays of its clan itself
+hint: leave `--relay` out
+
+"#]]);
 }
 
 #[test]

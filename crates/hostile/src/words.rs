@@ -41,6 +41,8 @@ fn machine(data: &[u8]) {
                 assert!(codes.confirm(id, &tag, now).is_err(), "a link for no words");
                 None
             }
+            // Of strangers no machine takes it.
+            Some(WordsRequest::Wait { .. }) => None,
             None => rest.split_first_chunk::<2>().map(|(number, share)| {
                 let number = Channel::from_number(u16::from_le_bytes(*number));
                 (number.unwrap_or(known().channel()), share.to_vec())

@@ -58,7 +58,13 @@ const LIMIT: Duration = Duration::from_secs(40);
 
 #[test]
 fn behind_a_symmetric_nat_somebody_invites_and_lets_in_through_the_clans_relay() {
-    let sites = [("ann", Nat::Open), ("dan", Nat::Symmetric), ("fay", Nat::PortRestricted), ("gil", Nat::UdpBlocked)];
+    let sites = [
+        ("ann", Nat::Open),
+        ("dan", Nat::Symmetric),
+        ("fay", Nat::PortRestricted),
+        ("gil", Nat::UdpBlocked),
+        ("hal", Nat::UdpBlocked),
+    ];
     let specs = sites.map(|(name, nat)| SiteSpec::new(name, nat));
     with_fleet("clanhidden", &specs, &["controller", "manager"], |fleet| {
         fleet.computer("ann").found(CLAN)?;
@@ -70,8 +76,34 @@ fn behind_a_symmetric_nat_somebody_invites_and_lets_in_through_the_clans_relay()
             fleet.computer(name).join(&link)?.success()?;
             until(LIMIT, "the newcomer reaching the inviter", || ping_once(fleet.computer(name), "dan"))?;
         }
-        until(LIMIT, "the newcomers reaching each other", || ping_once(fleet.computer("fay"), "gil"))
+        until(LIMIT, "the newcomers reaching each other", || ping_once(fleet.computer("fay"), "gil"))?;
+        by_words(fleet)
     });
+}
+
+/// Four words and a relay do as well as the link, once; another guess does not.
+fn by_words(fleet: &mut Fleet) -> Result<(), LabError> {
+    let invite = fleet.computer("dan").clan_json(&["invite"])?;
+    let (words, relay) = (invite["words"].as_str().unwrap(), invite["words_relay"].as_str().unwrap());
+    assert_eq!(relay, "203.0.113.11");
+    let hal = fleet.computer("hal");
+    let socket = hal.place().socket();
+    let join = ["join", "--yes", "--integrate", "--socket", socket.to_str().unwrap(), "--relay", relay];
+    hal.clan_typing(&[join.as_slice(), &["--person", "hal", "--machine", "hal"]].concat(), words)?.success()?;
+    until(LIMIT, "the one with the words reaching the inviter", || ping_once(fleet.computer("hal"), "dan"))?;
+    let again = fleet.computer("hal").clan_typing(&["join", "--dry-run", "--relay", relay], words)?;
+    assert!(again.output().contains("used already"), "{}", again.output());
+
+    let invite = fleet.computer("dan").clan_json(&["invite"])?;
+    let words = invite["words"].as_str().unwrap();
+    let guess = format!("{} zoo zoo zoo", words.split(' ').next().unwrap());
+    for (typed, _) in [(guess.as_str(), "wrong"), (words, "right, and too late")] {
+        let void = fleet.computer("hal").clan_typing(&["join", "--dry-run", "--relay", relay], typed)?;
+        assert!(void.output().contains("void"), "{}", void.output());
+    }
+    until(LIMIT, "the inviter hearing of the guess", || {
+        Ok(fleet.computer("dan").clan_quietly(&["status"])?.output().contains("wrong words").then_some(()))
+    })
 }
 
 /// A link that names the inviter's machine and the relay, and no other machine that could let anybody in.

@@ -77,6 +77,7 @@ pub(crate) async fn add(shared: &Arc<Shared>, clan: Arc<Clan>, request: &AddDevi
         expires: None,
         words: None,
         recovery_phrase: None,
+        words_relay: None,
         task: None,
     };
     if request.recovery {
@@ -102,6 +103,7 @@ pub(crate) async fn add(shared: &Arc<Shared>, clan: Arc<Clan>, request: &AddDevi
     let secret = InviteSecret::from_bytes(*secret);
     let link = InviteLink { purpose: Purpose::Device, clan: clan.id(), secret, peers, relays };
     offer.words = words::open(&control, &link).await.map(|(words, _)| words.to_string());
+    offer.words_relay = link.relays.first().filter(|_| offer.words.is_some()).map(words::place);
     offer.link = Some(link.to_string());
     offer.expires = Some(now().plus(DEVICE_LINK_LIFETIME));
     offer.task = Some(wait(shared, clan, passing));

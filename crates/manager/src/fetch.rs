@@ -78,6 +78,11 @@ impl Passing {
         self.lookup.as_ref()
     }
 
+    /// Where relays are, for its endpoint.
+    pub(crate) fn names(&self) -> Names {
+        self.relays.clone()
+    }
+
     /// The endpoint.
     pub(crate) async fn bind(self) -> Result<Endpoint, ApiProblem> {
         let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();

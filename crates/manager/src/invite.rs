@@ -66,6 +66,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
         uses,
         approval,
         expires,
+        words_relay: link.relays.first().filter(|_| words.is_some()).map(crate::words::place),
         words: words.map(|words| words.to_string()),
         words_expire,
     })

@@ -191,6 +191,7 @@ pub(crate) fn words_refusal(refusal: WordsRefusal) -> ApiProblem {
         WordsRefusal::NotOpen => plain(ErrorCode::WordsUnknown, &refusal)
             .why("no machine on this network announces their first word")
             .hint("the inviter's machine must run, and be on the same network as this computer")
+            .hint("from another network, name a relay of its clan: `--relay HOST`")
             .hint("words are valid for ten minutes; after that, or from elsewhere, ask for the link"),
         WordsRefusal::Void => plain(ErrorCode::WordsVoid, &refusal).hint(NEW_WORDS),
         WordsRefusal::Used => plain(ErrorCode::WordsUsed, &refusal).hint(NEW_WORDS),
@@ -202,6 +203,26 @@ pub(crate) fn words_refusal(refusal: WordsRefusal) -> ApiProblem {
             plain(ErrorCode::Internal, &refusal).hint("it may run another version of Clan: ask for the link")
         }
     }
+}
+
+/// A relay does not say who waits for words.
+pub(crate) fn words_relay(error: &clan_relay::words::AskError) -> ApiProblem {
+    use clan_relay::words::AskError;
+    let problem = plain(ErrorCode::Unreachable, error);
+    match error {
+        AskError::Busy => problem.hint("try again in a minute, or ask for the link"),
+        AskError::Unreachable { .. } | AskError::NoRelay(_) => {
+            problem.hint("compare the relay's place with what the inviter sees: `clan relay list`")
+        }
+    }
+}
+
+/// No machine has told the relay that it waits for words that begin so.
+pub(crate) fn words_unknown_at(relay: &str) -> ApiProblem {
+    plain(ErrorCode::WordsUnknown, &WordsRefusal::NotOpen)
+        .why(format!("no machine has told the relay at {relay} of their first word"))
+        .hint("the inviter's machine must run, and the relay must be one of its clan: `clan relay list` there")
+        .hint("words are valid for ten minutes; after that, ask for new ones or for the link")
 }
 
 pub(crate) fn name(error: &NameError) -> ApiProblem {

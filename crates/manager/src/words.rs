@@ -5,7 +5,8 @@ use std::time::Duration;
 use clan_api::{ApiProblem, ErrorCode};
 use clan_os::channel::{Channel, recv_message, send_message};
 use clan_pairing::{LIFETIME, Newcomer};
-use clan_types::{InviteLink, MachineId, Timestamp, Words};
+use clan_relay::{Names, words as at_relay};
+use clan_types::{Host, InviteLink, MachineId, RelayAddr, Timestamp, Words};
 use clan_wire::{
     control::{ControlRequest, SecretText},
     words::{ALPN_WORDS, MAX_MESSAGE, WordsRefusal, WordsRequest, WordsResponse, announced},
@@ -13,7 +14,7 @@ use clan_wire::{
 use futures_util::StreamExt;
 use iroh::{Endpoint, EndpointAddr, endpoint::Connection};
 use iroh_mdns_address_lookup::DiscoveryEvent;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use zeroize::Zeroizing;
 
 use crate::{
@@ -27,6 +28,10 @@ use crate::{
 const SEARCH: Duration = Duration::from_secs(15);
 /// After a machine refused, for another one with the same first word.
 const SECOND_CHANCE: Duration = Duration::from_secs(4);
+/// Between questions to a relay that knows of nobody yet.
+const ASK_AGAIN: Duration = Duration::from_secs(2);
+/// Of relays, unless another is named.
+const RELAY_PORT: u16 = 443;
 const CONNECT: Duration = Duration::from_secs(8);
 const ANSWER: Duration = Duration::from_secs(12);
 /// INVARIANT: so many machines at most get a guess at the words of one newcomer's attempt.
@@ -53,12 +58,19 @@ pub(crate) async fn open(control: &Channel, link: &InviteLink) -> Option<(Words,
     None
 }
 
-/// The link in a pasted text, or the one that the words in it stand for.
-pub(crate) async fn find(text: &str) -> Result<InviteLink, ApiProblem> {
+/// The link in a pasted text, or the one that the words in it stand for: on the local network, or at a relay.
+pub(crate) async fn find(text: &str, relay: Option<&str>) -> Result<InviteLink, ApiProblem> {
     if !Words::looks_like(text.trim()) {
         return InviteLink::in_text(text).map_err(|e| problem::link(&e));
     }
     let words: Words = text.parse().map_err(|e| problem::words(&e))?;
+    match relay {
+        Some(relay) => find_at(relay, &words).await,
+        None => find_here(&words).await,
+    }
+}
+
+async fn find_here(words: &Words) -> Result<InviteLink, ApiProblem> {
     let passing = Passing::new()?;
     let Some(lookup) = passing.lookup() else {
         return Err(ApiProblem::new(
@@ -71,7 +83,7 @@ pub(crate) async fn find(text: &str) -> Result<InviteLink, ApiProblem> {
     // From before anything can be found: a machine that is known is not told of again.
     let mut events = lookup.subscribe().await;
     let endpoint = passing.bind().await?;
-    let outcome = search(&endpoint, &mut events, &words).await;
+    let outcome = search(&endpoint, &mut events, words).await;
     endpoint.close().await;
     outcome
 }
@@ -81,9 +93,8 @@ async fn search(
     events: &mut (impl futures_util::Stream<Item = DiscoveryEvent> + Unpin),
     words: &Words,
 ) -> Result<InviteLink, ApiProblem> {
+    let mut attempt = Attempt::new();
     let mut until = Instant::now() + SEARCH;
-    let mut last = None;
-    let mut guesses = 0;
     loop {
         let event = tokio::select! {
             event = events.next() => event,
@@ -95,31 +106,139 @@ async fn search(
         if !told.contains(&words.channel()) {
             continue;
         }
-        let failure = match converse(endpoint, endpoint_info.to_endpoint_addr(), words).await {
-            Ok(link) => return Ok(link),
-            Err(failure) => failure,
-        };
-        tracing::debug!(machine = %endpoint_info.endpoint_id, ?failure, "no link for the words");
-        match failure {
-            Failure::Refused(_) => until = until.min(Instant::now() + SECOND_CHANCE),
-            Failure::Guessed(_) => guesses += 1,
-            Failure::Broken(_) => {}
+        if let Some(link) = attempt.ask(endpoint, endpoint_info.to_endpoint_addr(), words).await {
+            return Ok(link);
         }
-        let over = matches!(failure, Failure::Guessed(WordsRefusal::Void)) || guesses >= MAX_GUESSES;
-        last = Some(failure);
-        if over {
+        if attempt.is_over() {
             break;
         }
-    }
-    Err(match last {
-        Some(Failure::Refused(refusal) | Failure::Guessed(refusal)) => problem::words_refusal(refusal),
-        Some(Failure::Broken(why)) => {
-            ApiProblem::new(ErrorCode::Unreachable, "the machine that waits for these words does not answer")
-                .why(why)
-                .hint("try again: these words are still good")
+        if matches!(attempt.last, Some(Failure::Refused(_))) {
+            until = until.min(Instant::now() + SECOND_CHANCE);
         }
-        None => problem::words_refusal(WordsRefusal::NotOpen),
-    })
+    }
+    Err(attempt.problem(|| problem::words_refusal(WordsRefusal::NotOpen)))
+}
+
+/// Asks a relay who waits for the words, until somebody does, and them for the link, through it.
+async fn find_at(relay: &str, words: &Words) -> Result<InviteLink, ApiProblem> {
+    let (host, port) = read_place(relay)?;
+    let passing = Passing::new()?;
+    let names = passing.names();
+    let endpoint = passing.bind().await?;
+    let outcome = search_at(&endpoint, &names, (&host, port), words).await;
+    endpoint.close().await;
+    outcome
+}
+
+async fn search_at(
+    endpoint: &Endpoint,
+    names: &Names,
+    (host, port): (&Host, u16),
+    words: &Words,
+) -> Result<InviteLink, ApiProblem> {
+    let mut attempt = Attempt::new();
+    let until = Instant::now() + SEARCH;
+    let mut asked: Vec<MachineId> = Vec::new();
+    loop {
+        let (relay, machines) =
+            at_relay::ask(host, port, words.channel()).await.map_err(|error| problem::words_relay(&error))?;
+        for machine in machines {
+            let Ok(id) = iroh::PublicKey::from_bytes(machine.as_bytes()) else { continue };
+            if asked.contains(&machine) {
+                continue;
+            }
+            asked.push(machine);
+            let Some(url) = clan_relay::introduce_for_words(endpoint, names, &relay, words.channel()).await else {
+                continue;
+            };
+            if let Some(link) = attempt.ask(endpoint, EndpointAddr::new(id).with_relay_url(url), words).await {
+                return Ok(link);
+            }
+            if attempt.is_over() {
+                break;
+            }
+        }
+        // The inviter's machine tells the relay a moment after its person has read the words.
+        if !asked.is_empty() || Instant::now() + ASK_AGAIN > until {
+            break;
+        }
+        sleep(ASK_AGAIN).await;
+    }
+    Err(attempt.problem(|| problem::words_unknown_at(&place_of(host, port))))
+}
+
+/// Where a relay is, as people write it.
+fn read_place(text: &str) -> Result<(Host, u16), ApiProblem> {
+    let text = text.trim();
+    let bad = |why: String| {
+        ApiProblem::new(ErrorCode::BadRequest, "that is no place of a relay")
+            .why(why)
+            .hint("for example 203.0.113.7, relay.example.org:8443 or [2001:db8::7]:443")
+    };
+    // A bare IPv6 address has colons of its own.
+    let (host, port) = match text.rsplit_once(':') {
+        Some((host, port)) if !host.contains(':') || host.ends_with(']') => {
+            (host, port.parse().map_err(|_| bad("after the colon comes a port, a number up to 65535".into()))?)
+        }
+        _ => (text, RELAY_PORT),
+    };
+    Ok((host.parse().map_err(|e: clan_types::HostError| bad(e.to_string()))?, port))
+}
+
+/// The same of a relay that the clan has.
+pub(crate) fn place(relay: &RelayAddr) -> String {
+    place_of(&relay.host, relay.port)
+}
+
+fn place_of(host: &Host, port: u16) -> String {
+    match host.ip() {
+        _ if port == RELAY_PORT => host.to_string(),
+        Some(std::net::IpAddr::V6(ip)) => format!("[{ip}]:{port}"),
+        _ => format!("{host}:{port}"),
+    }
+}
+
+/// What became of the words at the machines that were asked so far.
+struct Attempt {
+    guesses: u32,
+    last: Option<Failure>,
+}
+
+impl Attempt {
+    fn new() -> Self {
+        Self { guesses: 0, last: None }
+    }
+
+    /// Gives a machine its guess.
+    async fn ask(&mut self, endpoint: &Endpoint, machine: EndpointAddr, words: &Words) -> Option<InviteLink> {
+        let id = machine.id;
+        match converse(endpoint, machine, words).await {
+            Ok(link) => Some(link),
+            Err(failure) => {
+                tracing::debug!(machine = %id, ?failure, "no link for the words");
+                self.guesses += u32::from(matches!(failure, Failure::Guessed(_)));
+                self.last = Some(failure);
+                None
+            }
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.last, Some(Failure::Guessed(WordsRefusal::Void))) || self.guesses >= MAX_GUESSES
+    }
+
+    /// What to tell the newcomer.
+    fn problem(self, nobody: impl FnOnce() -> ApiProblem) -> ApiProblem {
+        match self.last {
+            Some(Failure::Refused(refusal) | Failure::Guessed(refusal)) => problem::words_refusal(refusal),
+            Some(Failure::Broken(why)) => {
+                ApiProblem::new(ErrorCode::Unreachable, "the machine that waits for these words does not answer")
+                    .why(why)
+                    .hint("try again: these words are still good")
+            }
+            None => nobody(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -154,7 +273,9 @@ async fn ask(endpoint: &Endpoint, connection: &Connection, words: &Words) -> Res
     let theirs = match recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| broken(&e))? {
         WordsResponse::Share(share) => share,
         WordsResponse::Refused(refusal) => return Err(Failure::Refused(refusal)),
-        WordsResponse::Link(_) => return Err(Failure::Broken("an answer to another question".into())),
+        WordsResponse::Link(_) | WordsResponse::Noted => {
+            return Err(Failure::Broken("an answer to another question".into()));
+        }
     };
     let (agreed, tag) = newcomer.agree(&theirs).map_err(|e| broken(&e))?;
     send_message(&mut send, &WordsRequest::Confirm { tag }, MAX_MESSAGE).await.map_err(|e| broken(&e))?;
@@ -162,10 +283,33 @@ async fn ask(endpoint: &Endpoint, connection: &Connection, words: &Words) -> Res
     let sealed = match recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| broken(&e))? {
         WordsResponse::Link(sealed) => sealed,
         WordsResponse::Refused(refusal) => return Err(Failure::Guessed(refusal)),
-        WordsResponse::Share(_) => return Err(Failure::Guessed(WordsRefusal::Malformed)),
+        WordsResponse::Share(_) | WordsResponse::Noted => return Err(Failure::Guessed(WordsRefusal::Malformed)),
     };
     // Somebody who answers for every first word: they had their guess, and it was wrong.
     let link = agreed.open(&sealed).map_err(|_| Failure::Guessed(WordsRefusal::NotOpen))?;
     let link = std::str::from_utf8(&link).ok().and_then(|text| text.parse().ok());
     link.ok_or_else(|| Failure::Broken("what it gave for the words is no invitation".into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_place_of_a_relay_is_read_as_it_is_written() {
+        for (text, host, port) in [
+            ("203.0.113.7", "203.0.113.7", 443),
+            (" relay.example.org:8443 ", "relay.example.org", 8443),
+            ("2001:db8::7", "2001:db8::7", 443),
+            ("[2001:db8::7]", "2001:db8::7", 443),
+            ("[2001:db8::7]:80", "2001:db8::7", 80),
+        ] {
+            let (read, at) = read_place(text).unwrap();
+            assert_eq!((read.as_str(), at), (host, port), "{text}");
+            assert_eq!(read_place(&place_of(&read, at)).unwrap(), (read, at), "{text}");
+        }
+        for wrong in ["", "203.0.113.7:", "relay:99999", "https://relay.example.org", "re lay"] {
+            assert_eq!(read_place(wrong).unwrap_err().code, ErrorCode::BadRequest, "{wrong}");
+        }
+    }
 }

@@ -496,8 +496,9 @@ impl Controller {
             self.cancel.clone(),
         ));
         tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
+        tasks.spawn(words::tell_relays(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
-        tasks.spawn(relay::serve(certificate, handle.clone(), cancel.clone()));
+        tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
         tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, words, mesh, tasks, cancel })

@@ -106,7 +106,7 @@ async fn dispatch(connection: Connection, core: CoreHandle, images: Arc<ImageSer
         alpn if alpn == ALPN_PEER => peer::accepted(connection, core).await,
         alpn if alpn == ALPN_JOIN => join::serve(connection, core).await,
         alpn if alpn == ALPN_IMAGE => images.serve(connection, core).await,
-        alpn if alpn == ALPN_WORDS => words.serve(connection).await,
+        alpn if alpn == ALPN_WORDS => words.serve(connection, &core).await,
         _ => tracing::debug!(%remote, "connection with an unknown protocol"),
     }
 }

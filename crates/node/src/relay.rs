@@ -9,6 +9,7 @@
 mod access;
 mod certificate;
 mod health;
+mod lobby;
 mod server;
 #[cfg(test)]
 mod tests;
@@ -20,7 +21,7 @@ use clan_types::{MachineId, MachineName, RelayAddr};
 use iroh::{Endpoint, RelayUrl};
 use tokio_util::sync::CancellationToken;
 
-pub(crate) use self::{certificate::Certificate, health::Health};
+pub(crate) use self::{certificate::Certificate, health::Health, lobby::Lobby};
 use crate::core::{CoreHandle, View};
 
 /// A relay that cannot listen is tried again after this long: its port may become free.
@@ -95,7 +96,12 @@ pub(crate) async fn follow(
 }
 
 /// Runs the machine's relay whenever the ledger says that it is one, until cancelled.
-pub(crate) async fn serve(certificate: Arc<Certificate>, core: CoreHandle, cancel: CancellationToken) {
+pub(crate) async fn serve(
+    certificate: Arc<Certificate>,
+    lobby: Arc<Lobby>,
+    core: CoreHandle,
+    cancel: CancellationToken,
+) {
     let mut views = core.watch();
     let mut running: Option<(u16, server::Server)> = None;
     loop {
@@ -110,7 +116,7 @@ pub(crate) async fn serve(certificate: Arc<Certificate>, core: CoreHandle, cance
                 tracing::info!(port, "the relay stopped");
             }
             if let Some(port) = wanted {
-                match server::Server::start(port, &certificate, core.clone()).await {
+                match server::Server::start(port, &certificate, lobby.clone(), core.clone()).await {
                     Ok(server) => {
                         tracing::info!(port, "this machine is a relay");
                         running = Some((port, server));

@@ -39,7 +39,7 @@ pub(crate) struct Machine {
     endpoint: Endpoint,
     pub(crate) key: SigningKey,
     images: Arc<ImageServer>,
-    words: Arc<WordsDesk>,
+    pub(crate) words: Arc<WordsDesk>,
     cancel: CancellationToken,
     _tasks: JoinSet<()>,
     pub(crate) dir: tempfile::TempDir,

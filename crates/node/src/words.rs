@@ -11,52 +11,77 @@ use std::{
 
 use clan_os::channel::{recv_message, send_message};
 use clan_pairing::{Codes, ConversationId, OpenError, Report};
-use clan_types::{MachineId, Words};
-use clan_wire::words::{MAX_MESSAGE, WordsRefusal, WordsRequest, WordsResponse, announcement};
-use iroh::{Endpoint, endpoint::Connection};
-use tokio::{sync::Notify, time::timeout};
+use clan_types::{Channel, MachineId, Words};
+use clan_wire::words::{ALPN_WORDS, MAX_MESSAGE, WordsRefusal, WordsRequest, WordsResponse, announcement};
+use iroh::{Endpoint, EndpointAddr, endpoint::Connection};
+use tokio::{sync::watch, task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
 use crate::{
     core::{CoreHandle, now},
     net,
+    relay::{self, Lobby},
 };
 
 /// For a whole conversation: two round trips, and two key agreements on a slow machine.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How often what is over is looked for.
+/// How often what is over is looked for, and relays are told again.
 const TIDY: Duration = Duration::from_secs(30);
+/// For telling one relay.
+const TELL: Duration = Duration::from_secs(10);
 
 /// The words that this machine waits for. In memory only: a restart makes them void.
 pub(crate) struct WordsDesk {
     codes: Mutex<Codes>,
     conversations: AtomicU64,
-    changed: Notify,
+    changed: watch::Sender<()>,
+    /// Of other machines, where this one is a relay.
+    lobby: Arc<Lobby>,
+}
+
+/// What became of a conversation.
+enum Outcome {
+    /// The newcomer has the link.
+    Given,
+    /// A machine of the clan told what it waits for.
+    Noted,
+    Refused(WordsRefusal),
 }
 
 impl WordsDesk {
     pub(crate) fn new(machine: MachineId) -> Self {
-        Self { codes: Mutex::new(Codes::new(machine)), conversations: AtomicU64::new(0), changed: Notify::new() }
+        Self {
+            codes: Mutex::new(Codes::new(machine)),
+            conversations: AtomicU64::new(0),
+            changed: watch::Sender::new(()),
+            lobby: Arc::default(),
+        }
+    }
+
+    /// Which machines wait for words, as this one knows if it is a relay.
+    pub(crate) fn lobby(&self) -> Arc<Lobby> {
+        self.lobby.clone()
     }
 
     /// Waits for these words from now on.
     pub(crate) fn open(&self, words: &Words, link: &str) -> Result<(), OpenError> {
         self.codes().open(words, Zeroizing::new(link.as_bytes().to_vec()), now())?;
-        self.changed.notify_one();
+        self.changed.send_replace(());
         Ok(())
     }
 
     /// Answers one newcomer.
-    pub(crate) async fn serve(&self, connection: Connection) {
+    pub(crate) async fn serve(&self, connection: Connection, core: &CoreHandle) {
         let id = ConversationId(self.conversations.fetch_add(1, Ordering::Relaxed));
-        let outcome = timeout(PATIENCE, self.converse(id, &connection)).await;
+        let outcome = timeout(PATIENCE, self.converse(id, &connection, core)).await;
         self.codes().hang_up(id);
-        self.changed.notify_one();
+        self.changed.send_replace(());
         let newcomer = net::machine_of(&connection);
         match outcome {
-            Ok(Some(Ok(()))) => tracing::info!(%newcomer, "an invitation was given for its words"),
-            Ok(Some(Err(refusal))) => tracing::info!(%newcomer, %refusal, "no invitation was given"),
+            Ok(Some(Outcome::Given)) => tracing::info!(%newcomer, "an invitation was given for its words"),
+            Ok(Some(Outcome::Noted)) => tracing::debug!(machine = %newcomer, "a machine waits for words"),
+            Ok(Some(Outcome::Refused(refusal))) => tracing::info!(%newcomer, %refusal, "no invitation was given"),
             Ok(None) | Err(_) => tracing::debug!(%newcomer, "a newcomer broke off"),
         }
         // The newcomer closes once it has read the answer.
@@ -64,22 +89,43 @@ impl WordsDesk {
     }
 
     /// `None` if the newcomer broke off.
-    async fn converse(&self, id: ConversationId, connection: &Connection) -> Option<Result<(), WordsRefusal>> {
+    async fn converse(&self, id: ConversationId, connection: &Connection, core: &CoreHandle) -> Option<Outcome> {
         let newcomer = net::machine_of(connection);
         let (mut send, mut recv) = connection.accept_bi().await.ok()?;
-        let mut outcome = Ok(());
+        let mut outcome = Outcome::Given;
         for _ in 0..2 {
-            let request = recv_message::<WordsRequest, _>(&mut recv, MAX_MESSAGE).await.ok()?;
-            let response = self.answer(id, &newcomer, request);
-            outcome = response.as_ref().map(drop).map_err(|refusal| *refusal);
-            let response = response.unwrap_or_else(WordsResponse::Refused);
-            send_message(&mut send, &response, MAX_MESSAGE).await.ok()?;
-            if outcome.is_err() {
+            let response = match recv_message::<WordsRequest, _>(&mut recv, MAX_MESSAGE).await.ok()? {
+                WordsRequest::Wait { channels } => self.note(newcomer, channels, core),
+                request => self.answer(id, &newcomer, request),
+            };
+            match &response {
+                Ok(WordsResponse::Noted) => outcome = Outcome::Noted,
+                Ok(_) => {}
+                Err(refusal) => outcome = Outcome::Refused(*refusal),
+            }
+            send_message(&mut send, &response.unwrap_or_else(WordsResponse::Refused), MAX_MESSAGE).await.ok()?;
+            if !matches!(outcome, Outcome::Given) {
                 break;
             }
         }
         send.finish().ok()?;
         Some(outcome)
+    }
+
+    /// Remembers what a machine of the clan waits for, if this one is a relay.
+    fn note(
+        &self,
+        machine: MachineId,
+        channels: Vec<Channel>,
+        core: &CoreHandle,
+    ) -> Result<WordsResponse, WordsRefusal> {
+        let view = core.view();
+        let ours = view.state.machine_in_good_standing(&machine).is_some();
+        if !ours || !relay::known(&view).iter().any(|(relay, _)| *relay == view.machine) {
+            return Err(WordsRefusal::Malformed);
+        }
+        self.lobby.note(machine, channels);
+        Ok(WordsResponse::Noted)
     }
 
     fn answer(
@@ -95,6 +141,7 @@ impl WordsDesk {
                 self.codes().begin(id, newcomer, channel, &share, &seed, now()).map(WordsResponse::Share)
             }
             WordsRequest::Confirm { tag } => self.codes().confirm(id, &tag, now()).map(WordsResponse::Link),
+            WordsRequest::Wait { .. } => Err(WordsRefusal::Malformed),
         }
     }
 
@@ -106,8 +153,9 @@ impl WordsDesk {
 
 /// Tells the LAN which channels this machine waits for, and its people what became of them, until cancelled.
 pub(crate) async fn announce(desk: Arc<WordsDesk>, endpoint: Endpoint, core: CoreHandle, cancel: CancellationToken) {
-    let mut announced = None;
+    let (mut announced, mut changed) = (None, desk.changed.subscribe());
     loop {
+        changed.mark_unchanged();
         desk.codes().forget(now());
         let data = announced_by(&desk);
         if announced.as_ref() != Some(&data) {
@@ -119,9 +167,64 @@ pub(crate) async fn announce(desk: Arc<WordsDesk>, endpoint: Endpoint, core: Cor
         core.problem("words", (!told.is_empty()).then(|| told.join(" "))).await;
         tokio::select! {
             () = cancel.cancelled() => break,
-            () = desk.changed.notified() => {}
+            // The desk, which is held, keeps it open.
+            _ = changed.changed() => {}
             () = tokio::time::sleep(TIDY) => {}
         }
+    }
+}
+
+/// Tells the clan's relays which channels this machine waits for, so that newcomers elsewhere find it there, until cancelled.
+pub(crate) async fn tell_relays(desk: Arc<WordsDesk>, endpoint: Endpoint, core: CoreHandle, cancel: CancellationToken) {
+    let (mut known, mut changed) = (false, desk.changed.subscribe());
+    loop {
+        changed.mark_unchanged();
+        let channels = desk.codes().channels();
+        if known || !channels.is_empty() {
+            known = !channels.is_empty();
+            tokio::select! {
+                () = cancel.cancelled() => break,
+                () = tell_all(&desk, &endpoint, &core, &channels) => {}
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => break,
+            _ = changed.changed() => {}
+            () = tokio::time::sleep(TIDY) => {}
+        }
+    }
+}
+
+async fn tell_all(desk: &WordsDesk, endpoint: &Endpoint, core: &CoreHandle, channels: &[Channel]) {
+    let view = core.view();
+    let urls = relay::urls(&view);
+    let mut telling = JoinSet::new();
+    for (machine, _) in relay::known(&view) {
+        if machine == view.machine {
+            desk.lobby.note(machine, channels.to_vec());
+        } else if let Some(addr) = net::endpoint_addr(&view.addresses_of(&machine), &urls) {
+            let (endpoint, channels) = (endpoint.clone(), channels.to_vec());
+            telling.spawn(async move {
+                let told = timeout(TELL, tell(&endpoint, addr, channels)).await;
+                if !matches!(told, Ok(Ok(()))) {
+                    tracing::debug!(%machine, ?told, "a relay does not know of this machine's words");
+                }
+            });
+        }
+    }
+    while telling.join_next().await.is_some() {}
+}
+
+async fn tell(endpoint: &Endpoint, relay: EndpointAddr, channels: Vec<Channel>) -> Result<(), String> {
+    let connection = endpoint.connect(relay, ALPN_WORDS).await.map_err(|e| e.to_string())?;
+    let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
+    let request = WordsRequest::Wait { channels };
+    send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+    let answer = recv_message::<WordsResponse, _>(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string());
+    connection.close(0u32.into(), b"done");
+    match answer? {
+        WordsResponse::Noted => Ok(()),
+        other => Err(format!("{other:?}")),
     }
 }
 

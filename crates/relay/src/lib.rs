@@ -3,13 +3,14 @@
 //! A relay shows a self-signed certificate. Inside an endpoint it has a name that is made of the certificate's hash and
 //! that no DNS knows ([`url_of`]): whoever connects to the name checks the certificate against it ([`verifier`]), and
 //! [`Names`] says where the name leads. A machine of the clan proves who it is by its key alone; a newcomer also shows a
-//! [`token`] made of their invite.
+//! [`token`] made of their invite, or comes for [`words`].
 
 mod names;
+pub mod words;
 
 use std::sync::Arc;
 
-use clan_types::RelayAddr;
+use clan_types::{Channel, RelayAddr};
 use clan_wire::peer::InviteProof;
 use data_encoding::BASE64URL_NOPAD;
 use iroh::{
@@ -50,18 +51,31 @@ pub async fn introduce(
     for relay in relays.iter().take(MAX_RELAYS) {
         let Some(url) = url_of(relay) else { continue };
         names.set(&relay.certificate, Place::Host(relay.host.clone()));
-        insert(endpoint, url.clone(), relay, false, proof).await;
+        insert(endpoint, url.clone(), relay, false, proof.and_then(token)).await;
         urls.push(url);
     }
     urls
 }
 
-/// Makes the endpoint use one relay, or use it otherwise than before; `own` is that of this machine.
-pub async fn insert(endpoint: &Endpoint, url: RelayUrl, relay: &RelayAddr, own: bool, proof: Option<&InviteProof>) {
+/// Makes the endpoint of a newcomer who was told words use a relay, for finding whoever waits for them. Gives the relay's name.
+pub async fn introduce_for_words(
+    endpoint: &Endpoint,
+    names: &Names,
+    relay: &RelayAddr,
+    channel: Channel,
+) -> Option<RelayUrl> {
+    let url = url_of(relay)?;
+    names.set(&relay.certificate, Place::Host(relay.host.clone()));
+    insert(endpoint, url.clone(), relay, false, Some(words::pass(channel))).await;
+    Some(url)
+}
+
+/// Makes the endpoint use one relay, or use it otherwise than before; `own` is that of this machine. A newcomer shows a token.
+pub async fn insert(endpoint: &Endpoint, url: RelayUrl, relay: &RelayAddr, own: bool, token: Option<String>) {
     // A machine's own relay would tell it that it is at the loopback address.
     let discovery = (!own).then(|| RelayQuicConfig::new(relay.port));
     let config = RelayConfig::new(url.clone(), discovery);
-    let config = match proof.and_then(token) {
+    let config = match token {
         Some(token) => config.with_auth_token(token),
         None => config,
     };

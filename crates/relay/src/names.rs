@@ -177,7 +177,7 @@ pub fn verifier() -> CaTlsConfig {
 }
 
 #[derive(Debug)]
-struct Pinned(Arc<CryptoProvider>);
+pub(crate) struct Pinned(pub(crate) Arc<CryptoProvider>);
 
 impl ServerCertVerifier for Pinned {
     fn verify_server_cert(

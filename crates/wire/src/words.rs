@@ -2,7 +2,8 @@
 //!
 //! One bi-directional stream of the newcomer's: [`WordsRequest::Begin`] is answered by [`WordsResponse::Share`],
 //! [`WordsRequest::Confirm`] by [`WordsResponse::Link`]; either by [`WordsResponse::Refused`], which ends it. What the
-//! fields mean is `clan-pairing`'s.
+//! fields mean is `clan-pairing`'s. Machines of the clan tell those that are relays what they wait for:
+//! [`WordsRequest::Wait`].
 
 use clan_types::Channel;
 use serde::{Deserialize, Serialize};
@@ -31,6 +32,12 @@ pub enum WordsRequest {
         /// Proof.
         tag: [u8; 32],
     },
+    /// From a machine of the clan to one that is a relay: it waits for words that begin with these, and with no others. The
+    /// relay says so to newcomers who ask. Answered by [`WordsResponse::Noted`].
+    Wait {
+        /// First words.
+        channels: Vec<Channel>,
+    },
 }
 
 /// From the machine that waits.
@@ -42,6 +49,8 @@ pub enum WordsResponse {
     Link(Vec<u8>),
     /// No, and why.
     Refused(WordsRefusal),
+    /// See [`WordsRequest::Wait`].
+    Noted,
 }
 
 /// Why a machine does not go on with a newcomer.

@@ -113,6 +113,9 @@ fn explain_link(offer: &DeviceOffer, printer: &Printer) {
     if let Some(words) = &offer.words {
         printer
             .talk(&format!("On the same network, these words do as well: {}", printer.err_style(Tone::Strong, words)));
+        if let Some(relay) = &offer.words_relay {
+            printer.talk(&format!("From another one: clan join {words} --relay {relay}"));
+        }
     }
 }
 

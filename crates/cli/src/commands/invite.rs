@@ -88,6 +88,9 @@ fn explain(invite: &Invite, expires: Duration, printer: &Printer) {
             "On the same network, these words do as well, once, within ten minutes: {}",
             printer.err_style(Tone::Strong, words)
         ));
+        if let Some(relay) = &invite.words_relay {
+            printer.talk(&format!("From elsewhere: clan join {words} --relay {relay}"));
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
-use clan_api::{JoinClan, JoinPreview, PreviewJoin, VmPlan};
+use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPlan};
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
@@ -16,7 +16,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The invitation is a link in quotes, four words, or a PNG or JPEG picture of the link's QR code. Four words find the
-inviter's machine on the same network.
+inviter's machine on the same network; from elsewhere they do if you name a relay of the clan, too.
 Other users of this computer can see what you type on the command line while it runs; without INVITATION, or with
 `-`, it is read from stdin instead.")]
 pub(crate) struct Args {
@@ -27,6 +27,9 @@ pub(crate) struct Args {
     person: Option<PersonName>,
     #[command(flatten)]
     place: Place,
+    /// For words from another network: a relay of the clan, as the inviter sees it [port: 443]
+    #[arg(long, value_name = "HOST[:PORT]")]
+    relay: Option<String>,
     /// Only show where the link leads
     #[arg(long)]
     dry_run: bool,
@@ -35,7 +38,7 @@ pub(crate) struct Args {
 impl Args {
     /// An invitation, and everything else as it is by itself.
     pub(crate) fn of(invitation: String) -> Self {
-        Self { invitation: vec![invitation], person: None, place: Place::default(), dry_run: false }
+        Self { invitation: vec![invitation], person: None, place: Place::default(), relay: None, dry_run: false }
     }
 }
 
@@ -55,11 +58,20 @@ pub(crate) struct Place {
 pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let printer = &context.printer;
     let (link, by_words) = match invitation::given(&args.invitation, printer)? {
+        Given::Link(_) if args.relay.is_some() => {
+            return Err(CliError::refused("usage", "a relay is named along with words only")
+                .why("a link names the relays of its clan itself")
+                .hint("leave `--relay` out"));
+        }
         Given::Link(link) => (link.to_string(), false),
         Given::Words(words) => {
-            let words = words.to_string();
-            let found = context.ask(context.client.find_invitation(&words));
-            (progress::waiting(printer, "Looking for the inviter's machine on this network…", found).await?.link, true)
+            let request = FindInvitation { text: words.to_string(), relay: args.relay.clone() };
+            let waiting = match &request.relay {
+                None => "Looking for the inviter's machine on this network…",
+                Some(_) => "Looking for the inviter's machine at the relay…",
+            };
+            let found = context.ask(context.client.find_invitation(&request));
+            (progress::waiting(printer, waiting, found).await?.link, true)
         }
     };
     let outcome = go(args.person, args.place, args.dry_run, &link, context).await;

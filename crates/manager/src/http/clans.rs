@@ -39,7 +39,10 @@ pub(super) async fn create(State(shared): State<Arc<Shared>>, body: Bytes) -> An
 
 pub(super) async fn invitation(body: Bytes) -> Answer<Json<FoundInvitation>> {
     let request: FindInvitation = parse(&body)?;
-    Ok(Json(StatusCode::OK, FoundInvitation { link: words::find(&request.text).await?.to_string() }))
+    Ok(Json(
+        StatusCode::OK,
+        FoundInvitation { link: words::find(&request.text, request.relay.as_deref()).await?.to_string() },
+    ))
 }
 
 pub(super) async fn preview(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<JoinPreview>> {

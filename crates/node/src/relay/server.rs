@@ -6,10 +6,15 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsFd,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
+use clan_relay::words;
+use hyper::{Request, body::Incoming, header, service::Service};
 use iroh_relay::{
     KeyCache,
     http::RELAY_PROBE_PATH,
@@ -29,16 +34,21 @@ use tokio::{
 use tokio_rustls::TlsAcceptor;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::{access::Door, certificate::Certificate};
+use super::{
+    access::Door,
+    certificate::Certificate,
+    lobby::{Lobby, TooMany},
+};
 use crate::core::CoreHandle;
 
 /// How long a connection may take until its other end has said who it is.
 const GREETING: Duration = Duration::from_secs(10);
-/// Connections on their way to there, from everywhere and from one address (of IPv6: one /64).
+/// Connections on their way to there, from everywhere and from one address (of IPv6: one /64). One newcomer without UDP, who
+/// measures the way here again and again, was seen to make more than sixteen within the time of a greeting.
 const MAX_GREETING: usize = 256;
-const MAX_GREETING_EACH: usize = 16;
+const MAX_GREETING_EACH: usize = 64;
 /// How often it is looked whether those inside may stay, beside when the ledger changes.
-const REVIEW: Duration = Duration::from_secs(60);
+const REVIEW: Duration = Duration::from_secs(30);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const BACKLOG: u32 = 128;
 
@@ -63,7 +73,12 @@ pub(crate) enum StartError {
 
 impl Server {
     /// Listens on all addresses.
-    pub(crate) async fn start(port: u16, certificate: &Certificate, core: CoreHandle) -> Result<Self, StartError> {
+    pub(crate) async fn start(
+        port: u16,
+        certificate: &Certificate,
+        lobby: Arc<Lobby>,
+        core: CoreHandle,
+    ) -> Result<Self, StartError> {
         let tls = certificate.tls()?;
         let (listener, address) = listen(port).map_err(StartError::Tcp)?;
         let mut config = ServerConfig::default();
@@ -72,14 +87,28 @@ impl Server {
         config.quic = Some(quic);
         let discovery = Discovery::spawn(config).await.map_err(|e| StartError::Udp(format!("{e:#}")))?;
 
-        let door = Arc::new(Door::new(core.clone()));
+        let door = Arc::new(Door::new(core.clone(), lobby.clone()));
         let mut handlers = Handlers::default();
         // Where UDP is blocked, machines measure their way here by this.
         handlers.insert(
             (hyper::Method::GET, RELAY_PROBE_PATH),
             Box::new(|_, response| {
                 let nothing: BytesBody = Box::new(http_body_util::Empty::new());
-                Ok(response.body(nothing)?)
+                Ok(response.header(header::CONNECTION, "close").body(nothing)?)
+            }),
+        );
+        let asked = core.clone();
+        handlers.insert(
+            (hyper::Method::GET, words::PATH),
+            Box::new(move |request, response| {
+                let found = words::channel_in(request.uri().query()).map(|channel| lobby.find(channel, &asked.view()));
+                let (status, text) = match found {
+                    Some(Ok(machines)) => (hyper::StatusCode::OK, words::answer(&machines)),
+                    Some(Err(TooMany)) => (hyper::StatusCode::TOO_MANY_REQUESTS, String::new()),
+                    None => (hyper::StatusCode::BAD_REQUEST, String::new()),
+                };
+                let body: BytesBody = Box::new(http_body_util::Full::from(text));
+                Ok(response.status(status).header(header::CONNECTION, "close").body(body)?)
             }),
         );
         let service = RelayService::new(
@@ -188,13 +217,36 @@ async fn greet(stream: TcpStream, tls: TlsAcceptor, service: RelayService) {
     let greeted = timeout(GREETING, async {
         let stream = tls.accept(stream).await.ok()?;
         let io = hyper_util::rt::TokioIo::new(MaybeTlsStream::Tls(stream));
-        let service = RelayServiceWithNotify::new(service, established.clone());
+        let upgrade = Arc::new(AtomicBool::new(false));
+        let service =
+            Watched { service: RelayServiceWithNotify::new(service, established.clone()), upgrade: upgrade.clone() };
         hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades().await.ok()?;
-        waiting.await;
+        if upgrade.load(Ordering::Relaxed) {
+            waiting.await;
+        }
         Some(())
     });
     if !matches!(greeted.await, Ok(Some(()))) {
         let _ = rustix::net::shutdown(&handle, Shutdown::Both);
+    }
+}
+
+/// The relay's service, which remembers whether an upgrade was asked for: of a mere question nothing stays to be waited for.
+struct Watched {
+    service: RelayServiceWithNotify,
+    upgrade: Arc<AtomicBool>,
+}
+
+impl Service<Request<Incoming>> for Watched {
+    type Response = <RelayServiceWithNotify as Service<Request<Incoming>>>::Response;
+    type Error = <RelayServiceWithNotify as Service<Request<Incoming>>>::Error;
+    type Future = <RelayServiceWithNotify as Service<Request<Incoming>>>::Future;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        if request.headers().contains_key(header::UPGRADE) {
+            self.upgrade.store(true, Ordering::Relaxed);
+        }
+        self.service.call(request)
     }
 }
 
@@ -249,7 +301,7 @@ mod tests {
         assert!(greeting.enter(from(1)).is_none());
         assert!(greeting.enter("::ffff:192.0.2.1".parse().unwrap()).is_none(), "the same in other clothes");
         held.extend(
-            (2..=16).flat_map(|n| std::iter::repeat_n(n, MAX_GREETING_EACH)).map(|n| greeting.enter(from(n)).unwrap()),
+            (2..=4).flat_map(|n| std::iter::repeat_n(n, MAX_GREETING_EACH)).map(|n| greeting.enter(from(n)).unwrap()),
         );
         assert!(greeting.enter(from(99)).is_none());
         held.pop();

@@ -44,7 +44,7 @@ impl Relay {
         let port = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap().local_addr().unwrap().port();
         let hash = certificate.hash();
         let cancel = CancellationToken::new();
-        let task = tokio::spawn(serve(certificate, founder.core.clone(), cancel.clone()));
+        let task = tokio::spawn(serve(certificate, founder.words.lobby(), founder.core.clone(), cancel.clone()));
         let relay = Self { founder, certificate: hash, port, cancel, task, clan };
         relay
             .say(Body::Relay {
@@ -250,5 +250,43 @@ async fn two_endpoints_meet_through_it_that_have_no_other_way() {
     drop(connection);
     here.close().await;
     there.close().await;
+    relay.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_comes_for_words_is_told_who_waits_and_let_in_for_that_only() {
+    let relay = Relay::start().await;
+    let (host, waiting) = ("127.0.0.1".parse().unwrap(), relay.founder.id());
+    let [ours, foreign] = [77, 78].map(|number| clan_types::Channel::from_number(number).unwrap());
+    let ask = async |channel| clan_relay::words::ask(&host, relay.port, channel).await;
+    let come = async |channel| {
+        let names = Names::default();
+        names.set(&relay.certificate, Place::Loopback);
+        let tls = verifier().client_config(iroh::tls::default_provider()).unwrap();
+        let client = ClientBuilder::new(relay.url(), SecretKey::from_bytes(&key(41).to_bytes()), names.resolver());
+        client.tls_client_config(tls).auth_token(clan_relay::words::pass(channel)).connect().await
+    };
+    // The relay is up once a machine of the clan is in.
+    let _member = relay.connect(&relay.founder.key, None).await.unwrap();
+    let (found, machines) = ask(ours).await.unwrap();
+    assert_eq!((found, machines), (relay.addr(), Vec::new()));
+    assert!(come(ours).await.is_err(), "nobody waits");
+
+    let lobby = relay.founder.words.lobby();
+    lobby.note(waiting, vec![ours]);
+    lobby.note(MachineId::from_bytes([9; 32]), vec![ours]);
+    assert_eq!(ask(ours).await.unwrap().1, [waiting], "and no machine that is none of the clan's");
+    assert!(ask(foreign).await.unwrap().1.is_empty());
+    assert!(come(foreign).await.is_err());
+    come(ours).await.unwrap();
+
+    let mut refused = 0;
+    for _ in 0..40 {
+        refused += usize::from(matches!(
+            ask(foreign).await,
+            Err(clan_relay::words::AskError::Busy | clan_relay::words::AskError::Unreachable { .. })
+        ));
+    }
+    assert!(refused > 0, "a scanner is not served for ever");
     relay.stop().await;
 }

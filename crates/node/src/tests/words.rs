@@ -22,14 +22,14 @@ async fn pair(host: &Machine, from: &Endpoint, words: &Words) -> Option<Result<S
     let share = match recv_message(&mut recv, MAX_MESSAGE).await.ok()? {
         WordsResponse::Share(share) => share,
         WordsResponse::Refused(refusal) => return Some(Err(refusal)),
-        WordsResponse::Link(_) => panic!("a link before anything was agreed on"),
+        WordsResponse::Link(_) | WordsResponse::Noted => panic!("a link before anything was agreed on"),
     };
     let (agreed, tag) = newcomer.agree(&share).unwrap();
     send_message(&mut send, &WordsRequest::Confirm { tag }, MAX_MESSAGE).await.ok()?;
     match recv_message(&mut recv, MAX_MESSAGE).await.ok()? {
         WordsResponse::Link(sealed) => Some(Ok(String::from_utf8(agreed.open(&sealed).unwrap().to_vec()).unwrap())),
         WordsResponse::Refused(refusal) => Some(Err(refusal)),
-        WordsResponse::Share(_) => panic!("a second share"),
+        WordsResponse::Share(_) | WordsResponse::Noted => panic!("a second share"),
     }
 }
 
