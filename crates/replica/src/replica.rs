@@ -9,7 +9,7 @@ use std::{
 use clan_ledger::{Body, Entry, Inserted, Ledger, Place, State};
 use clan_types::{ClanId, EntryId, MachineId, PeerAddr};
 use clan_wire::{
-    beacon::{self, Beacon, SignedBeacon},
+    beacon::{self, Beacon},
     peer::{
         DeviceProof, EncodedEntry, EntryPage, InviteProof, JoinRefusal, MAX_ENTRIES, PAGE_BYTES, PeerMessage, Vector,
     },
@@ -17,26 +17,18 @@ use clan_wire::{
 use ed25519_dalek::SigningKey;
 
 use crate::{
-    Action, Answer, Close, LinkId, Now, Own, Rejected, Ticket, WriteId,
-    beacons::{Beacons, Taken},
-    dial::Dialer,
-    newcomer,
-    recent::Recent,
-    rng::Rng,
+    Action, Answer, Close, LinkId, Now, Own, Rejected, Ticket, WriteId, beacons::Beacons, dial::Dialer, newcomer,
+    recent::Recent, rng::Rng,
 };
+
+mod others;
 
 /// Entries sent to a peer in one message. INVARIANT: together they fit into it, however long they are.
 const BATCH: usize = 500;
-/// Entries sent in answer to one vector. A peer that lacks more asks again when it has taken these: what is sent is
-/// never more than it has room for, and a machine that lacks everything is not sent everything by everybody.
-const ANSWER: usize = 4 * BATCH;
 /// Pushed entries may be lost to a full queue: comparing what each has repairs that.
 const COMPARE_INTERVAL: Duration = Duration::from_secs(15);
 /// With so many machines at a time, chosen at random: what one of them has gets to all in a few rounds.
 const COMPARE_WITH: usize = 4;
-/// To so many machines, chosen at random, another machine's beacon is passed on. Its own machine sends it to everybody
-/// that it is linked with.
-const PASS_ON_TO: usize = 6;
 
 /// What a replica begins with.
 pub struct Config {
@@ -139,7 +131,7 @@ impl Replica {
         let machine = MachineId::from_bytes(config.key.verifying_key().to_bytes());
         let (state, vector) = (Arc::new(ledger.state().clone()), Arc::new(ledger.vector()));
         let learning = !state.machines.contains_key(&machine);
-        let put_out = out_of_the_clan(&ledger, &machine);
+        let put_out = others::out_of_the_clan(&ledger, &machine);
         let mut replica = Self {
             put_out,
             key: config.key,
@@ -304,7 +296,7 @@ impl Replica {
 
     /// What needs attention, one sentence each.
     pub fn problems(&self) -> Vec<String> {
-        let own = [learning_problem(self.learning), self.put_out.clone(), self.beacons.clock_problem()];
+        let own = [others::learning_problem(self.learning), self.put_out.clone(), self.beacons.clock_problem()];
         own.into_iter().flatten().collect()
     }
 
@@ -329,11 +321,6 @@ impl Replica {
     /// The first message of a conversation with another machine.
     pub fn hello(&self) -> PeerMessage {
         PeerMessage::Hello { clan: self.clan(), vector: self.vector.to_vec() }
-    }
-
-    /// Whether a machine that connects is answered: if it is not listened to, as one that was put out, it is told so.
-    pub fn answers(&self, machine: &MachineId) -> bool {
-        self.learning || self.state.machines.contains_key(machine)
     }
 
     /// Whether a machine that connects is listened to.
@@ -581,7 +568,7 @@ impl Replica {
     fn refresh(&mut self) {
         self.state = Arc::new(self.ledger.state().clone());
         self.vector = Arc::new(self.ledger.vector());
-        self.put_out = out_of_the_clan(&self.ledger, &self.machine);
+        self.put_out = others::out_of_the_clan(&self.ledger, &self.machine);
         self.choose_neighbours();
         // INVARIANT: only machines in good standing are ever in `links`, unless this one is learning; packets and
         // entries come from there alone.
@@ -598,142 +585,4 @@ impl Replica {
         self.beacons.retain(|machine| *machine == this || stays(machine));
         self.actions.push_back(Action::Changed);
     }
-
-    fn take_beacon(&mut self, from: &MachineId, signed: SignedBeacon, now: Now) {
-        let (clan, state) = (self.clan(), self.state.clone());
-        let belongs = |machine: &MachineId| state.machine_in_good_standing(machine).is_some();
-        match self.beacons.take(from, &self.machine, &signed, &clan, now.wall, belongs) {
-            Taken::New => {
-                self.actions.push_back(Action::Changed);
-                for link in self.some_links(PASS_ON_TO, Some(from)) {
-                    self.actions.push_back(Action::Send { link, message: PeerMessage::Beacon(signed.clone()) });
-                }
-            }
-            Taken::OurOwn => self.announce(now),
-            Taken::Nothing => {}
-        }
-    }
-
-    fn link(&mut self, machine: MachineId, link: LinkId, vector: &Vector) {
-        if !self.welcomes(&machine) || machine == self.machine {
-            let known = self.state.machines.contains_key(&machine) && machine != self.machine;
-            if known {
-                self.bid_farewell(link, &machine, Some(vector));
-            }
-            let why = if known { Close::NotInGoodStanding } else { Close::Unknown };
-            self.actions.push_back(Action::Close { link, why });
-            return;
-        }
-        if let Some(old) = self.links.insert(machine, link) {
-            self.actions.push_back(Action::Close { link: old, why: Close::Replaced });
-        }
-        self.look_around = true;
-        self.compare(vector);
-        self.send_missing(&machine, vector);
-        for signed in self.beacons.signed() {
-            self.actions.push_back(Action::Send { link, message: PeerMessage::Beacon(signed.clone()) });
-        }
-        self.actions.push_back(Action::Changed);
-    }
-
-    /// A machine that is out learns by what, and nothing that came later.
-    fn bid_farewell(&mut self, link: LinkId, machine: &MachineId, vector: Option<&Vector>) {
-        let entries = self.ledger.farewell(machine, vector.map(Vec::as_slice), BATCH);
-        if !entries.is_empty() {
-            let message = PeerMessage::Entries(entries.into_iter().map(Entry::encode).collect());
-            self.actions.push_back(Action::Send { link, message });
-        }
-    }
-
-    /// Having what another machine has ends the learning.
-    fn compare(&mut self, theirs: &Vector) {
-        if self.learning && self.state.machines.contains_key(&self.machine) && *theirs == *self.vector {
-            self.learning = false;
-            self.refresh();
-        }
-    }
-
-    fn send_missing(&mut self, machine: &MachineId, vector: &Vector) {
-        let Some(link) = self.links.get(machine).copied() else { return };
-        let missing: Vec<EncodedEntry> = self.ledger.missing(vector, ANSWER).into_iter().map(Entry::encode).collect();
-        let full = missing.len() >= ANSWER;
-        let mut batches = missing.chunks(BATCH).peekable();
-        while let Some(batch) = batches.next() {
-            let last = batches.peek().is_none();
-            let batch = batch.to_vec();
-            let message = if full && last { PeerMessage::EntriesAndMore(batch) } else { PeerMessage::Entries(batch) };
-            self.actions.push_back(Action::Send { link, message });
-        }
-    }
-
-    fn announce(&mut self, now: Now) {
-        // A beacon of a sane size always encodes.
-        let made = self.beacons.announce(&self.own, self.ledger.clan(), &self.key, &self.version, now.wall);
-        if let Ok(signed) = made {
-            self.broadcast(None, &PeerMessage::Beacon(signed));
-            self.actions.push_back(Action::Changed);
-        }
-    }
-
-    fn broadcast(&mut self, except: Option<MachineId>, message: &PeerMessage) {
-        let links = self.links.iter().filter(|(machine, _)| Some(**machine) != except);
-        self.actions.extend(links.map(|(_, link)| Action::Send { link: *link, message: message.clone() }));
-    }
-
-    fn some_links(&mut self, count: usize, except: Option<&MachineId>) -> Vec<LinkId> {
-        let links = self.links.iter().filter(|(machine, _)| Some(*machine) != except).map(|(_, link)| *link);
-        self.rng.choose(links.collect(), count)
-    }
-
-    /// Every machine in good standing.
-    fn choose_neighbours(&mut self) {
-        self.wanted = self.state.good_machines().map(|(machine, _)| *machine).collect();
-        if self.learning {
-            self.wanted.extend(self.bootstrap.iter().map(|known| known.machine));
-        }
-        self.look_around = true;
-    }
-
-    fn dial(&mut self, now: Now) {
-        let links = &self.links;
-        for machine in self.dialer.poll(now.at, &self.machine, &self.wanted, |machine| links.contains_key(machine)) {
-            let address = self.address_of(machine);
-            self.actions.push_back(Action::Dial(address));
-        }
-    }
-
-    /// Where a machine may be reached, as far as is known.
-    fn address_of(&self, machine: MachineId) -> PeerAddr {
-        let mut addrs = self.beacons.get(&machine).map(|beacon| beacon.quic.clone()).unwrap_or_default();
-        for known in self.bootstrap.iter().filter(|known| known.machine == machine) {
-            addrs.extend(known.addrs.iter().copied());
-        }
-        addrs.sort();
-        addrs.dedup();
-        PeerAddr { machine, addrs }
-    }
-}
-
-fn learning_problem(learning: bool) -> Option<String> {
-    let what = "this machine does not have the clan's ledger, or lost it, and learns it from the other machines; until then it admits nobody";
-    learning.then(|| what.to_owned())
-}
-
-/// By whom a machine was put out, as its own ledger has it.
-fn out_of_the_clan(ledger: &Ledger, machine: &MachineId) -> Option<String> {
-    let state = ledger.state();
-    let known = state.machines.get(machine)?;
-    let entry = ledger.put_out_by(machine).pop()?;
-    let who = state.person_of(&entry.author());
-    let name = who.and_then(|who| state.people.get(&who)).map_or("somebody", |person| person.name.as_str());
-    let own = who == Some(known.owner);
-    let what = match entry.body() {
-        Body::Leave => format!("{name} left the clan, and this machine with them"),
-        Body::RevokePerson { .. } if own => format!("{name} left the clan, and this machine with them"),
-        Body::RevokePerson { .. } => format!("{name} put its owner, and with them this machine, out of the clan"),
-        _ => format!("{name} put this machine out of the clan"),
-    };
-    Some(format!(
-        "{what}: the other machines do not talk with it any more; `clan leave` removes the clan from this computer"
-    ))
 }

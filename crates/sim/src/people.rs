@@ -347,8 +347,9 @@ impl World {
             return;
         }
         let entries = replica.entries();
-        let bootstrap = vec![PeerAddr { machine: self.nodes[home].id, addrs: vec![self.nodes[home].address] }];
-        let node = self.add_node(machine, bootstrap, false);
+        // It is told of other machines, too.
+        let known = [home, 0].map(|at| PeerAddr { machine: self.nodes[at].id, addrs: vec![self.nodes[at].address] });
+        let node = self.add_node(machine, known.to_vec(), false);
         self.start_newcomer(node, &entries);
     }
 

@@ -60,7 +60,7 @@ impl World {
         let Some(running) = self.nodes[to].running.as_ref().filter(|_| !lost) else {
             return self.after(CONNECT_LIMIT, Event::DialFailed { node: from, life, machine });
         };
-        if !running.replica.answers(&dialler) {
+        if !running.replica.welcomes(&dialler) {
             let delay = self.latency();
             return self.after(delay, Event::DialFailed { node: from, life, machine });
         }
