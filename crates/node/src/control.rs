@@ -51,6 +51,8 @@ const MAX_MANAGERS: usize = 8;
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Time for the peers to take a farewell; a peer that misses it learns from another one.
 const FAREWELL: Duration = Duration::from_millis(500);
+/// How long closing all connections may take.
+const GOODBYES: Duration = Duration::from_secs(5);
 
 /// Serves the manager until cancelled, and runs the node once there is a place for it.
 pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result<(), NodeError> {
@@ -565,7 +567,10 @@ impl Node {
         if let Some(mesh) = self.mesh {
             mesh.stop().await;
         }
-        self.endpoint.close().await;
+        // It says goodbye to every peer; one that does not answer must not keep this computer from going down.
+        if tokio::time::timeout(GOODBYES, self.endpoint.close()).await.is_err() {
+            tracing::debug!("the endpoint was not closed in time");
+        }
     }
 }
 

@@ -41,7 +41,7 @@ pub(crate) struct Machine {
     images: Arc<ImageServer>,
     pub(crate) words: Arc<WordsDesk>,
     cancel: CancellationToken,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
     pub(crate) dir: tempfile::TempDir,
 }
 
@@ -82,7 +82,14 @@ impl Machine {
         ));
         tasks.spawn(desk::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
-        Self { core: handle, endpoint, key, images, words, cancel, _tasks: tasks, dir }
+        Self { core: handle, endpoint, key, images, words, cancel, tasks, dir }
+    }
+
+    /// As a controller does: nothing uses the endpoint any more when it is closed.
+    async fn stop(mut self) {
+        self.cancel.cancel();
+        while self.tasks.join_next().await.is_some() {}
+        self.endpoint.close().await;
     }
 
     pub(crate) fn id(&self) -> MachineId {

@@ -72,8 +72,7 @@ async fn a_newcomer_gets_a_ledger_that_no_message_holds_and_then_what_is_new() {
 
     // A machine that has lost everything asks until it has it again.
     let third = joined(&founder, &clan, 6, key(7), "eve").await;
-    third.cancel.cancel();
-    third.endpoint.close().await;
+    third.stop().await;
     let third = Machine::start(key(7), &clan, &[], endpoint(&key(7)).await, vec![founder.addr()]).await;
     third.until("everything is known", |v| v.entries as usize == ENTRIES + 6).await;
     assert_eq!(third.core.view().state, founder.core.view().state);
