@@ -37,6 +37,8 @@ pub struct Delay {
     threads: Vec<thread::JoinHandle<()>>,
     internet: Namespace,
     port: String,
+    outer: Namespace,
+    device: String,
     destination: String,
 }
 
@@ -57,6 +59,8 @@ impl Delay {
             threads: Vec::new(),
             internet: internet.clone(),
             port: port.to_owned(),
+            outer: outer.clone(),
+            device: device.to_owned(),
             destination: destination.to_owned(),
         };
         internet.ip(&["link", "add", &near, "type", "veth", "peer", "name", &far])?;
@@ -81,9 +85,13 @@ impl Delay {
             this.threads.push(forwarding.map_err(LabError::io("start a thread"))?);
         }
         internet.ip(&["route", "replace", destination, "dev", &near])?;
-        // The next hop has another hardware address now.
-        outer.ip(&["neighbour", "flush", "dev", device])?;
+        this.forget_next_hop()?;
         Ok(this)
+    }
+
+    /// It has another hardware address now.
+    fn forget_next_hop(&self) -> Result<(), LabError> {
+        self.outer.ip(&["neighbour", "flush", "dev", &self.device])
     }
 
     fn table(&self) -> String {
@@ -101,6 +109,7 @@ impl Drop for Delay {
         let _ = self.internet.ip(&["route", "replace", &self.destination, "dev", &self.port]);
         let _ = self.internet.ip(&["link", "delete", &format!("near-{}", self.port)]);
         let _ = self.internet.nft(&format!("delete table netdev {}\n", self.table()));
+        let _ = self.forget_next_hop();
     }
 }
 
