@@ -50,8 +50,8 @@ impl Ledger {
         vector
     }
 
-    /// Entries that the sender of the vector lacks, at most `limit` (which is at least 6), the earliest first. Ask again
-    /// with the vector they lead to until there are none.
+    /// Entries that the sender of the vector lacks, at most `limit` (which is at least 6), each author's in order. Ask
+    /// again with the vector they lead to until there are none.
     pub fn missing(&self, vector: &[([u8; 32], u64)], limit: usize) -> Vec<&Entry> {
         let limit = limit.max(LEAST_LIMIT);
         let theirs: HashMap<&[u8; 32], u64> = vector.iter().map(|(key, value)| (key, *value)).collect();
@@ -66,18 +66,16 @@ impl Ledger {
             }
         }
         let room = limit - disputed.len();
+        // INVARIANT: room goes to authors in the order in which disputes are put in, so that what settles the first one's
+        // gets there. Were it given out by time, what cannot be placed could keep it out for ever.
         let mut missing: Vec<&Entry> = Vec::new();
         for (author, log) in &self.logs {
             let from = usize::try_from(next(author)).unwrap_or(usize::MAX).min(log.chain.len());
-            missing.extend(&log.chain[from..]);
+            missing.extend(log.chain[from..].iter().take(room - missing.len()));
+            if missing.len() == room {
+                break;
+            }
         }
-        // In the order in which they take effect: folding them is then as quick as they come, and an author's entries
-        // stay in order.
-        if missing.len() > room {
-            missing.select_nth_unstable_by_key(room, |entry| (entry.time(), entry.id()));
-            missing.truncate(room);
-        }
-        missing.sort_unstable_by_key(|entry| (entry.time(), entry.id()));
         missing.extend(disputed);
         missing
     }
