@@ -169,7 +169,7 @@ impl Mesh {
         let mut tasks = JoinSet::new();
         let upstream = plan.names.upstream;
         tasks.spawn(follow(core.clone(), wireguard.clone(), zone, upstream, cancel.clone()));
-        tasks.spawn(carry(core.clone(), ends, cancel.clone()));
+        tasks.spawn(carry(core.clone(), wireguard.clone(), ends, cancel.clone()));
         Ok(Self { wireguard, names, tasks })
     }
 
@@ -331,7 +331,7 @@ fn zone_of(view: &View) -> Zone {
 }
 
 /// Moves WireGuard packets in and out of QUIC datagrams.
-async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToken) {
+async fn carry(core: CoreHandle, wireguard: Arc<Wireguard>, mut ends: CarrierEnds, cancel: CancellationToken) {
     let mut views = core.watch();
     let mut readers: JoinSet<usize> = JoinSet::new();
     let mut reading: BTreeSet<usize> = BTreeSet::new();
@@ -340,6 +340,7 @@ async fn carry(core: CoreHandle, mut ends: CarrierEnds, cancel: CancellationToke
         let links = views.borrow_and_update().links.clone();
         for (machine, connection) in links.iter() {
             if reading.insert(connection.stable_id()) {
+                wireguard.carried(*machine);
                 readers.spawn(receive(*machine, connection.clone(), ends.incoming.clone()));
             }
         }

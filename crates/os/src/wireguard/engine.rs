@@ -112,6 +112,7 @@ impl Filters {
 }
 
 pub(crate) struct Engine {
+    local: MachineId,
     private_key: StaticSecret,
     public_key: PublicKey,
     limiter: Arc<RateLimiter>,
@@ -136,6 +137,7 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(
+        local: MachineId,
         private_key: StaticSecret,
         tun: Tun,
         socket: Socket,
@@ -146,6 +148,7 @@ impl Engine {
         let public_key = PublicKey::from(&private_key);
         Ok(Self {
             limiter: Arc::new(RateLimiter::new(&public_key, HANDSHAKES)),
+            local,
             private_key,
             public_key,
             indices: IndexTable::from_os_rng(),
@@ -258,6 +261,26 @@ impl Engine {
             member.moved_to(addr);
         }
         answers.into_iter().for_each(|answer| self.send(&member, answer));
+    }
+
+    /// A way to the peer has just opened. A handshake that was begun before got lost on the way there, and the next one
+    /// would come after seconds (`REKEY_TIMEOUT`, section 6.1 of the paper).
+    ///
+    /// INVARIANT: one of the two begins anew, as both see the way open. An end that is sent two initiations forgets its
+    /// own; if both did, each would be left with a session that the other does not have.
+    pub(crate) fn way_opened(&self, peer: MachineId) {
+        if self.local > peer {
+            return;
+        }
+        let table = self.table();
+        let Some(member) = table.by_id.get(&peer).filter(|member| !member.standard) else { return };
+        let again = {
+            let mut tunnel = member.tunnel();
+            if tunnel.has_active_session() { None } else { tunnel.format_handshake_initiation(true) }
+        };
+        if let Some(initiation) = again {
+            self.send(member, initiation.into());
+        }
     }
 
     /// What waited for a session, behind `first`.

@@ -189,7 +189,7 @@ impl Wireguard {
         own_prefix.copy_from_slice(&tun.address().octets()[..6]);
         let private_key = StaticSecret::from(private_key);
         let directory = Directory::new(Paths::new(local, seed));
-        let engine = Engine::new(private_key.clone(), tun, socket, directory, carrier.outgoing, timing);
+        let engine = Engine::new(local, private_key.clone(), tun, socket, directory, carrier.outgoing, timing);
         let engine = Arc::new(engine.map_err(WireguardError::Threads)?);
         let changes = broadcast::Sender::new(CHANGES);
         let stop = CancellationToken::new();
@@ -347,6 +347,14 @@ impl Wireguard {
         running.engine.directory.lock().path(peer, now)
     }
 
+    /// The carrier leads to `peer` from now on.
+    pub fn carried(&self, peer: MachineId) {
+        let engine = self.running().as_ref().map(|running| running.engine.clone());
+        if let Some(engine) = engine {
+            engine.way_opened(peer);
+        }
+    }
+
     /// Changes of paths from now on.
     pub fn changes(&self) -> broadcast::Receiver<PathChange> {
         self.changes.subscribe()
@@ -456,6 +464,9 @@ async fn probe(engine: Arc<Engine>, changes: broadcast::Sender<PathChange>, stop
         }
         for change in changed {
             debug!(peer = %change.peer, path = ?change.path, "path changed");
+            if matches!(change.path, PathChoice::Direct { .. }) {
+                engine.way_opened(change.peer);
+            }
             // Nobody needs to listen.
             let _ = changes.send(change);
         }

@@ -243,6 +243,88 @@ fn a_stream_survives_every_change_of_path() {
 }
 
 #[test]
+fn a_handshake_that_got_lost_begins_anew_once_there_is_a_way() {
+    if !netns::enter("a_handshake_that_got_lost_begins_anew_once_there_is_a_way") {
+        return;
+    }
+    let ((a, a_ends), (b, b_ends)) = (start(1), start(2));
+    let met = |other: &Machine| WgPeer { keepalive: Some(Duration::from_secs(25)), ..other.peer(&[]) };
+    let begun =
+        |this: &Machine, other: &Machine, mut outgoing: tokio::sync::mpsc::Receiver<(MachineId, bytes::Bytes)>| {
+            this.set_peers(vec![met(other)]);
+            let (first, outgoing) = this.namespace.run(async move { (outgoing.recv().await, outgoing) });
+            let (to, first) = first.expect("a handshake begins as soon as the peer is known");
+            assert_eq!((to, first[0]), (other.id, 1), "an initiation");
+            (first, outgoing)
+        };
+    let (first, mut from_a) = begun(&a, &b, a_ends.outgoing);
+    let (_, mut from_b) = begun(&b, &a, b_ends.outgoing);
+
+    // Nobody waits here: it is sent by the call.
+    a.wireguard.carried(b.id);
+    let (_, second) = from_a.try_recv().expect("another initiation");
+    assert_eq!(second[0], 1);
+    assert_ne!(first, second);
+    a.wireguard.carried(MachineId::from_bytes([9; 32]));
+    assert!(from_a.try_recv().is_err(), "nothing for strangers");
+    b.wireguard.carried(a.id);
+    assert!(from_b.try_recv().is_err(), "one of the two is enough, and two are too many");
+    a.stop();
+    b.stop();
+}
+
+/// `CLAN_ROUNDS=200 cargo nextest run -p clan-os --test wireguard --run-ignored only -E 'test(meet_at_once)' --no-capture`
+#[test]
+#[ignore = "looks for what is seldom; prints how long machines took"]
+fn machines_that_are_told_of_each_other_at_the_same_time_meet_at_once() {
+    let rounds = std::env::var("CLAN_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(50);
+    let mut took = Vec::new();
+    for _ in 0..rounds {
+        let (a, b, _carried) = two_machines();
+        let met = |other: &Machine, at: &[&str]| WgPeer { keepalive: Some(Duration::from_secs(25)), ..other.peer(at) };
+        let (for_a, for_b) = (met(&b, &["192.0.2.2:41641"]), met(&a, &["192.0.2.1:41641"]));
+        let address = b.address;
+        let answered = b.namespace.run(async move {
+            let socket = UdpSocket::bind("[::]:7").await.unwrap();
+            tokio::spawn(async move {
+                let mut bytes = [0; 8];
+                while let Ok((length, from)) = socket.recv_from(&mut bytes).await {
+                    let _ = socket.send_to(&bytes[..length], from).await;
+                }
+            })
+        });
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                a.set_peers(vec![for_a]);
+                a.wireguard.carried(b.id);
+            });
+            scope.spawn(|| {
+                b.set_peers(vec![for_b]);
+                b.wireguard.carried(a.id);
+            });
+        });
+        let began = Instant::now();
+        a.namespace.run(async move {
+            let socket = UdpSocket::bind("[::]:0").await.unwrap();
+            let mut bytes = [0; 8];
+            loop {
+                let _ = socket.send_to(b"hello", (address, 7)).await;
+                if let Ok(Ok(_)) = tokio::time::timeout(Duration::from_millis(50), socket.recv(&mut bytes)).await {
+                    return;
+                }
+            }
+        });
+        took.push(began.elapsed());
+        answered.abort();
+        a.stop();
+        b.stop();
+    }
+    took.sort();
+    println!("median {:?}, longest {:?}", took[took.len() / 2], &took[took.len().saturating_sub(5)..]);
+    assert!(took.last().is_some_and(|longest| *longest < Duration::from_secs(3)), "nobody waits for a second attempt");
+}
+
+#[test]
 fn machines_meet_over_ipv6_and_peers_come_and_go() {
     if !netns::enter("machines_meet_over_ipv6_and_peers_come_and_go") {
         return;
