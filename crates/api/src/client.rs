@@ -22,7 +22,7 @@ use crate::{
     LogSource, Login, MachineInfo, MakeLogin, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange,
     RelayInfo, RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm, Revocation, Revoke,
     RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status, TaskEvent, TaskId,
-    TaskInfo, VmInfo, VmSize, VmStats, WireguardMachine,
+    TaskInfo, UpdateVm, VmInfo, VmSize, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -300,6 +300,11 @@ impl ManagerClient {
     /// Stops a VM in good order and starts it again.
     pub async fn restart_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
         self.post(&format!("/vms/{}/restart", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Gives a VM another image.
+    pub async fn update_vm(&self, vm: &str, request: &UpdateVm) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/update", segment(vm)), request).await
     }
 
     /// Gives a VM another size, or finds out what it would be.

@@ -19,7 +19,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     paths(
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
-        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, login
+        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
     modifiers(&Security),
@@ -212,6 +212,10 @@ fn resume_vm() {}
 /// Stop a VM in good order and start it again
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/restart", params(("vm" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn restart_vm() {}
+
+/// Give a VM another image; its disk stays, and its previous image comes back if it is not well
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/update", params(("vm" = String, Path)), request_body = UpdateVm, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn update_vm() {}
 
 /// Give a VM another size, or say what it would be
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/size", params(("vm" = String, Path)), request_body = ResizeVm, responses((status = 200, body = VmSize), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

@@ -75,6 +75,8 @@ pub enum TaskKind {
     ResumeVm,
     /// Stops a VM and starts it again.
     RestartVm,
+    /// Gives a VM another image.
+    UpdateVm,
     /// Copies a VM's disk.
     SnapshotVm,
     /// Puts a copy of a VM's disk back in its place.

@@ -34,6 +34,15 @@ pub struct MakeSnapshot {
     pub name: Option<String>,
 }
 
+/// Gives a VM another image. Its disk stays; it gets its previous image back if it is not well with the new one.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateVm {
+    /// Id of an image on this computer, or a unique beginning of one; that of this version of Clan if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+}
+
 /// Gives a VM another size. What is absent stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

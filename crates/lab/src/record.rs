@@ -144,7 +144,7 @@ impl Record {
     }
 
     /// The copied programs.
-    pub(crate) fn programs(&self) -> PathBuf {
+    pub fn programs(&self) -> PathBuf {
         self.state_root.join("bin")
     }
 

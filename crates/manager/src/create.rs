@@ -170,6 +170,7 @@ impl Home {
             paused: false,
             fresh: None,
             image: None,
+            trial: None,
             memory: self.size.memory,
             disk: self.size.disk,
             cpus: self.size.cpus,

@@ -22,8 +22,10 @@ fn users(shared: &Shared) -> BTreeMap<ImageId, Vec<ClanName>> {
     let mut users: BTreeMap<ImageId, Vec<ClanName>> = BTreeMap::new();
     for clan in shared.clans() {
         let record = clan.record.get();
-        if let Some(image) = record.image {
-            users.entry(image).or_default().push(record.name);
+        // A VM that tries an image may go back to the one before.
+        let previous = record.trial.map(|trial| trial.previous);
+        for image in record.image.into_iter().chain(previous) {
+            users.entry(image).or_default().push(record.name.clone());
         }
     }
     users
@@ -55,7 +57,7 @@ fn files(dir: &Path) -> BTreeMap<(u64, u64), u64> {
 }
 
 /// The image with an id, or a unique beginning of one.
-fn find(shared: &Shared, text: &str) -> Result<StoredImage, ApiProblem> {
+pub(crate) fn find(shared: &Shared, text: &str) -> Result<StoredImage, ApiProblem> {
     let wanted = text.to_ascii_lowercase();
     let all = shared.images.list();
     let mut begins = all.iter().filter(|i| wanted.len() >= LEAST_PREFIX && i.id.to_string().starts_with(&wanted));
@@ -130,5 +132,8 @@ pub(crate) async fn gc(shared: &Arc<Shared>, dry_run: bool) -> Result<ImageGc, A
 }
 
 fn needs_images(kind: TaskKind) -> bool {
-    matches!(kind, TaskKind::CreateClan | TaskKind::JoinClan | TaskKind::BuildImage | TaskKind::VerifyImage)
+    matches!(
+        kind,
+        TaskKind::CreateClan | TaskKind::JoinClan | TaskKind::UpdateVm | TaskKind::BuildImage | TaskKind::VerifyImage
+    )
 }

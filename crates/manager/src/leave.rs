@@ -15,6 +15,7 @@ use crate::{
     record::{Flavour, Phase},
     sign,
     tasks::{Task, TaskHandle},
+    update,
 };
 
 const FAREWELL_STEPS: [&str; 3] = ["Tell the clan", "Stop the virtual machine", "Remove its files"];
@@ -134,7 +135,11 @@ pub(crate) fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
 /// Starts a VM, as a task.
 pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     is_vm(&clan, "start")?;
-    vm_task(shared, clan, TaskKind::StartVm, "Start", &["Start the virtual machine"], |clan, task| async move {
+    let shared_ = shared.clone();
+    vm_task(shared, clan, TaskKind::StartVm, "Start", &["Start the virtual machine"], move |clan, task| async move {
+        if clan.record.get().trial.is_some() {
+            return update::judge(&shared_, &clan, &task).await;
+        }
         task.unless_cancelled(start(&clan)).await
     })
 }

@@ -46,6 +46,7 @@ mod snapshots;
 mod status;
 mod tasks;
 mod template;
+mod update;
 mod words;
 
 pub use manager::{Manager, ManagerError, Options};

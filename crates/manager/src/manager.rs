@@ -30,6 +30,7 @@ use crate::{
     snapshots,
     tasks::Tasks,
     template::Templates,
+    update,
 };
 
 /// Fewer characters of an id do not name anything.
@@ -388,7 +389,9 @@ impl Shared {
 
     /// Goes on with what an earlier manager was doing.
     fn resume(self: &Arc<Self>, clan: Arc<Clan>) {
-        match clan.record.get().phase {
+        let record = clan.record.get();
+        match record.phase {
+            Phase::Ready if record.trial.is_some() && (record.wanted || record.held) => update::go_on(self, clan),
             Phase::Ready => {}
             Phase::Creating => drop(create::spawn(self, clan)),
             Phase::Joining => drop(join::spawn(self, clan)),

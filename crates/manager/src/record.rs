@@ -1,9 +1,12 @@
 //! What is kept on disk of a clan that this computer is in.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 use clan_store::SecretFile;
-use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineName, PersonId, PersonName, Timestamp};
+use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineName, PersonId, PersonName, ServiceName, Timestamp};
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_dalek::SigningKey;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -63,6 +66,17 @@ pub(crate) struct Ports {
     pub(crate) wireguard: u16,
 }
 
+/// What a VM goes back to if it is not well with its image.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Trial {
+    /// The image that it had before.
+    pub(crate) previous: ImageId,
+    /// Whether it reached other machines then.
+    pub(crate) met: bool,
+    /// What it offered in good health then.
+    pub(crate) services: BTreeSet<ServiceName>,
+}
+
 /// A clan on this computer: `clan.json`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct ClanRecord {
@@ -89,6 +103,9 @@ pub(crate) struct ClanRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) fresh: Option<Fresh>,
     pub(crate) image: Option<ImageId>,
+    /// Present while it is not sure that the VM is well with its image, which is new to it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) trial: Option<Trial>,
     pub(crate) memory: ByteSize,
     pub(crate) disk: ByteSize,
     pub(crate) cpus: u8,
@@ -268,6 +285,7 @@ pub(crate) mod tests {
             paused: false,
             fresh: None,
             image: None,
+            trial: None,
             memory: ByteSize::from_mib(512),
             disk: ByteSize::from_mib(2048),
             cpus: 2,

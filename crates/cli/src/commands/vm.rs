@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, VmInfo};
+use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, UpdateVm, VmInfo};
 
 mod disk;
 mod stats;
@@ -52,6 +52,14 @@ pub(crate) enum Verb {
     Restore(disk::Named),
     /// Remove a copy of its disk
     Discard(disk::Named),
+    /// Give one another image; its disk stays, and if it is not well afterwards it gets its previous image back
+    Update {
+        #[command(flatten)]
+        which: Which,
+        /// An image on this computer, as `clan image list` shows them [default: that of this version of clan]
+        #[arg(long, value_name = "ID")]
+        image: Option<String>,
+    },
     /// Give one another size: memory and processors from its next start on, a larger disk at once
     Resize(disk::Resize),
     /// Show what one uses, and how its services are
@@ -100,6 +108,12 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
         Verb::Restart(which) => {
             let vm = context.clan(which.clan).await?;
             follow(context, context.ask(context.client.restart_vm(&vm)).await?).await
+        }
+        Verb::Update { which, image } => {
+            let vm = context.clan(which.clan).await?;
+            let question = "Stop the virtual machine and start it with another image? Its disk stays.";
+            context.confirm(question, "update without being asked")?;
+            follow(context, context.ask(context.client.update_vm(&vm, &UpdateVm { image })).await?).await
         }
         Verb::Pause(which) => {
             let vm = context.clan(which.clan).await?;

@@ -1,6 +1,9 @@
 //! What a person does with a VM, and that the state is what they were told, also after the manager was killed.
 
-use std::time::Duration;
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clan_lab::{Lab, LabError, Person, story};
 use serde_json::Value;
@@ -20,6 +23,7 @@ pub(crate) fn check(checks: &mut Checks, lab: &mut Lab) {
     checks.that("a second VM of the image goes on from the template, with keys of its own", || {
         from_template(lab.person("founder"))
     });
+    checks.that("a VM gets a new image, keeps its disk, and goes back from one that does not boot", || updated(lab));
     checks.that("images are listed, found whole, and none that runs is removed", || images(lab.person("founder")));
 }
 
@@ -107,6 +111,64 @@ fn from_template(founder: &Person) -> Checked {
     let ids: Vec<_> = ids.collect();
     promise(ids.len() == 2 && ids[0] != ids[1], || format!("two VMs from one state are the machines {ids:?}"))?;
     founder.clan(&["vm", "delete", ANOTHER, "--force", "--yes"])?.success().map(drop)
+}
+
+fn runs_image(person: &Person) -> Result<String, LabError> {
+    let images = person.clan_json(&["image", "list"])?;
+    let mut all = images.as_array().into_iter().flatten();
+    let used = all.find(|image| image["clans"].as_array().is_some_and(|c| c.iter().any(|clan| clan == story::CLAN)));
+    let id = used.and_then(|image| image["id"].as_str()).map(str::to_owned);
+    id.ok_or_else(|| LabError::Promise(format!("no image is the clan's: {images}")))
+}
+
+fn updated(lab: &mut Lab) -> Checked {
+    let programs = lab.record().programs();
+    let founder = lab.person("founder");
+    let (before, machine) = (runs_image(founder)?, machine_id(founder)?);
+    founder.console(story::CLAN)?.run("echo kept > /root/mark && sync", HEAL)?;
+    // Another build of the same program: what follows the last section is never looked at.
+    let another = another(&programs.join("clan"), |bytes| bytes.extend_from_slice(b"another build"))?;
+    founder.clan(&["vm", "update", "--yes"])?.success()?;
+    let after = runs_image(founder)?;
+    promise(after != before, || "the VM has its old image".into())?;
+    promise(machine_id(founder)? == machine, || "the machine is another one with its new image".into())?;
+    let (said, _) = founder.console(story::CLAN)?.run("cat /root/mark", HEAL)?;
+    promise(said.lines().any(|line| line.trim() == "kept"), || format!("the disk has {said:?} on it"))?;
+
+    // An agent that ends at once: the kernel has nothing to go on with.
+    let clan = std::fs::read(programs.join("clan")).map_err(|e| LabError::Promise(e.to_string()))?;
+    let broken = self::another(&programs.join("clan-agent"), |bytes| *bytes = clan)?;
+    refused(&founder.clan(&["vm", "update", "--yes"])?, &["not well", "previous one again"])?;
+    drop((another, broken));
+    promise(runs_image(founder)? == after, || "the VM has an image that does not boot".into())?;
+    story::until(HEAL, "founder's VM with its previous image", || running_vm(founder))?;
+    promise(machine_id(founder)? == machine, || "the machine is another one after it went back".into())
+}
+
+/// A program that is replaced until this is dropped.
+struct Replaced {
+    place: PathBuf,
+    kept: PathBuf,
+}
+
+impl Drop for Replaced {
+    fn drop(&mut self) {
+        let _ = std::fs::rename(&self.kept, &self.place);
+    }
+}
+
+fn another(place: &Path, change: impl FnOnce(&mut Vec<u8>)) -> Result<Replaced, LabError> {
+    let failed = |e: std::io::Error| LabError::Promise(format!("{}: {e}", place.display()));
+    let replaced = Replaced { place: place.to_owned(), kept: place.with_extension("kept") };
+    let next = place.with_extension("next");
+    let mut bytes = std::fs::read(place).map_err(failed)?;
+    change(&mut bytes);
+    std::fs::write(&next, bytes).map_err(failed)?;
+    std::fs::set_permissions(&next, std::fs::metadata(place).map_err(failed)?.permissions()).map_err(failed)?;
+    std::fs::hard_link(place, &replaced.kept).map_err(failed)?;
+    // Whoever runs the present one goes on with it.
+    std::fs::rename(&next, place).map_err(failed)?;
+    Ok(replaced)
 }
 
 fn images(founder: &Person) -> Checked {

@@ -352,6 +352,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/vms/{vm}/pause", post(vms::pause))
         .route("/vms/{vm}/resume", post(vms::resume))
         .route("/vms/{vm}/restart", post(vms::restart))
+        .route("/vms/{vm}/update", post(vms::update))
         .route("/vms/{vm}/size", post(vms::resize))
         .route("/vms/{vm}/snapshots", get(vms::snapshots).post(vms::make_snapshot))
         .route("/vms/{vm}/snapshots/{name}/restore", post(vms::restore_snapshot))

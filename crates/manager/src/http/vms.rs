@@ -10,7 +10,7 @@ use axum::{
 };
 use clan_api::{
     ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, MakeSnapshot, ResizeVm, SnapshotInfo,
-    TaskInfo, VmInfo, VmSize, VmStats,
+    TaskInfo, UpdateVm, VmInfo, VmSize, VmStats,
 };
 use clan_wire::control::{ControlRequest, ControlResponse};
 use hyper_util::rt::TokioIo;
@@ -25,7 +25,7 @@ use crate::{
     guest::{self, GuestError},
     leave, logs, machine,
     manager::Shared,
-    problem, snapshots, status,
+    problem, snapshots, status, update,
 };
 
 const MAX_LINES: u32 = 100_000;
@@ -57,6 +57,16 @@ pub(super) async fn resume(State(shared): State<Arc<Shared>>, Path(vm): Path<Str
 pub(super) async fn restart(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {
     let clan = shared.find(&vm)?;
     Ok(Json(StatusCode::ACCEPTED, machine::restart_task(&shared, clan)?.info()))
+}
+
+pub(super) async fn update(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    body: Bytes,
+) -> Answer<Json<TaskInfo>> {
+    let request: UpdateVm = parse(&body)?;
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, update::task(&shared, clan, &request)?.info()))
 }
 
 pub(super) async fn resize(
