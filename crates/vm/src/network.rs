@@ -56,7 +56,7 @@ const TUN: &str = "/dev/net/tun";
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 /// Inside the virtual machine's directory.
 const LOG: &str = "network.log";
-const RESOLVER: &str = "dns";
+pub(crate) const RESOLVER: &str = "dns";
 
 /// The namespace has the addresses of the network that QEMU shows to its guest: these the guest cannot use for anything
 /// else anyway. They are given rather than taken from the base OS, so that pasta needs no network there to start with.

@@ -20,7 +20,7 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::{VmError, args, console, file, host::Stat, network::Entrance};
+use crate::{VmError, args, console, fence::Fence, file, host::Stat, network::Entrance};
 
 const LOCK: &str = "lock";
 const PID: &str = "pid.json";
@@ -160,13 +160,15 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
 }
 
 /// Starts QEMU, detached from this program: a session of its own, no way to more privileges, nothing inherited but the
-/// lock, its network's lifeline, and the file of its saved state. It ends only by itself or by a signal.
+/// lock, its network's lifeline, and the file of its saved state, and behind a fence. It ends only by itself or by a
+/// signal.
 pub(crate) fn spawn(
     qemu: &Path,
     args: Vec<std::ffi::OsString>,
     dir: &Dir,
     lock: &Lock,
     entrance: Option<Entrance>,
+    mut fence: Fence,
     state: Option<&File>,
 ) -> Result<Child, VmError> {
     for log in [QEMU_LOG, args::CONSOLE_LOG] {
@@ -192,7 +194,9 @@ pub(crate) fn spawn(
             for fd in inherited.into_iter().flatten() {
                 rustix::io::fcntl_setfd(rustix::fd::BorrowedFd::borrow_raw(fd), FdFlags::empty())?;
             }
-            entrance.as_ref().map_or(Ok(()), Entrance::enter)
+            entrance.as_ref().map_or(Ok(()), Entrance::enter)?;
+            // Last: behind it, nothing is mounted.
+            fence.raise()
         });
     }
     command.spawn().map_err(VmError::io("run", qemu))

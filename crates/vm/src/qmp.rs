@@ -25,7 +25,9 @@ const MAX_LINE: usize = 1 << 20;
 const DEFAULT_LIMIT: Duration = Duration::from_secs(5);
 /// For the greeting, its answer, and every write.
 const STEP_LIMIT: Duration = Duration::from_secs(5);
-const RECONNECT_AFTER: Duration = Duration::from_millis(250);
+/// QEMU listens a few hundredths of a second after its start, and everybody waits for that: the pauses between attempts grow.
+const FIRST_PAUSE: Duration = Duration::from_millis(4);
+const LONGEST_PAUSE: Duration = Duration::from_millis(250);
 const EVENTS_KEPT: usize = 64;
 const REQUESTS_KEPT: usize = 32;
 
@@ -143,6 +145,7 @@ where
     let qmp = Qmp { requests, events: events.clone(), greeted: greeted_receiver, shutdown: shutdown_receiver };
     let mut driver = Driver { requests: received, events, greeted, shutdown };
     let task = async move {
+        let mut pause = FIRST_PAUSE;
         loop {
             let connected = tokio::select! {
                 biased;
@@ -158,7 +161,7 @@ where
             tokio::select! {
                 biased;
                 () = ended.cancelled() => break,
-                () = sleep(RECONNECT_AFTER) => {}
+                () = sleep(pause) => pause = (pause + pause / 4).min(LONGEST_PAUSE),
             }
         }
     };

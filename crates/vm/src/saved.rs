@@ -109,6 +109,11 @@ pub(crate) async fn is_paused(qmp: &Qmp) -> Result<bool, VmError> {
     Ok(matches!(status(qmp).await?.as_str(), "paused" | "postmigrate" | "finish-migrate"))
 }
 
+/// Whether a disk could not be written, and the guest is halted for that.
+pub(crate) async fn lacks_room(qmp: &Qmp) -> Result<bool, VmError> {
+    Ok(status(qmp).await? == "io-error")
+}
+
 async fn status(qmp: &Qmp) -> Result<String, QmpError> {
     let answer = qmp.execute("query-status", Value::Null).await?;
     Ok(answer["status"].as_str().unwrap_or_default().to_owned())

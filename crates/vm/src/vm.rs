@@ -22,7 +22,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
 
 use crate::{
-    Begin, HostStats, Network, Qmp, VmError, VmSpec, args, console, disk, host,
+    Begin, Console, HostStats, Network, Qmp, VmError, VmSpec, args, console, disk,
+    fence::Fence,
+    host,
     network::{Feeder, Found, Namespace},
     preflight,
     process::{self, Dir, Identity, QEMU_LOG},
@@ -290,8 +292,8 @@ impl Vm {
     }
 
     /// Connects to the serial console; as [`Vm::connect_agent`].
-    pub async fn connect_console(&self) -> Result<UnixStream, VmError> {
-        self.connect(args::CONSOLE).await
+    pub async fn connect_console(&self) -> Result<Console, VmError> {
+        Ok(Console::new(self.connect(args::CONSOLE).await?))
     }
 
     async fn connect(&self, socket: &str) -> Result<UnixStream, VmError> {
@@ -311,6 +313,11 @@ impl Vm {
     /// Whether its processors are halted by [`Vm::pause`] or [`Vm::save`].
     pub async fn is_paused(&self) -> Result<bool, VmError> {
         saved::is_paused(&self.0.qmp).await
+    }
+
+    /// Whether QEMU holds the guest, as the base OS's disk is full. [`Vm::resume`] lets it try again.
+    pub async fn lacks_room(&self) -> Result<bool, VmError> {
+        saved::lacks_room(&self.0.qmp).await
     }
 
     /// Grows the data disk; the guest sees it at once, and its file system does not by itself.
@@ -388,7 +395,8 @@ fn launch(
     let direct = disk::supports_direct(&spec.data_disk);
     let arguments = args::arguments(spec, machine, direct, namespace.is_some(), state.map(AsRawFd::as_raw_fd))?;
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
-    let mut child = process::spawn(qemu, arguments, dir, lock, entrance, state)?;
+    let fence = Fence::around(&dir.join("."), spec, qemu).map_err(VmError::io("confine", qemu))?;
+    let mut child = process::spawn(qemu, arguments, dir, lock, entrance, fence, state)?;
     let pid = child.id();
     let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
     match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {

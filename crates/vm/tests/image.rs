@@ -11,7 +11,7 @@ use std::{
 
 use clan_types::{ByteSize, Timestamp};
 use clan_vm::{
-    AccelKind, Begin, ExitReason, ImageFiles, Qemu, UdpForward, Vm, VmSpec, copy_data_disk, create_data_disk,
+    AccelKind, Begin, Console, ExitReason, ImageFiles, Qemu, UdpForward, Vm, VmSpec, copy_data_disk, create_data_disk,
 };
 use clan_wire::{
     agent::{AgentRequest, AgentResponse, ENTROPY, MAX_MESSAGE, Renewal},
@@ -124,7 +124,7 @@ async fn an_image_boots_twice_on_its_data_disk_and_powers_off_on_request() {
 }
 
 /// What the shell on a guest's console answers.
-async fn shell(console: &mut UnixStream, command: &str) -> String {
+async fn shell(console: &mut Console, command: &str) -> String {
     static COMMANDS: AtomicU64 = AtomicU64::new(0);
     let number = COMMANDS.fetch_add(1, Ordering::Relaxed);
     // What is typed is echoed: only what the shell makes of it has no quotes.

@@ -242,6 +242,20 @@ async fn a_qemu_that_ends_at_once_leaves_its_words() {
 }
 
 #[tokio::test]
+async fn a_console_that_nobody_reads_does_not_hold_the_guest_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path(), &Then::Talk);
+    let vm = started(&spec).await;
+    let said = || fs::metadata(spec.dir.join("console.log")).map_or(0, |meta| meta.len());
+    guest::until("the guest talks", || said() > 0).await;
+    let _unread = vm.connect_console().await.unwrap();
+    let before = said();
+    // More than QEMU and the kernel keep for a connection, which is 280 bytes here.
+    guest::until("it goes on", || said() > before + 8192).await;
+    vm.quit(LIMIT).await;
+}
+
+#[tokio::test]
 async fn events_arrive() {
     let folder = tempfile::tempdir().unwrap();
     let vm = started(&spec(folder.path(), &Then::Halt)).await;

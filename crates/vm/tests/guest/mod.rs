@@ -25,6 +25,8 @@ pub(crate) enum Then {
     PowerOffWhenTold,
     /// Resets when somebody writes a byte to the console.
     ResetWhenTold,
+    /// Writes to the console for ever, some ten thousand bytes a second.
+    Talk,
 }
 
 fn code(then: &Then) -> Vec<u8> {
@@ -45,7 +47,15 @@ fn code(then: &Then) -> Vec<u8> {
     .concat();
     let reset = [0xb0, 0xfe, 0xe6, 0x64]; // out 0x64, 0xfe
     let halt = [0xfa, 0xf4, 0xeb, 0xfd]; // cli; hlt; jmp -3
+    let talk = [
+        &[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x20, 0x74, 0xfb][..], // wait until there is room (line status)
+        &[0x66, 0xba, 0xf8, 0x03, 0xb0, b'.', 0xee],                 // mov dx, 0x3f8; out '.'
+        &[0xb9, 0x00, 0x80, 0x00, 0x00, 0xe2, 0xfe],                 // mov ecx, 0x8000; loop
+        &[0xeb, 0xe7],                                               // jmp -25
+    ]
+    .concat();
     match then {
+        Then::Talk => [&say_r[..], &talk].concat(),
         Then::Halt => [&say_r[..], &halt].concat(),
         Then::PowerOffWhenTold => [&say_r[..], &wait, &power_off, &halt].concat(),
         Then::ResetWhenTold => [&say_r[..], &wait, &reset, &halt].concat(),
