@@ -5,12 +5,16 @@ use std::time::Duration;
 use clan_api::{ApiProblem, ErrorCode, VmState};
 use clan_os::channel::Channel;
 use clan_vm::{VmError, copy_data_disk, create_data_disk, probe};
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 
 use crate::{
     clan::Clan,
     fetch::blocking,
     guest::{self, GuestError, Identity},
+    keeper::VmView,
     logs,
     manager::Shared,
     problem,
@@ -96,7 +100,6 @@ pub(crate) async fn wait(
             Err(_) => ApiProblem::new(ErrorCode::Stopping, "the manager is stopping"),
         }
     };
-    let mut turn = clan.keeper.watch();
     let connected = async {
         match channel.wait_for(Option::is_some).await.ok().and_then(|c| c.clone()) {
             Some(channel) => channel,
@@ -105,9 +108,32 @@ pub(crate) async fn wait(
     };
     tokio::select! {
         biased;
-        // Waiting for other VMs does not count.
-        connected = async { let _ = turn.wait_for(|v| !v.queued).await; timeout(limit, connected).await } => connected.map_err(|_| silent(clan, who, limit)),
+        channel = connected => Ok(channel),
         problem = failed => Err(problem),
+        () = too_late(clan.keeper.watch(), limit) => Err(silent(clan, who, limit)),
+    }
+}
+
+/// Returns when a VM has had its time. Waiting for other VMs, or for memory, does not count; and one that was started anew,
+/// which is done so many times only, has its time anew.
+async fn too_late(mut view: watch::Receiver<VmView>, limit: Duration) {
+    let mut pid = view.borrow_and_update().pid;
+    let mut deadline = Instant::now() + limit;
+    loop {
+        tokio::select! {
+            biased;
+            changed = view.changed() => {
+                if changed.is_err() {
+                    return std::future::pending().await;
+                }
+                let now = view.borrow_and_update();
+                if now.queued || now.pid.is_some_and(|now| Some(now) != pid) {
+                    pid = now.pid.or(pid);
+                    deadline = Instant::now() + limit;
+                }
+            }
+            () = sleep_until(deadline), if !view.borrow().queued => return,
+        }
     }
 }
 

@@ -12,6 +12,8 @@
 //! INVARIANT: only the loop of [`owner`] starts QEMU for its clan, and it looks for a running one first.
 
 mod owner;
+mod room;
+mod silence;
 mod start;
 mod stop;
 mod turns;
@@ -42,6 +44,7 @@ use crate::{
 };
 
 use owner::{Loop, Restarts};
+pub(crate) use silence::Patience;
 pub(crate) use start::free_ports;
 pub(crate) use turns::Turns;
 
@@ -55,7 +58,7 @@ pub(crate) struct VmView {
     pub(crate) restarts: u32,
     pub(crate) pid: Option<u32>,
     pub(crate) accelerator: Option<AccelKind>,
-    /// It waits for other VMs that start.
+    /// It waits for other VMs that start, or for memory.
     pub(crate) queued: bool,
     /// Why its guest reaches this computer's loopback, if it does.
     pub(crate) exposure: Option<Exposure>,
@@ -87,6 +90,7 @@ pub(crate) struct KeeperConfig {
     pub(crate) qemu: Qemu,
     /// Whether VMs go on when the manager stops.
     pub(crate) keep_vms: bool,
+    pub(crate) patience: Patience,
 }
 
 pub(crate) enum Command {
@@ -134,6 +138,10 @@ impl Keeper {
             retry_at: None,
             turn: None,
             place: None,
+            short: false,
+            silent: 0,
+            note: None,
+            full: None,
             cancel,
         };
         let task = tokio::spawn(owner.run());
@@ -224,3 +232,6 @@ impl Keeper {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

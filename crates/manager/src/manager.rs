@@ -22,7 +22,7 @@ use crate::{
     disk::{self, DiskError},
     http::{self, Listeners, auth::Auth},
     join,
-    keeper::{Keeper, KeeperConfig, Turns},
+    keeper::{Keeper, KeeperConfig, Patience, Turns},
     leave,
     paths::Paths,
     problem,
@@ -380,6 +380,7 @@ impl Shared {
             cache: self.paths.cache(),
             qemu: self.options.qemu.clone(),
             keep_vms: self.options.keep_vms,
+            patience: Patience::default(),
         };
         let keeper = Keeper::spawn(record.clone(), config, self.keepers.child_token());
         let clan = Arc::new(Clan { record, keeper, key, log: tokio::sync::Mutex::new(log) });

@@ -41,7 +41,7 @@ fn install(package: &str) -> String {
     format!("install it: `sudo apt install {package}`")
 }
 
-fn free_space(path: &Path) -> String {
+pub(crate) fn free_space(path: &Path) -> String {
     format!("free some space where {} is, or use another data folder with `--data`", path.display())
 }
 

@@ -99,19 +99,25 @@ fn clan_problems(clan: &Clan, seen: Option<&Told>) -> Vec<HealthProblem> {
     problems
 }
 
-/// This computer.
-pub(crate) fn host(paths: &Paths) -> HostInfo {
+/// Memory of this computer: all of it, and what programs could have now.
+pub(crate) fn memory() -> (ByteSize, ByteSize) {
     let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let field = |label: &str| {
         let line = meminfo.lines().find_map(|l| l.strip_prefix(label));
         let kib = line.and_then(|l| l.split_whitespace().next()).and_then(|n| n.parse::<u64>().ok()).unwrap_or(0);
         ByteSize::from_bytes(kib.saturating_mul(1024))
     };
+    (field("MemTotal:"), field("MemAvailable:"))
+}
+
+/// This computer.
+pub(crate) fn host(paths: &Paths) -> HostInfo {
+    let (memory_total, memory_available) = memory();
     HostInfo {
         name: rustix::system::uname().nodename().to_string_lossy().into_owned(),
         cpus: std::thread::available_parallelism().map_or(1, |n| u32::try_from(n.get()).unwrap_or(1)),
-        memory_total: field("MemTotal:"),
-        memory_available: field("MemAvailable:"),
+        memory_total,
+        memory_available,
         disk_available: problem::available(paths.root()).unwrap_or_default(),
     }
 }

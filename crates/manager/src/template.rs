@@ -126,7 +126,7 @@ impl Staging {
     }
 
     /// Puts it in its place with a copy of the disk, which nobody writes to now. Blocks on the disk.
-    fn commit(self, data_disk: &Path) -> Result<(), LeaveError> {
+    pub(crate) fn commit(self, data_disk: &Path) -> Result<(), LeaveError> {
         copy_data_disk(data_disk, &self.dir.join("data.ext4"))?;
         fs::File::open(self.state()).and_then(|f| f.sync_all()).map_err(|source| DiskError::Io {
             action: "write",
@@ -174,6 +174,12 @@ impl Templates {
             }
         }
         Self { dir }
+    }
+
+    /// Where they are.
+    #[cfg(test)]
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// A template of a kind.

@@ -7,7 +7,8 @@ use std::{
 
 use clan_api::{ApiProblem, ErrorCode, VmState};
 use clan_os::channel::Channel;
-use clan_vm::{AccelKind, Exit, ExitReason, Network, Vm, probe};
+use clan_types::ByteSize;
+use clan_vm::{AccelKind, Exit, ExitReason, Network, Vm, VmError};
 use tokio::{
     sync::{mpsc, watch},
     time::sleep_until,
@@ -16,19 +17,19 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Command, KeeperConfig, VmView,
-    stop::{POWER_OFF, POWER_OFF_QUICKLY, QUIT, power_off},
-    turns::{Place, Turn},
+    room::DiskEvents,
+    silence::Doom,
+    stop::{POWER_OFF, POWER_OFF_QUICKLY, power_off},
+    turns::{Place, Turn, needed},
 };
-use crate::{clan::RecordCell, guest, link::Outlets, problem, tasks::now, template};
+use crate::{clan::RecordCell, guest, link::Outlets, problem, status, tasks::now, template};
 
 /// Restarts of a VM that dies again and again, before it is given up.
 const MAX_RESTARTS: u32 = 5;
 /// A VM that ran for so long is stable: its earlier deaths are forgotten.
 const STABLE: Duration = Duration::from_secs(300);
-/// Under KVM an agent answers within two seconds; one that is silent for so long will never.
-const KVM_PATIENCE: Duration = Duration::from_secs(30);
-/// One that need not boot answers within a fraction of a second.
-const TEMPLATE_PATIENCE: Duration = Duration::from_secs(20);
+/// How often it is looked whether there is memory for a VM that waits for some.
+const MEMORY_AGAIN: Duration = Duration::from_secs(2);
 /// A VM that takes longer to start does not hold up the others any more.
 const TURN_LIMIT: Duration = Duration::from_secs(60);
 const CONSOLE_LINES: usize = 12;
@@ -59,6 +60,8 @@ pub(super) struct Running {
     pub(super) links: CancellationToken,
     pub(super) tracker: TaskTracker,
     pub(super) stopping: bool,
+    /// It is ended for its silence.
+    pub(super) doom: Option<Doom>,
 }
 
 pub(super) struct Loop {
@@ -74,6 +77,14 @@ pub(super) struct Loop {
     /// Held while the VM starts.
     pub(super) turn: Option<Turn>,
     pub(super) place: Option<Place>,
+    /// It waits for memory.
+    pub(super) short: bool,
+    /// Boots of late that ended in silence.
+    pub(super) silent: u32,
+    /// Why it is started anew, until it is up.
+    pub(super) note: Option<ApiProblem>,
+    /// QEMU holds the guest, as the computer's disk is full; when that is looked at again.
+    pub(super) full: Option<Instant>,
     pub(super) cancel: CancellationToken,
 }
 
@@ -83,6 +94,7 @@ enum Event {
     Exit(Exit),
     Control,
     Turn(Turn),
+    DiskFull,
     Tick,
 }
 
@@ -103,7 +115,11 @@ impl Loop {
                 {
                     tracing::warn!(%error, "the VM shall be paused, and is not");
                 }
+                let full = vm.lacks_room().await.unwrap_or(false);
                 self.attach(vm, None, None, None);
+                if full {
+                    self.disk_is_full();
+                }
                 if !self.record.get().wanted {
                     self.begin_stop(POWER_OFF);
                 }
@@ -122,8 +138,9 @@ impl Loop {
             self.retry_at = Some(Instant::now());
         }
         let mut control = self.out.control.subscribe();
+        let mut heard = None;
         loop {
-            match self.next(&mut control).await {
+            match self.next(&mut control, &mut heard).await {
                 Event::Cancelled => break,
                 Event::Command(None) => break,
                 Event::Command(Some(Command::Want { run, reply })) => {
@@ -151,14 +168,18 @@ impl Loop {
                 Event::Exit(exit) => self.ended(exit).await,
                 Event::Control => self.control_changed(control.borrow_and_update().is_some()),
                 Event::Turn(turn) => self.take_turn(turn).await,
+                Event::DiskFull => self.disk_is_full(),
                 Event::Tick => self.tick().await,
             }
         }
         self.shut_down().await;
     }
 
-    async fn next(&mut self, control: &mut watch::Receiver<Option<Channel>>) -> Event {
+    async fn next(&mut self, control: &mut watch::Receiver<Option<Channel>>, heard: &mut Option<DiskEvents>) -> Event {
         let vm = self.running.as_ref().map(|r| r.vm.clone());
+        if heard.as_ref().map(DiskEvents::pid) != vm.as_ref().map(Vm::pid) {
+            *heard = vm.as_ref().map(DiskEvents::of);
+        }
         let at = self.deadline();
         let place = &mut self.place;
         tokio::select! {
@@ -167,6 +188,7 @@ impl Loop {
             exit = async { match &vm { Some(vm) => vm.wait_exit().await, None => std::future::pending().await } } => Event::Exit(exit),
             command = self.commands.recv() => Event::Command(command),
             Ok(()) = control.changed() => Event::Control,
+            () = async { match heard { Some(heard) => heard.full().await, None => std::future::pending().await } } => Event::DiskFull,
             turn = async { match place { Some(place) => place.await, None => std::future::pending().await } } => {
                 Event::Turn(turn)
             }
@@ -177,37 +199,12 @@ impl Loop {
     fn deadline(&self) -> Option<Instant> {
         let doubt = self.running.as_ref().and_then(|r| Some(r.since + self.patience(r)?));
         let turn = self.running.as_ref().filter(|_| self.turn.is_some()).map(|r| r.since + TURN_LIMIT);
-        [self.retry_at, doubt, turn].into_iter().flatten().min()
-    }
-
-    /// How long the guest may be silent before something else is tried, if there is something.
-    fn patience(&self, running: &Running) -> Option<Duration> {
-        let silent =
-            !running.stopping && self.out.agent.borrow().is_none() && self.publish.borrow().state == VmState::Starting;
-        match (running.accelerator, &running.template) {
-            (_, Some(_)) if silent => Some(TEMPLATE_PATIENCE),
-            (Some(AccelKind::Kvm), None) if silent => Some(KVM_PATIENCE),
-            _ => None,
-        }
+        [self.retry_at, doubt, turn, self.full].into_iter().flatten().min()
     }
 
     async fn tick(&mut self) {
-        let doubtful = self.running.as_ref().filter(|r| self.patience(r).is_some_and(|p| r.since.elapsed() >= p));
-        if let Some(running) = doubtful {
-            let vm = running.vm.clone();
-            match &running.template {
-                Some(template) => {
-                    self.config.templates.remove(template);
-                    tracing::warn!("the VM does not go on from its template: it boots");
-                }
-                None => {
-                    let why = "A guest did not come up with hardware acceleration, so it is emulated.";
-                    probe::distrust(&self.config.cache, why).await;
-                    tracing::warn!("the VM did not come up under KVM: it will be emulated until the next boot");
-                }
-            }
-            vm.quit(QUIT).await;
-        }
+        self.end_silent().await;
+        self.look_for_room().await;
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
             if self.running.is_none() && self.record.get().wanted {
@@ -232,15 +229,53 @@ impl Loop {
             return;
         }
         self.turn = Some(turn);
-        self.start().await;
+        if self.has_memory() {
+            self.start().await;
+        }
         if self.running.is_none() {
             self.turn = None;
         }
     }
 
+    /// Sees that there is memory for the VM, and takes it. If there is none, the VM waits until there is some, as long as
+    /// the computer has so much at all.
+    fn has_memory(&mut self) -> bool {
+        let asked = self.record.get().memory;
+        let (total, available) = status::memory();
+        let claimed = match &mut self.turn {
+            Some(turn) => turn.claim(asked, available),
+            None => Ok(()),
+        };
+        let Err(left) = claimed else {
+            self.short = false;
+            return true;
+        };
+        if asked > total {
+            self.short = false;
+            self.fail(problem::vm(&VmError::TooLarge { asked, available }));
+        } else {
+            self.wait_for_memory(asked, left);
+        }
+        false
+    }
+
+    pub(super) fn wait_for_memory(&mut self, asked: ByteSize, left: ByteSize) {
+        if !self.short {
+            tracing::info!(%asked, %left, "the VM waits for memory");
+        }
+        self.short = true;
+        self.retry_at = Some(Instant::now() + MEMORY_AGAIN);
+        let why = format!("it waits for memory: it needs {}, and {left} of this computer's are left", needed(asked));
+        let problem = ApiProblem::new(ErrorCode::VmNotReady, why);
+        self.show(
+            VmState::Starting,
+            Some(problem.hint("stop another VM or close some programs; or `clan vm resize --memory`")),
+        );
+    }
+
     async fn wish(&mut self, run: bool) {
         if run {
-            self.restarts = Restarts::default();
+            self.forget_deaths();
             // One that is on its way down is started anew when it is.
             if self.running.is_none() {
                 self.show(VmState::Starting, None);
@@ -253,6 +288,7 @@ impl Loop {
         } else {
             self.retry_at = None;
             self.place = None;
+            self.short = false;
             if self.running.is_some() {
                 self.begin_stop(POWER_OFF);
             } else {
@@ -295,7 +331,7 @@ impl Loop {
 
     fn restart(&mut self) -> Result<(), ApiProblem> {
         self.record.update(|r| r.wanted = true).map_err(|e| problem::disk(&e))?;
-        self.restarts = Restarts::default();
+        self.forget_deaths();
         if self.running.is_some() {
             self.begin_stop(POWER_OFF);
         } else {
@@ -305,12 +341,16 @@ impl Loop {
         Ok(())
     }
 
+    fn forget_deaths(&mut self) {
+        (self.restarts, self.silent, self.note) = (Restarts::default(), 0, None);
+    }
+
     fn control_changed(&mut self, up: bool) {
-        if self.record.get().paused || self.running.as_ref().is_none_or(|r| r.stopping) {
+        if self.record.get().paused || self.full.is_some() || self.running.as_ref().is_none_or(|r| r.stopping) {
             return;
         }
         if up {
-            self.turn = None;
+            (self.turn, self.silent, self.note) = (None, 0, None);
             self.show(VmState::Running, None);
         } else if self.publish.borrow().state == VmState::Running {
             self.show(
@@ -333,12 +373,13 @@ impl Loop {
 
     async fn ended(&mut self, exit: Exit) {
         let Some(running) = self.running.take() else { return };
-        self.turn = None;
+        (self.turn, self.full) = (None, None);
         let (stopping, uptime) = (running.stopping, running.since.elapsed());
         if let Err(error) = self.record.update(|r| r.paused = false) {
             tracing::warn!(%error, "the VM's record is not written");
         }
         let console = if stopping { None } else { running.vm.console_tail(CONSOLE_LINES).ok() };
+        let doom = running.doom.clone();
         self.unlink(running).await;
         let wanted = self.record.get().wanted;
         if stopping || !wanted {
@@ -349,6 +390,15 @@ impl Loop {
                 self.show(VmState::Stopped, None);
             }
             return;
+        }
+        match doom {
+            Some(Doom::Again(problem)) => {
+                self.note = Some(problem);
+                self.retry_at = Some(Instant::now());
+                return self.show(VmState::Starting, None);
+            }
+            Some(Doom::Last(problem)) => return self.fail(problem),
+            None => {}
         }
         let mut problem = ApiProblem::new(ErrorCode::VmFailed, format!("the VM ended: {}", describe(exit)));
         if let Some(console) = console.filter(|c| !c.trim().is_empty()) {
@@ -386,7 +436,8 @@ impl Loop {
             Network::Apart => None,
             Network::Exposed(exposure) => Some(exposure.clone()),
         });
-        let (restarts, queued) = (self.restarts.count, self.place.is_some());
+        let problem = problem.or_else(|| self.note.clone().filter(|_| state == VmState::Starting));
+        let (restarts, queued) = (self.restarts.count, self.place.is_some() || self.short);
         self.publish.send_if_modified(|view| {
             let since = if view.state == state { view.since } else { now() };
             let next = VmView { state, problem, since, restarts, pid, accelerator, queued, exposure };

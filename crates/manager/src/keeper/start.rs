@@ -32,6 +32,8 @@ impl Loop {
                 Err(StartError::Template { name, error }) => {
                     self.config.templates.remove(&name);
                     tracing::warn!(%error, "the template is of no use: the VM boots");
+                    let why = "the VM did not go on from its template: it boots instead";
+                    self.note = Some(ApiProblem::new(ErrorCode::VmFailed, why));
                 }
                 Err(StartError::Vm(VmError::PortBusy { addr })) => {
                     tracing::info!(port = addr.port(), "another program uses the VM's port: choosing others");
@@ -61,6 +63,10 @@ impl Loop {
                 }
                 Err(StartError::Vm(error @ (VmError::DiedAtStart { .. } | VmError::SilentAtStart { .. }))) => {
                     return self.died(problem::vm(&error), Duration::ZERO);
+                }
+                // Somebody was faster.
+                Err(StartError::Vm(VmError::TooLarge { asked, available })) => {
+                    return self.wait_for_memory(asked, available);
                 }
                 // Nothing would be gained by trying again.
                 Err(error) => return self.fail(error.problem()),
@@ -160,8 +166,16 @@ impl Loop {
             links.clone(),
         ));
         self.vm_publish.send_replace(Some(vm.clone()));
-        self.running =
-            Some(Running { vm, since: Instant::now(), accelerator, template, links, tracker, stopping: false });
+        self.running = Some(Running {
+            vm,
+            since: Instant::now(),
+            accelerator,
+            template,
+            links,
+            tracker,
+            stopping: false,
+            doom: None,
+        });
         let paused = self.record.get().paused;
         self.show(if paused { VmState::Paused } else { VmState::Starting }, None);
     }
