@@ -7,7 +7,7 @@ SUDO := $(if $(filter 0,$(shell id -u)),,sudo)
 # Lets cargo-nextest run the lab's tests with root's rights where it has none itself.
 RUNNER := $(if $(SUDO),CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="sudo --preserve-env")
 
-.PHONY: run lab lab-matrix sim fuzz stop web clean-lab test lint bench bench-mesh install deps build help
+.PHONY: run lab lab-matrix sim fuzz stop web clean-lab test lint bench bench-mesh bench-vm install deps build help
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +64,11 @@ bench-mesh: deps  ## measure the mesh beside its rivals (10 min); ARGS="--rounds
 	@./scripts/rivals target/rivals
 	cargo build --release --locked --package clan-lab --package clan-cli
 	@$(SUDO) $(BIN:debug=release)/clan-lab --prefix clan-mesh bench-mesh $(ARGS)
+
+bench-vm: deps  ## measure VMs beside a plain Debian (20 min); ARGS="--rounds 2"
+	@$(SUDO) ./scripts/plain-debian target/plain-debian
+	cargo build --release --locked --package clan-lab --package clan-cli --package clan-agent
+	@$(SUDO) $(BIN:debug=release)/clan-lab --prefix clan-vms bench-vm $(ARGS)
 
 install: deps  ## build with optimisation and install to PREFIX (~/.local)
 	cargo build --release --locked --package clan-cli --package clan-agent

@@ -9,6 +9,7 @@
 
 mod account;
 pub mod bench;
+pub mod bench_vm;
 mod capture;
 mod console;
 mod delay;

@@ -11,6 +11,7 @@ use std::{
 use clan_lab::{
     Interrupt, Lab, LabConfig, LabError, Record, Screen,
     bench::{self, BenchConfig, EndConfig},
+    bench_vm::{self, VmBenchConfig},
     five,
     fleet::{self, Fleet, Place},
     matrix::{self, Conditions, Troubles},
@@ -120,6 +121,21 @@ enum Verb {
         #[arg(long, default_value = "target/bench/mesh.json", value_name = "FILE")]
         out: PathBuf,
     },
+    /// Measure VMs beside a plain Debian: boots, templates, memory; and how long they take into the mesh
+    BenchVm {
+        /// How often everything is measured
+        #[arg(long, default_value_t = 5)]
+        rounds: usize,
+        /// An image's folder, to leave out the mesh and the lab
+        #[arg(long, value_name = "DIR")]
+        image: Option<PathBuf>,
+        /// Where `scripts/plain-debian` put its files
+        #[arg(long, default_value = "target/plain-debian", value_name = "DIR")]
+        debian: PathBuf,
+        /// Where to keep the numbers
+        #[arg(long, default_value = "target/bench/vm.json", value_name = "FILE")]
+        out: PathBuf,
+    },
     /// One end of our own tunnel, for `bench-mesh`
     #[command(hide = true)]
     TunnelEnd {
@@ -202,6 +218,12 @@ fn dispatch(cli: &Cli, screen: &Screen) -> Result<(), LabError> {
                 interrupt: config.interrupt,
             };
             bench::run(&config, screen)
+        }
+        Verb::BenchVm { rounds, image, debian, out } => {
+            on_signals(config.interrupt.clone())?;
+            config.any_ports = true;
+            let (image, debian, out) = (image.clone(), debian.clone(), out.clone());
+            bench_vm::run(&VmBenchConfig { lab: config, rounds: *rounds, image, debian, out }, screen)
         }
         Verb::TunnelEnd { number, peer, rules } => {
             bench::tunnel_end(&EndConfig { number: *number, peer: *peer, rules: *rules })

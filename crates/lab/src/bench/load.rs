@@ -169,7 +169,7 @@ fn peak_mib(daemons: &[Daemon]) -> f64 {
     peaks.max().unwrap_or(0) as f64 / 1024.0
 }
 
-pub(super) fn load_average() -> f64 {
+pub(crate) fn load_average() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split_whitespace().next().and_then(|word| word.parse().ok()).unwrap_or(0.0)
 }

@@ -18,6 +18,8 @@ use std::{
 };
 
 pub use end::{EndConfig, tunnel_end};
+pub(crate) use load::load_average;
+pub(crate) use report::median;
 
 use self::{
     candidates::Candidate,

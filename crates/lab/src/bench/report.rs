@@ -139,7 +139,8 @@ pub(super) fn line(name: &str, sample: &Sample) -> String {
     format!("{name:20}{numbers}  load {:.1}", sample.load)
 }
 
-fn median(mut numbers: Vec<f64>) -> Option<f64> {
+/// The one in the middle, or between the two there.
+pub(crate) fn median(mut numbers: Vec<f64>) -> Option<f64> {
     numbers.sort_by(f64::total_cmp);
     let middle = numbers.len() / 2;
     let upper = *numbers.get(middle)?;
