@@ -89,7 +89,14 @@ fn say(ledger: &mut Ledger, author: u8, body: Body) -> Entry {
 
 /// The founder's machine.
 pub(crate) fn replica() -> Replica {
-    let config = Config { key: key(101), version: "1".into(), own: Own::default(), bootstrap: vec![], seed: [0; 32] };
+    let config = Config {
+        key: key(101),
+        version: "1".into(),
+        own: Own::default(),
+        bootstrap: vec![],
+        seed: [0; 32],
+        doubt: None,
+    };
     let mut replica = Replica::new(config, ledger().clone(), now(0));
     replica.handle_timeout(now(0));
     settle(&mut replica);

@@ -69,7 +69,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(("control", with(0, &ControlRequest::SetEnvironment(environment))));
     seeds.push(("control", with(1, &AgentRequest::SetClock(clan::now(1).wall))));
     seeds.push(("control", with(2, &AgentResponse::Failed("no".into()))));
-    seeds.push(("control", with(3, &ControlResponse::Entries)));
+    seeds.push(("control", with(3, &ControlResponse::Entries(vec![([7; 32], 3)]))));
     seeds.push(("join", with(4, &EntryPage { entries: encoded, more: true })));
     let peers = vec![PeerAddr { machine, addrs }];
     let certificate = CertificateHash::from_bytes([4; 32]);

@@ -17,6 +17,7 @@ use crate::{
     guest::{self, GuestError},
     keeper::Keeper,
     link::Told,
+    memory::Memory,
     paths::ClanPaths,
     problem,
     record::{ClanRecord, PersonLog},
@@ -30,11 +31,17 @@ const GLANCE: Duration = Duration::from_secs(2);
 pub(crate) struct RecordCell {
     paths: ClanPaths,
     record: Mutex<ClanRecord>,
+    memory: Memory,
 }
 
 impl RecordCell {
     pub(crate) fn new(paths: ClanPaths, record: ClanRecord) -> Self {
-        Self { paths, record: Mutex::new(record) }
+        Self { memory: Memory::new(record.id, paths.clone()), paths, record: Mutex::new(record) }
+    }
+
+    /// What is remembered of the clan's ledger.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     pub(crate) fn paths(&self) -> &ClanPaths {

@@ -168,6 +168,7 @@ impl Home {
             wanted: false,
             held: false,
             paused: false,
+            restored: false,
             fresh: None,
             image: None,
             trial: None,

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clan_ledger::{Intake, Ledger};
+use clan_ledger::{Intake, Ledger, Vector};
 use clan_os::channel::{
     Channel, ChannelError, MessageError, Stream, recv_message, recv_page, send_message, send_pages,
 };
@@ -18,6 +18,8 @@ use crate::problem;
 
 /// How long most questions may take; guests are slow under emulation.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// The same for taking a whole ledger to disk.
+const REMINDING: Duration = Duration::from_secs(120);
 
 /// Why a guest did not answer as hoped.
 #[derive(Debug, thiserror::Error)]
@@ -114,15 +116,24 @@ pub(crate) async fn status(channel: &Channel, limit: Duration) -> Result<NodeSta
     }
 }
 
-/// The ledger as the guest has it.
-pub(crate) async fn ledger(channel: &Channel, clan: ClanId) -> Result<Ledger, GuestError> {
+/// The ledger with what the guest has beside it, and what that is.
+pub(crate) async fn entries_since(channel: &Channel, known: Ledger) -> Result<(Ledger, Vector), GuestError> {
     let what = "give the ledger";
-    let (mut stream, answer) = open(channel, &ControlRequest::Entries, PATIENCE).await?;
-    if !matches!(answer, ControlResponse::Entries) {
-        return Err(GuestError::Unexpected { what });
-    }
+    let (mut stream, answer) = open(channel, &ControlRequest::Entries(known.vector()), PATIENCE).await?;
+    let ControlResponse::Entries(has) = answer else { return Err(GuestError::Unexpected { what }) };
     let why = |why: String| GuestError::Failed { what, why };
-    take_ledger(&mut stream, Intake::new(Ledger::open(clan)), PATIENCE).await.map_err(|(_, broken)| why(broken))
+    let ledger = take_ledger(&mut stream, Intake::new(known), PATIENCE).await.map_err(|(_, broken)| why(broken))?;
+    Ok((ledger, has))
+}
+
+/// Tells the guest what it lacks of what is remembered, and whether its disk was put back. Whether it is sure now of what
+/// it has signed.
+pub(crate) async fn remember(channel: &Channel, restored: bool, lacks: &[EncodedEntry]) -> Result<bool, GuestError> {
+    let request = ControlRequest::Remember { restored };
+    match provision(channel, &request, lacks, REMINDING).await? {
+        ControlResponse::Remembered { sure } => Ok(sure),
+        _ => Err(GuestError::Unexpected { what: name(&request) }),
+    }
 }
 
 /// Takes the pages of a ledger; each may take so long. On failure what came so far, and why.
@@ -156,7 +167,7 @@ where
     }
 }
 
-/// Gives the machine its place in the clan, with the ledger as it is known here.
+/// Tells the machine something that entries follow, such as its place in the clan with the ledger as it is known here.
 pub(crate) async fn provision(
     channel: &Channel,
     request: &ControlRequest,
@@ -188,7 +199,8 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Provision(_) => "take its place in the clan",
         ControlRequest::SetEnvironment(_) => "take note of its addresses",
         ControlRequest::Append(_) => "store an entry of the ledger",
-        ControlRequest::Entries => "give the ledger",
+        ControlRequest::Entries(_) => "give the ledger",
+        ControlRequest::Remember { .. } => "take what is remembered of its ledger",
         ControlRequest::Status => "give its state",
         ControlRequest::Watch => "report its state",
         ControlRequest::Connect { .. } => "connect to the service",

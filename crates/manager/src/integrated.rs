@@ -26,7 +26,7 @@ use crate::{
     guest::{self, Identity},
     keeper::{Command, VmView},
     link::{self, Outlets},
-    problem,
+    memory, problem,
     record::Phase,
     tasks::now,
 };
@@ -292,7 +292,10 @@ impl Link {
         }
         self.out.control.send_replace(Some(channel.clone()));
         show(&self.publish, VmState::Running, None);
-        link::watch_until_silent(channel, &self.out).await;
+        tokio::select! {
+            () = link::watch_until_silent(channel, &self.out) => {}
+            () = memory::keep(channel, &self.record, &self.out) => {}
+        }
         silent(&self.socket)
     }
 }

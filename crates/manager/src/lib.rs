@@ -35,6 +35,7 @@ mod link;
 mod logs;
 mod machine;
 mod manager;
+mod memory;
 mod mesh;
 mod paths;
 mod problem;

@@ -27,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     clan::RecordCell,
     guest::{self, GuestError},
+    memory,
     record::ClanRecord,
     tasks::now,
     template::{self, Staging},
@@ -181,6 +182,7 @@ async fn serve_control(channel: Channel, record: Arc<RecordCell>, images: ImageS
         let ended = tokio::select! {
             ended = watch_control(&channel, &out) => ended,
             () = tell_environment(&channel, &record, &images) => Ok(()),
+            () = memory::keep(&channel, &record, &out) => Ok(()),
         };
         if let Err(error) = ended {
             tracing::debug!(%error, "the controller stopped reporting");

@@ -97,6 +97,11 @@ impl ClanPaths {
         self.dir.join("person.log")
     }
 
+    /// What is remembered of the clan's ledger.
+    pub(crate) fn ledger(&self) -> PathBuf {
+        self.dir.join("ledger.redb")
+    }
+
     /// The link, while the clan is being joined.
     pub(crate) fn link(&self) -> PathBuf {
         self.dir.join("invite.link")

@@ -99,6 +99,10 @@ pub(crate) struct ClanRecord {
     /// Whether the VM shall hold still while it runs.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(crate) paused: bool,
+    /// Whether the data disk was put back to an earlier state, and the machine has not yet found out what it signed since.
+    /// INVARIANT: on disk before the disk is put back.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) restored: bool,
     /// INVARIANT: absent on disk before a guest runs on the data disk: a saved state fits its disk once.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) fresh: Option<Fresh>,
@@ -283,6 +287,7 @@ pub(crate) mod tests {
             wanted: false,
             held: false,
             paused: false,
+            restored: false,
             fresh: None,
             image: None,
             trial: None,

@@ -1,7 +1,5 @@
 //! Signing what the person decides, and handing it to the clan.
 
-use std::collections::HashSet;
-
 use clan_api::{ApiProblem, ErrorCode};
 use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_os::channel::Channel;
@@ -9,7 +7,9 @@ use clan_types::{ClanId, EntryId};
 use clan_wire::control::ControlRequest;
 use ed25519_dalek::SigningKey;
 
-use crate::{clan::Clan, disk::DiskError, guest, paths::ClanPaths, problem, record::PersonLog, tasks::now};
+use crate::{
+    clan::Clan, disk::DiskError, guest, memory::Known, paths::ClanPaths, problem, record::PersonLog, tasks::now,
+};
 
 /// The ledger that these entries amount to. Bytes that are no entry of the clan are left out: they came from a guest
 /// or a peer, and change nothing.
@@ -86,12 +86,10 @@ pub(crate) fn sign_all(
 /// The ledger as the clan's machine here has it, and beside it what is to be handed over first: what was signed, and
 /// did not arrive, as a manager was killed in between.
 async fn present(clan: &Clan, control: &Channel, log: &PersonLog) -> Result<Ledger, ApiProblem> {
-    let mut ledger = guest::ledger(control, clan.id()).await.map_err(|e| problem::guest(&e))?;
-    let behind: Vec<Entry> = {
-        let known: HashSet<EntryId> = ledger.entries().map(Entry::id).collect();
-        let mine = log.entries().filter_map(|bytes| Entry::decode(bytes).ok());
-        mine.filter(|e| !known.contains(&e.id())).collect()
-    };
+    let Known { mut ledger, has } = clan.record.memory().refresh(control).await.map_err(|e| problem::guest(&e))?;
+    let mine = log.entries().filter_map(|bytes| Entry::decode(bytes).ok());
+    let arrived = has.iter().find(|(author, _)| author == clan.author().as_bytes()).map_or(0, |(_, next)| *next);
+    let behind: Vec<Entry> = mine.filter(|entry| entry.seq() >= arrived).collect();
     for entry in &behind {
         guest::tell(control, &ControlRequest::Append(entry.encode())).await.map_err(|e| problem::guest(&e))?;
     }
@@ -102,7 +100,7 @@ async fn present(clan: &Clan, control: &Channel, log: &PersonLog) -> Result<Ledg
 /// The ledger, to look at.
 pub(crate) async fn ledger(clan: &Clan) -> Result<Ledger, ApiProblem> {
     let control = clan.control().map_err(|e| problem::guest(&e))?;
-    guest::ledger(&control, clan.id()).await.map_err(|e| problem::guest(&e))
+    clan.record.memory().refresh(&control).await.map(|known| known.ledger).map_err(|e| problem::guest(&e))
 }
 
 /// Signs what `decision` says on seeing the ledger, all of it or nothing, and hands it to the clan's machine here.

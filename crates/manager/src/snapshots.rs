@@ -210,6 +210,12 @@ pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
     let snapshot = find(&clan, checked(name)?)?;
     let steps = ["Stop the virtual machine", "Put the disk back", "Start the virtual machine"];
     vm_task(shared, clan, TaskKind::RestoreVm, "Restore", &steps, move |clan, task| async move {
+        if let Ok(control) = clan.control()
+            && let Err(error) = clan.record.memory().refresh(&control).await
+        {
+            // What the machine last told is remembered.
+            tracing::debug!(%error, "the machine does not tell what is new before its disk is put back");
+        }
         let held = task.unless_cancelled(machine::hold(&clan)).await;
         let put = match held {
             Ok(()) => {
@@ -232,6 +238,8 @@ async fn put_back(clan: &Clan, snapshot: &SnapshotInfo) -> Result<(), ApiProblem
     let place = clan.record.paths().data_disk();
     let beside = clan.record.paths().dir.join(RESTORING);
     let size = clan.record.get().disk.max(snapshot.size);
+    // Its ledger will be an old one, and its machine sign nothing before it has heard what came after.
+    clan.record.update(|r| r.restored = true).map_err(|e| problem::disk(&e))?;
     let put = blocking(move || {
         disk::remove_file(&beside).map_err(|e| problem::disk(&e))?;
         copy_data_disk(&from, &beside).map_err(|e| problem::vm(&e))?;

@@ -41,16 +41,22 @@ impl Silent {
                 self.entries.push(entry);
                 ControlResponse::Done
             }
-            ControlRequest::Entries => ControlResponse::Entries,
+            // As if the manager had remembered nothing.
+            ControlRequest::Entries(_) => ControlResponse::Entries(self.ledger().vector()),
+            ControlRequest::Remember { .. } => ControlResponse::Remembered { sure: true },
             ControlRequest::Status => ControlResponse::Status(Box::new(self.status())),
             _ => ControlResponse::Failed("this controller does not report".into()),
         }
     }
 
-    fn status(&self) -> NodeStatus {
-        let clan = self.clan.unwrap();
-        let mut ledger = Ledger::open(clan);
+    fn ledger(&self) -> Ledger {
+        let mut ledger = Ledger::open(self.clan.unwrap());
         ledger.insert_all(self.entries.iter().filter_map(|bytes| Entry::decode(bytes).ok()));
+        ledger
+    }
+
+    fn status(&self) -> NodeStatus {
+        let (clan, ledger) = (self.clan.unwrap(), self.ledger());
         let state = ledger.state();
         let machine = |(id, machine): (&MachineId, &clan_ledger::Machine)| MachineStatus {
             id: *id,
@@ -110,9 +116,12 @@ async fn converse(mut stream: Stream, silent: Arc<Mutex<Silent>>) {
         // It is a small clan.
         silent.entries = recv_page(&mut stream).await.unwrap().entries;
     }
+    if matches!(request, ControlRequest::Remember { .. }) {
+        silent.entries.extend(recv_page(&mut stream).await.unwrap().entries);
+    }
     let answer = silent.answer(request);
     send_message(&mut stream, &answer, MAX_MESSAGE).await.unwrap();
-    if matches!(answer, ControlResponse::Entries) {
+    if matches!(answer, ControlResponse::Entries(_)) {
         send_pages(&mut stream, &silent.entries).await.unwrap();
     }
     drop(silent);

@@ -34,6 +34,7 @@ use crate::{
     identity::Identity,
     image::ImageServer,
     join::{self, RedeemError},
+    memory,
     mesh::{self, Mesh, MeshPlan},
     net, own, peer, ping, pulse,
     relay::{self, Certificate},
@@ -48,6 +49,11 @@ use crate::{
 const PORT_PATIENCE: Duration = Duration::from_secs(60);
 /// Managers, old and new, that may be connected to a socket at once.
 const MAX_MANAGERS: usize = 8;
+/// So long a machine that starts countersigns nothing, unless it hears before from its manager or from other machines that
+/// its disk has all that it signed.
+const DOUBT: Duration = Duration::from_secs(60);
+/// How long the manager may take for a page of entries.
+pub(crate) const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// Time for the peers to take a farewell; a peer that misses it learns from another one.
 const FAREWELL: Duration = Duration::from_millis(500);
@@ -196,7 +202,7 @@ impl Controller {
     async fn resume(&self) -> Result<(), NodeError> {
         if let Some(place) = Place::load(&self.dir)? {
             let ways = self.ways(&place.clan).await?;
-            let node = self.start_node(place, ways, |_| Ok(())).await?;
+            let node = self.start_node(place, ways, Some(DOUBT), |_| Ok(())).await?;
             *self.node.lock().await = Some(node);
         }
         Ok(())
@@ -248,13 +254,8 @@ impl Controller {
                 Ok(()) => ControlResponse::Done,
                 Err(error) => ControlResponse::Failed(chain(&error)),
             },
-            ControlRequest::Entries => {
-                let sent = send_message(&mut stream, &ControlResponse::Entries, MAX_MESSAGE).await;
-                if sent.is_ok() && access.core.send_ledger(&mut stream, Vec::new()).await.is_ok() {
-                    streams::finish(stream).await;
-                }
-                return;
-            }
+            ControlRequest::Entries(have) => return memory::give(stream, &access.core, have).await,
+            ControlRequest::Remember { restored } => memory::take(&mut stream, &access.core, restored).await,
             ControlRequest::Status => {
                 ControlResponse::Status(Box::new(status::report(&access.core.view(), access.wireguard()).await))
             }
@@ -382,7 +383,7 @@ impl Controller {
         let place = Place { clan: provision.clan, clan_name, name: provision.name, offers, peers };
         let machine = self.identity().machine();
         let node = self
-            .start_node(place.clone(), ways, |ledger| {
+            .start_node(place.clone(), ways, None, |ledger| {
                 ledger.insert_all(known.entries().cloned());
                 match ledger.state().machine_in_good_standing(&machine) {
                     Some(_) => Ok(()),
@@ -417,6 +418,7 @@ impl Controller {
         &self,
         place: Place,
         Ways { tun, endpoint, ports, names, introduced }: Ways,
+        doubt: Option<Duration>,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
         // What this machine has verified before it wrote it down need not be verified again at every start.
@@ -455,7 +457,8 @@ impl Controller {
         let bootstrap = place.peers.clone();
         let clan_name = place.clan_name.clone().or_else(|| "clan".parse().ok());
         let clan_name = clan_name.ok_or_else(|| ProvisionOrNodeError::Reason("the clan has no name".to_owned()))?;
-        let (core, handle, dials) = Core::new(identity.signing().clone(), ledger, store, own, bootstrap, clan_name);
+        let (core, handle, dials) =
+            Core::new(identity.signing().clone(), ledger, store, own, bootstrap, clan_name, doubt);
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
         let plan = MeshPlan {

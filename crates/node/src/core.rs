@@ -110,6 +110,10 @@ enum Command {
         from: Option<Place>,
         reply: oneshot::Sender<Option<(EntryPage, Option<Place>)>>,
     },
+    Remembered {
+        restored: bool,
+        reply: oneshot::Sender<bool>,
+    },
     ChangeOwn(Box<dyn FnOnce(&mut Own) + Send>),
     Problem {
         about: &'static str,
@@ -211,6 +215,12 @@ impl CoreHandle {
         }
     }
 
+    /// What is remembered outside of this machine's disk was handed over. Whether the machine is sure now of what it has
+    /// signed.
+    pub(crate) async fn remembered(&self, restored: bool) -> bool {
+        self.ask(|reply| Command::Remembered { restored, reply }).await.unwrap_or(false)
+    }
+
     /// Changes what the machine says of itself; a change is announced at once.
     pub(crate) async fn change_own(&self, change: impl FnOnce(&mut Own) + Send + 'static) {
         let _ = self.commands.send(Command::ChangeOwn(Box::new(change))).await;
@@ -267,7 +277,7 @@ pub(crate) struct Core {
 
 impl Core {
     /// A ledger that lacks its founding entry, as after the disk lost it, is learnt from other machines; until then the clan
-    /// is called `clan_name`. Third comes whom [`crate::peer::dial`] is to dial.
+    /// is called `clan_name`. `doubt`: see [`Config`]. Third comes whom [`crate::peer::dial`] is to dial.
     pub(crate) fn new(
         key: SigningKey,
         ledger: Ledger,
@@ -275,13 +285,14 @@ impl Core {
         own: Own,
         bootstrap: Vec<PeerAddr>,
         clan_name: ClanName,
+        doubt: Option<Duration>,
     ) -> (Self, CoreHandle, mpsc::Receiver<PeerAddr>) {
         let mut seed = [0; 32];
         if let Err(error) = getrandom::fill(&mut seed) {
             // Spreads load, and no more.
             tracing::warn!(%error, "no randomness for choosing among machines");
         }
-        let config = Config { key, version: env!("CARGO_PKG_VERSION").to_owned(), own, bootstrap, seed };
+        let config = Config { key, version: env!("CARGO_PKG_VERSION").to_owned(), own, bootstrap, seed, doubt };
         let replica = Replica::new(config, ledger, Now { at: Duration::ZERO, wall: now() });
         let (sender, commands) = mpsc::channel(QUEUE);
         let (dials, to_dial) = mpsc::channel(DIALS);
@@ -366,6 +377,10 @@ impl Core {
             }
             Command::Page { have, from, reply } => {
                 let _ = reply.send(self.replica.page(&have, from));
+            }
+            Command::Remembered { restored, reply } => {
+                self.replica.handle_remembered(restored, now);
+                let _ = reply.send(!self.replica.is_in_doubt());
             }
             Command::ChangeOwn(change) => {
                 let mut own = self.replica.own().clone();

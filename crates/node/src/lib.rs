@@ -21,6 +21,7 @@ mod host;
 mod identity;
 mod image;
 mod join;
+mod memory;
 mod mesh;
 mod net;
 mod own;

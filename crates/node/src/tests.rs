@@ -28,6 +28,7 @@ use crate::{
 
 mod devices;
 mod large;
+mod memory;
 mod words;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -62,7 +63,7 @@ impl Machine {
         ledger.insert_all(entries);
         let own = Own { quic: endpoint.bound_sockets(), ..Own::default() };
         let family = "family".parse().unwrap();
-        let (core, handle, dials) = Core::new(key.clone(), ledger, store, own, bootstrap, family);
+        let (core, handle, dials) = Core::new(key.clone(), ledger, store, own, bootstrap, family, None);
         let cancel = CancellationToken::new();
         let images = Arc::new(ImageServer::new(Some(Disks::at(
             &dir.path().join("root"),

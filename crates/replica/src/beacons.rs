@@ -71,8 +71,8 @@ impl Beacons {
         &self.opened
     }
 
-    pub(crate) fn signed(&self) -> impl Iterator<Item = &SignedBeacon> {
-        self.signed.values()
+    pub(crate) fn signed(&self) -> impl Iterator<Item = (&MachineId, &SignedBeacon)> {
+        self.signed.iter()
     }
 
     pub(crate) fn get(&self, machine: &MachineId) -> Option<&Beacon> {

@@ -22,6 +22,9 @@
 //! clan. Entries prove themselves, and the clan's id is the hash of its founding entry: so it listens to whoever
 //! connects, and dials where it was told to, until it has the same as one of them. Until then it signs nothing, because
 //! its own log may have been longer.
+//!
+//! The same is asked of a machine whose disk was put back to an earlier state, which others must tell it
+//! ([`Replica::handle_remembered`]), and, for a short time, of every machine that starts: see [`Config::doubt`].
 
 mod beacons;
 mod dial;

@@ -6,13 +6,11 @@ use std::{
     time::Duration,
 };
 
-use clan_ledger::{Body, Entry, Inserted, Ledger, Place, State};
+use clan_ledger::{Entry, Inserted, Ledger, Place, State};
 use clan_types::{ClanId, EntryId, MachineId, PeerAddr};
 use clan_wire::{
     beacon::{self, Beacon},
-    peer::{
-        DeviceProof, EncodedEntry, EntryPage, InviteProof, JoinRefusal, MAX_ENTRIES, PAGE_BYTES, PeerMessage, Vector,
-    },
+    peer::{EncodedEntry, EntryPage, JoinRefusal, MAX_ENTRIES, PAGE_BYTES, PeerMessage, Vector},
 };
 use ed25519_dalek::SigningKey;
 
@@ -21,7 +19,11 @@ use crate::{
     recent::Recent, rng::Rng,
 };
 
+mod doubt;
 mod others;
+mod redeem;
+
+use doubt::{Doubt, Doubts};
 
 /// Entries sent to a peer in one message. INVARIANT: together they fit into it, however long they are.
 const BATCH: usize = 500;
@@ -42,6 +44,9 @@ pub struct Config {
     pub bootstrap: Vec<PeerAddr>,
     /// Fresh and random.
     pub seed: [u8; 32],
+    /// Whether the machine ran before: it then countersigns nothing for so long, unless it hears before from other
+    /// machines, or from whoever remembers ([`Replica::handle_remembered`]), that it knows all that it has signed.
+    pub doubt: Option<Duration>,
 }
 
 /// One machine's copy of what the clan knows.
@@ -59,8 +64,7 @@ pub struct Replica {
     vector: Arc<Vector>,
     beacons: Beacons,
     links: BTreeMap<MachineId, LinkId>,
-    /// See the crate's documentation.
-    learning: bool,
+    doubts: Doubts,
     /// By whom this machine was put out, in a sentence.
     put_out: Option<String>,
     /// Machines that we should be linked with.
@@ -87,6 +91,7 @@ enum Input {
     DialEnded { machine: MachineId },
     Hurry { machine: MachineId },
     Own(Own),
+    Remembered { restored: bool },
     Timeout,
 }
 
@@ -130,7 +135,8 @@ impl Replica {
     pub fn new(config: Config, ledger: Ledger, now: Now) -> Self {
         let machine = MachineId::from_bytes(config.key.verifying_key().to_bytes());
         let (state, vector) = (Arc::new(ledger.state().clone()), Arc::new(ledger.vector()));
-        let learning = !state.machines.contains_key(&machine);
+        let started = |wait| Doubt::Started { until: now.at + wait, heard: None };
+        let doubt = if state.machines.contains_key(&machine) { config.doubt.map(started) } else { Some(Doubt::Lost) };
         let put_out = others::out_of_the_clan(&ledger, &machine);
         let mut replica = Self {
             put_out,
@@ -144,7 +150,7 @@ impl Replica {
             vector,
             beacons: Beacons::default(),
             links: BTreeMap::new(),
-            learning,
+            doubts: Doubts::new(doubt),
             wanted: BTreeSet::new(),
             look_around: true,
             dialer: Dialer::default(),
@@ -210,6 +216,13 @@ impl Replica {
         self.handle(Input::Own(own), now);
     }
 
+    /// Whoever remembers outside of this machine's disk what its ledger was has handed all of that over, by
+    /// [`Replica::handle_entries`]. `restored`: the disk was put back to an earlier state. Ask then
+    /// [`Replica::is_in_doubt`].
+    pub fn handle_remembered(&mut self, restored: bool, now: Now) {
+        self.handle(Input::Remembered { restored }, now);
+    }
+
     /// Does what is due.
     pub fn handle_timeout(&mut self, now: Now) {
         self.handle(Input::Timeout, now);
@@ -245,8 +258,8 @@ impl Replica {
 
     /// When [`Replica::handle_timeout`] wants to be called.
     pub fn poll_timeout(&self) -> Duration {
-        let due = self.beacon_due.min(self.compare_due);
-        self.dialer.next().map_or(due, |next| next.min(due))
+        let due = [Some(self.beacon_due), Some(self.compare_due), self.dialer.next(), self.doubts.due()];
+        due.into_iter().flatten().min().unwrap_or(self.beacon_due)
     }
 
     /// The clan.
@@ -271,7 +284,12 @@ impl Replica {
 
     /// Whether this machine is still finding out what its clan's ledger is.
     pub fn is_learning(&self) -> bool {
-        self.learning
+        self.doubts.is_learning()
+    }
+
+    /// Whether this machine may have signed what it does not know of, so that it signs nothing.
+    pub fn is_in_doubt(&self) -> bool {
+        self.doubts.now.is_some()
     }
 
     /// What the ledger has, for greeting other machines.
@@ -296,7 +314,7 @@ impl Replica {
 
     /// What needs attention, one sentence each.
     pub fn problems(&self) -> Vec<String> {
-        let own = [others::learning_problem(self.learning), self.put_out.clone(), self.beacons.clock_problem()];
+        let own = [self.doubts.problem(), self.put_out.clone(), self.beacons.clock_problem()];
         own.into_iter().flatten().collect()
     }
 
@@ -326,7 +344,7 @@ impl Replica {
     /// Whether a machine that connects is listened to.
     pub fn welcomes(&self, machine: &MachineId) -> bool {
         // One that is unknown may have been admitted elsewhere a moment ago: it asks again.
-        self.learning || self.state.machine_in_good_standing(machine).is_some()
+        self.is_learning() || self.state.machine_in_good_standing(machine).is_some()
     }
 
     /// The entries that are lacking there, a page of them: see [`Ledger::page`]. `None` while a write is outstanding.
@@ -337,35 +355,6 @@ impl Replica {
         let page = self.ledger.page(vector, from, PAGE_BYTES);
         let entries = page.entries.into_iter().map(Entry::encode).collect();
         Some((EntryPage { entries, more: page.next.is_some() }, page.next))
-    }
-
-    /// Whether the ledger may be seen for an invite, by the endpoint that shows to hold its secret.
-    ///
-    /// # Errors
-    /// When it may not.
-    pub fn preview(&self, proof: &InviteProof, endpoint: &MachineId, now: Now) -> Result<(), JoinRefusal> {
-        if self.writing.is_some() || self.learning {
-            return Err(JoinRefusal::NotReady);
-        }
-        if !proof.is_valid(&self.clan(), endpoint) {
-            return Err(JoinRefusal::UnknownInvite);
-        }
-        newcomer::check_invite(&self.state, &proof.invite, now.wall)
-    }
-
-    /// Whether the ledger may be seen by somebody who holds the key of a device of the clan, and does not know which clan
-    /// it is.
-    ///
-    /// # Errors
-    /// When nobody here has the device, or the proof was made for another machine or endpoint.
-    pub fn locate(&self, proof: &DeviceProof, endpoint: &MachineId, now: Now) -> Result<(), JoinRefusal> {
-        if self.writing.is_some() || self.learning {
-            return Err(JoinRefusal::NotReady);
-        }
-        if !proof.is_valid(&self.machine(), endpoint) || !newcomer::may_return(&self.state, &proof.device, now.wall)? {
-            return Err(JoinRefusal::UnknownInvite);
-        }
-        Ok(())
     }
 
     fn handle(&mut self, input: Input, now: Now) {
@@ -399,6 +388,7 @@ impl Replica {
                 }
             }
             Input::Linked { machine, link, vector } => self.link(machine, link, &vector),
+            Input::Remembered { restored } => self.remembered(restored, now),
             Input::Unlinked { link } => {
                 let before = self.links.len();
                 self.links.retain(|_, known| *known != link);
@@ -430,7 +420,7 @@ impl Replica {
             PeerMessage::Entries(entries) => self.insert(None, Some(from), &entries, false),
             PeerMessage::EntriesAndMore(entries) => self.insert(None, Some(from), &entries, true),
             PeerMessage::Vector(vector) => {
-                self.compare(&vector);
+                self.compare(&from, &vector);
                 self.send_missing(&from, &vector);
             }
             PeerMessage::Beacon(beacon) => self.take_beacon(&from, beacon, now),
@@ -441,6 +431,7 @@ impl Replica {
 
     fn timeout(&mut self, now: Now) {
         self.look_around = true;
+        self.outlast_doubt(now);
         if now.at >= self.beacon_due {
             self.beacon_due = now.at + beacon::INTERVAL;
             self.announce(now);
@@ -475,48 +466,6 @@ impl Replica {
         self.persist(taking, from, Then::Insert { ticket, outcome, more });
     }
 
-    /// Admits a newcomer: their entries are checked against the ledger as it is, recorded, and countersigned.
-    /// `Err` is an answer that needs no write.
-    fn redeem(&mut self, ticket: Ticket, encoded: &[EncodedEntry], now: Now) -> Result<(), Result<(), JoinRefusal>> {
-        if self.learning {
-            return Err(Err(JoinRefusal::NotReady));
-        }
-        let entries = newcomer::decode_newcomer(encoded).map_err(Err)?;
-        if newcomer::belongs(&entries, &self.state) {
-            // The answer to an earlier attempt was lost.
-            return Err(Ok(()));
-        }
-        if newcomer::returns(&entries, &self.state, now.wall).map_err(Err)? {
-            let mut taking = Taking::default();
-            for entry in &entries {
-                let inserted = self.ledger.insert(entry.clone()).map_err(|_| Err(JoinRefusal::Malformed))?;
-                taking.add(entry.clone(), inserted);
-            }
-            self.persist(taking, None, Then::Redeem { ticket, entries });
-            return Ok(());
-        }
-        if let Some(refusal) = newcomer::awaits(&entries, &self.state) {
-            return Err(Err(refusal));
-        }
-        let checked = self.ledger.check_redemption(&entries, now.wall).map_err(newcomer::redeem_refusal);
-        let admission = checked.map_err(Err)?.id();
-        let mut taking = Taking::default();
-        for entry in &entries {
-            // What was checked a moment ago is not refused; if it is, the countersignature below has no effect.
-            if let Ok(inserted) = self.ledger.insert(entry.clone()) {
-                taking.add(entry.clone(), inserted);
-            }
-        }
-        let countersign = self.ledger.author(&self.key, Body::Countersign { admission }, now.wall);
-        if let Ok(countersign) = countersign
-            && let Ok(inserted) = self.ledger.insert(countersign.clone())
-        {
-            taking.add(countersign, inserted);
-        }
-        self.persist(taking, None, Then::Redeem { ticket, entries });
-        Ok(())
-    }
-
     fn persist(&mut self, taking: Taking, from: Option<MachineId>, then: Then) {
         self.writes += 1;
         let write = WriteId(self.writes);
@@ -533,9 +482,10 @@ impl Replica {
     fn persisted(&mut self, writing: Writing) {
         if !writing.entries.is_empty() {
             self.refresh();
+            self.weigh_what_was_heard();
         }
         for batch in writing.fresh.chunks(BATCH) {
-            self.broadcast(writing.from, &PeerMessage::Entries(batch.to_vec()));
+            self.pass_on(writing.from, batch);
         }
         // Only who has taken something asks on: two machines that cannot agree do not talk for ever.
         if let Then::Insert { more: true, .. } = writing.then
@@ -572,7 +522,7 @@ impl Replica {
         self.choose_neighbours();
         // INVARIANT: only machines in good standing are ever in `links`, unless this one is learning; packets and
         // entries come from there alone.
-        let (state, learning) = (self.state.clone(), self.learning);
+        let (state, learning) = (self.state.clone(), self.is_learning());
         let stays = |machine: &MachineId| learning || state.machine_in_good_standing(machine).is_some();
         let strangers: Vec<_> = self.links.keys().filter(|machine| !stays(machine)).copied().collect();
         for machine in strangers {

@@ -12,6 +12,8 @@ use ed25519_dalek::SigningKey;
 
 use crate::{Action, Answer, Close, Config, LinkId, Now, Own, Rejected, Replica, Ticket};
 
+mod doubt;
+
 const EPOCH: u64 = 1_800_000_000_000;
 
 fn now(seconds: u64) -> Now {
@@ -64,7 +66,7 @@ fn newcomer(clan: &ClanId, n: u8) -> Vec<EncodedEntry> {
 
 fn replica(ledger: Ledger) -> Replica {
     let own = Own { quic: vec!["192.0.2.1:1".parse().unwrap()], ..Own::default() };
-    let config = Config { key: key(101), version: "1".into(), own, bootstrap: vec![], seed: [0; 32] };
+    let config = Config { key: key(101), version: "1".into(), own, bootstrap: vec![], seed: [0; 32], doubt: None };
     let mut replica = Replica::new(config, ledger, now(0));
     replica.handle_timeout(now(0));
     actions(&mut replica);
@@ -270,7 +272,8 @@ fn after_a_restart_with_an_earlier_clock_the_own_beacon_is_later_than_the_one_th
 fn who_has_lost_the_ledger_learns_it_from_anybody_and_signs_nothing_until_it_is_whole() {
     let whole = clan();
     let bootstrap = vec![PeerAddr { machine: machine(102), addrs: vec![] }];
-    let config = Config { key: key(101), version: "1".into(), own: Own::default(), bootstrap, seed: [0; 32] };
+    let config =
+        Config { key: key(101), version: "1".into(), own: Own::default(), bootstrap, seed: [0; 32], doubt: None };
     let mut replica = Replica::new(config, Ledger::open(whole.clan()), now(0));
     replica.handle_timeout(now(0));
     replica.handle_timeout(now(6));

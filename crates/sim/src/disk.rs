@@ -41,6 +41,10 @@ struct Platter {
     dice: Dice,
 }
 
+/// What was on a disk.
+#[derive(Debug, Clone)]
+pub struct Image(Option<Vec<u8>>);
+
 #[derive(Debug, Clone, Default)]
 struct File {
     /// As it would be found after a power failure now.
@@ -176,6 +180,18 @@ impl Disk {
             file.current.clone_from(&file.durable);
         }
         platter.dice = dice;
+    }
+
+    /// What would be found on it after a power failure now.
+    pub fn image(&self) -> Image {
+        Image(self.lock().named.as_ref().map(|file| file.durable.clone()))
+    }
+
+    /// Replaces what is on it.
+    pub fn put_back(&self, image: Image) {
+        let mut platter = self.lock();
+        platter.unnamed = None;
+        platter.named = image.0.map(|content| File { current: content.clone(), durable: content, pending: Vec::new() });
     }
 
     /// Writes and flushes so far.

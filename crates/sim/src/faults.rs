@@ -1,6 +1,9 @@
 //! What goes wrong with machines, the network's parts and clocks.
 
-use crate::world::{Event, Fault, World};
+use crate::{
+    disk::Image,
+    world::{Event, Fault, World},
+};
 
 impl World {
     pub(crate) fn fault(&mut self, fault: Fault) {
@@ -35,6 +38,11 @@ impl World {
                 self.nodes[node].disk.rot();
                 self.forgive(node);
             }
+            Fault::Snapshot => {
+                let image = self.nodes[node].disk.image();
+                self.after(pause, Event::Fault(Fault::Restore { node, image }));
+            }
+            Fault::Restore { node, image } => self.restore(node, image),
             Fault::Skew => {
                 let days = i64::try_from(self.dice.range(0..6 * 86_400_000)).unwrap_or(0) - 3 * 86_400_000;
                 self.nodes[node].skew = if self.dice.permille(500) { days } else { days / 1000 };
@@ -53,11 +61,28 @@ impl World {
         });
     }
 
-    /// The power has failed: the controller is gone, and comes back after a while.
-    pub(crate) fn die(&mut self, number: usize) {
+    /// The machine is stopped, and its disk is as it was. What its manager was told before it remembers.
+    fn restore(&mut self, number: usize, image: Image) {
+        let node = &mut self.nodes[number];
+        let Some(running) = node.running.as_ref() else { return };
+        let mut remembered = running.replica.entries();
+        remembered.extend(node.restored.take().unwrap_or_default());
+        node.restored = Some(remembered);
+        node.disk.cut_power();
+        node.disk.put_back(image);
+        let back = self.die(number);
+        // It is back, and the first that it hears is of people who want in.
+        for newcomer in 0..self.people.newcomers.len() {
+            let at = self.now + back + self.dice.range(1..1_000);
+            self.at(at, Event::Ask { newcomer, host: number });
+        }
+    }
+
+    /// The power has failed: the controller is gone, and comes back after a while: after how long.
+    pub(crate) fn die(&mut self, number: usize) -> u64 {
         let node = &mut self.nodes[number];
         if node.running.take().is_none() && node.life == 0 {
-            return;
+            return 0;
         }
         let pause = self.dice.range(500..40_000);
         self.after(pause, Event::Start { node: number });
@@ -70,5 +95,6 @@ impl World {
             let timeout = self.dice.range(100..30_000);
             self.after(timeout, Event::Over { connection, end: 1 - end });
         }
+        pause
     }
 }

@@ -1,5 +1,7 @@
 //! Machines: their disks, and the replicas that run on them.
 
+use std::time::Duration;
+
 use clan_ledger::{Entry, Ledger};
 use clan_replica::{Action, Answer, Config, Now, Own, Replica, Ticket};
 use clan_store::{LedgerStore, StoreError};
@@ -12,13 +14,18 @@ use crate::{
     world::{Asked, Event, Node, Running, World},
 };
 
+/// As long as the controller's.
+const DOUBT: Duration = Duration::from_secs(60);
+
 impl World {
     pub(crate) fn add_node(&mut self, key: SigningKey, bootstrap: Vec<PeerAddr>, hostile: bool) -> usize {
         let number = self.nodes.len();
         let disk = Disk::new(&format!("disk {number}"), self.dice.word());
         let id = MachineId::from_bytes(key.verifying_key().to_bytes());
         let address = self.address(number);
-        self.nodes.push(Node { key, id, address, disk, bootstrap, running: None, life: 0, skew: 0, hostile, wake: 0 });
+        let (running, restored) = (None, None);
+        let node = Node { key, id, address, disk, bootstrap, running, life: 0, skew: 0, hostile, restored, wake: 0 };
+        self.nodes.push(node);
         number
     }
 
@@ -50,12 +57,44 @@ impl World {
         let now = self.clock(number);
         let node = &mut self.nodes[number];
         let own = Own { quic: vec![node.address], ..Own::default() };
-        let config =
-            Config { key: node.key.clone(), version: "sim".into(), own, bootstrap: node.bootstrap.clone(), seed };
+        let config = Config {
+            key: node.key.clone(),
+            version: "sim".into(),
+            own,
+            bootstrap: node.bootstrap.clone(),
+            seed,
+            doubt: (!self.plan.forgetful_managers).then_some(DOUBT),
+        };
         let replica = Replica::new(config, ledger, now);
         node.running = Some(Running { replica, store });
         node.wake = u64::MAX;
+        let life = node.life;
         self.with(number, |replica, now| replica.handle_timeout(now));
+        if !self.plan.forgetful_managers {
+            let delay = self.dice.range(50..5_000);
+            self.after(delay, Event::Remind { node: number, life });
+        }
+    }
+
+    /// The manager tells what it remembers, until the machine is sure.
+    pub(crate) fn remind(&mut self, number: usize, life: u64) {
+        if self.nodes[number].life != life || self.nodes[number].running.is_none() {
+            return;
+        }
+        let restored = self.nodes[number].restored.clone();
+        self.with(number, |replica, now| {
+            let put_back = restored.is_some();
+            for page in restored.unwrap_or_default().chunks(500) {
+                replica.handle_entries(None, None, page.to_vec(), now);
+            }
+            replica.handle_remembered(put_back, now);
+        });
+        let node = &mut self.nodes[number];
+        if node.running.as_ref().is_some_and(|running| running.replica.is_in_doubt()) {
+            self.after(1000, Event::Remind { node: number, life });
+        } else if node.running.is_some() {
+            node.restored = None;
+        }
     }
 
     /// A newcomer's machine begins with what the clan answered.
@@ -91,7 +130,8 @@ impl World {
                     let outcome = running.store.append_all(&entries);
                     if node.disk.is_dead() {
                         self.crashes += 1;
-                        return self.die(number);
+                        self.die(number);
+                        return;
                     }
                     match outcome {
                         Ok(()) => running.replica.handle_persisted(write, now),

@@ -27,6 +27,10 @@ pub struct Plan {
     pub rot: usize,
     /// Clocks that are off by up to days for a while.
     pub skews: usize,
+    /// Disks that are put back to what they were some time before.
+    pub restores: usize,
+    /// Nobody remembers what was on a disk that was put back. For seeing that the simulation notices; never by chance.
+    pub forgetful_managers: bool,
     /// Disks that say they have forced out what they have not. For seeing that the simulation notices; never by chance.
     pub lying_disks: bool,
     /// Messages lost, in a thousand.
@@ -63,6 +67,8 @@ impl Plan {
             rot: usize::from(faults > 2) * some(1),
             skews: some(2) * usize::from(faults > 1),
             lying_disks: false,
+            restores: some(2) * usize::from(faults > 0),
+            forgetful_managers: false,
             loss: [0, 0, 20, 150][faults],
             duplication: [0, 20, 50, 100][faults],
             reordering: [0, 20, 50, 200][faults],

@@ -11,7 +11,7 @@ use ed25519_dalek::SigningKey;
 
 use crate::{
     dice::Dice,
-    disk::Disk,
+    disk::{Disk, Image},
     network::Network,
     people::{Newcomer, People},
     plan::Plan,
@@ -33,6 +33,8 @@ pub(crate) struct Node {
     /// Its clock is so far ahead, milliseconds.
     pub(crate) skew: i64,
     pub(crate) hostile: bool,
+    /// What its manager remembers of the ledger, while the disk was put back to an earlier state.
+    pub(crate) restored: Option<Vec<EncodedEntry>>,
     /// The time for which it asked to be woken.
     pub(crate) wake: u64,
 }
@@ -79,6 +81,11 @@ pub(crate) enum Event {
     Start {
         node: usize,
     },
+    /// Its manager tells a controller what it remembers.
+    Remind {
+        node: usize,
+        life: u64,
+    },
     Deed,
     Lie,
     Fault(Fault),
@@ -96,7 +103,7 @@ pub(crate) enum Event {
     },
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(crate) enum Fault {
     Crash,
     Part,
@@ -104,6 +111,8 @@ pub(crate) enum Fault {
     Fill,
     Empty { node: usize },
     Rot,
+    Snapshot,
+    Restore { node: usize, image: Image },
     Skew,
     SetRight { node: usize },
 }
@@ -221,6 +230,7 @@ impl World {
         throw(self, plan.partitions, &|| Event::Fault(Fault::Join));
         throw(self, plan.full_disks, &|| Event::Fault(Fault::Fill));
         throw(self, plan.rot, &|| Event::Fault(Fault::Rot));
+        throw(self, plan.restores, &|| Event::Fault(Fault::Snapshot));
         throw(self, plan.skews, &|| Event::Fault(Fault::Skew));
     }
 
@@ -292,6 +302,7 @@ impl World {
                     self.start(node);
                 }
             }
+            Event::Remind { node, life } => self.remind(node, life),
             Event::Deed => self.deed(),
             Event::Lie => self.lie(),
             Event::Fault(fault) => self.fault(fault),

@@ -3,7 +3,7 @@
 //!
 //! Each stream carries one length-prefixed [`ControlRequest`], then one or more length-prefixed [`ControlResponse`]s;
 //! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes. A ledger may be of any
-//! size: it follows a [`ControlRequest::Provision`] or a [`ControlResponse::Entries`] in [`crate::peer::EntryPage`]s.
+//! size: it follows a [`ControlRequest::Provision`], a [`ControlRequest::Remember`] or a [`ControlResponse::Entries`] in [`crate::peer::EntryPage`]s.
 
 use std::{
     fmt,
@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     beacon::ServiceKind,
-    peer::{EncodedEntry, InviteProof, JoinRefusal},
+    peer::{EncodedEntry, InviteProof, JoinRefusal, Vector},
 };
 
 /// Name of the virtio-serial port.
@@ -39,8 +39,8 @@ pub enum ControlRequest {
     SetEnvironment(Environment),
     /// Adds an entry that the person signed. Answered by [`ControlResponse::Done`] once it is on disk.
     Append(EncodedEntry),
-    /// All entries. Answered by [`ControlResponse::Entries`].
-    Entries,
+    /// The entries that the manager lacks, whose ledger has this. Answered by [`ControlResponse::Entries`].
+    Entries(Vector),
     /// The state of the clan, now. Answered by [`ControlResponse::Status`].
     Status,
     /// The state and statistics, now and whenever they change, at most once a second.
@@ -83,6 +83,12 @@ pub enum ControlRequest {
     Ping {
         /// The machine; for a standard WireGuard machine, its key.
         machine: MachineId,
+    },
+    /// What the machine's ledger was, as far as the manager, whose memory is not on its disk, has more: it follows in pages.
+    /// Sent at the beginning, before which the machine countersigns nothing. Answered by [`ControlResponse::Remembered`].
+    Remember {
+        /// The disk was put back to an earlier state since the machine was last sure.
+        restored: bool,
     },
 }
 
@@ -170,8 +176,8 @@ pub enum ControlResponse {
     Done,
     /// It did not work.
     Failed(String),
-    /// See [`ControlRequest::Entries`]; they follow in pages.
-    Entries,
+    /// See [`ControlRequest::Entries`]: what the machine's ledger has; the entries follow in pages.
+    Entries(Vector),
     /// See [`NodeStatus`].
     Status(Box<NodeStatus>),
     /// See [`GuestStats`].
@@ -188,6 +194,11 @@ pub enum ControlResponse {
         rtt_us: Option<u64>,
         /// How the machine is reached after that; `None` if it is not.
         path: Option<PathStatus>,
+    },
+    /// See [`ControlRequest::Remember`].
+    Remembered {
+        /// Whether the machine is sure that it knows all that it has signed. If not, it has yet to hear from other machines.
+        sure: bool,
     },
 }
 

@@ -47,9 +47,11 @@ impl Replica {
             self.actions.push_back(Action::Close { link: old, why: Close::Replaced });
         }
         self.look_around = true;
-        self.compare(vector);
+        self.compare(&machine, vector);
         self.send_missing(&machine, vector);
-        for signed in self.beacons.signed() {
+        let good = self.is_good(&machine);
+        let told = self.beacons.signed().filter(|(about, _)| good || **about == self.machine);
+        for (_, signed) in told {
             self.actions.push_back(Action::Send { link, message: PeerMessage::Beacon(signed.clone()) });
         }
         self.actions.push_back(Action::Changed);
@@ -64,16 +66,9 @@ impl Replica {
         }
     }
 
-    /// Having what another machine has ends the learning.
-    pub(super) fn compare(&mut self, theirs: &Vector) {
-        if self.learning && self.state.machines.contains_key(&self.machine) && *theirs == *self.vector {
-            self.learning = false;
-            self.refresh();
-        }
-    }
-
     pub(super) fn send_missing(&mut self, machine: &MachineId, vector: &Vector) {
-        let Some(link) = self.links.get(machine).copied() else { return };
+        // INVARIANT: who is listened to, because this machine is learning, is not told anything for that.
+        let Some(link) = self.links.get(machine).copied().filter(|_| self.is_good(machine)) else { return };
         let missing: Vec<EncodedEntry> = self.ledger.missing(vector, ANSWER).into_iter().map(Entry::encode).collect();
         let full = missing.len() >= ANSWER;
         let mut batches = missing.chunks(BATCH).peekable();
@@ -99,6 +94,18 @@ impl Replica {
         self.actions.extend(links.map(|(_, link)| Action::Send { link: *link, message: message.clone() }));
     }
 
+    /// Tells everybody of entries that are new here.
+    pub(super) fn pass_on(&mut self, except: Option<MachineId>, batch: &[EncodedEntry]) {
+        let told = self.links.iter().filter(|(machine, _)| Some(**machine) != except && self.is_good(machine));
+        let links: Vec<LinkId> = told.map(|(_, link)| *link).collect();
+        let message = PeerMessage::Entries(batch.to_vec());
+        self.actions.extend(links.into_iter().map(|link| Action::Send { link, message: message.clone() }));
+    }
+
+    fn is_good(&self, machine: &MachineId) -> bool {
+        self.state.machine_in_good_standing(machine).is_some()
+    }
+
     pub(super) fn some_links(&mut self, count: usize, except: Option<&MachineId>) -> Vec<LinkId> {
         let links = self.links.iter().filter(|(machine, _)| Some(*machine) != except).map(|(_, link)| *link);
         self.rng.choose(links.collect(), count)
@@ -107,7 +114,7 @@ impl Replica {
     /// Every machine in good standing.
     pub(super) fn choose_neighbours(&mut self) {
         self.wanted = self.state.good_machines().map(|(machine, _)| *machine).collect();
-        if self.learning {
+        if self.is_learning() {
             self.wanted.extend(self.bootstrap.iter().map(|known| known.machine));
         }
         self.look_around = true;
@@ -131,11 +138,6 @@ impl Replica {
         addrs.dedup();
         PeerAddr { machine, addrs }
     }
-}
-
-pub(super) fn learning_problem(learning: bool) -> Option<String> {
-    let what = "this machine does not have the clan's ledger, or lost it, and learns it from the other machines; until then it admits nobody";
-    learning.then(|| what.to_owned())
 }
 
 /// By whom a machine was put out, as its own ledger has it.

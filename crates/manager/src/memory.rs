@@ -1,0 +1,155 @@
+//! What this computer remembers of a clan's ledger, outside of the disk of the clan's machine: `ledger.redb` beside it.
+//!
+//! With it only what is new is fetched for a decision; and a machine whose disk was put back to an earlier state is given
+//! what it knew, so that it signs no place of its log twice. Until it has been told, it signs nothing
+//! (`ControlRequest::Remember`).
+
+use std::{sync::Arc, time::Duration};
+
+use clan_ledger::{Entry, Ledger, Vector};
+use clan_os::channel::Channel;
+use clan_store::{LedgerStore, SealKey, StoreError};
+use clan_types::ClanId;
+use tokio::{sync::Mutex, time::sleep};
+
+use crate::{
+    clan::RecordCell,
+    guest::{self, GuestError},
+    link::Outlets,
+    paths::ClanPaths,
+    problem, record,
+};
+
+const RETRY: Duration = Duration::from_secs(1);
+const RETRY_MAX: Duration = Duration::from_secs(60);
+
+/// What is remembered; read from disk when it is first asked for.
+pub(crate) struct Memory {
+    clan: ClanId,
+    paths: ClanPaths,
+    kept: Mutex<Option<Kept>>,
+}
+
+struct Kept {
+    ledger: Ledger,
+    /// Absent while it cannot be opened: then this manager remembers, and not the next.
+    store: Option<Arc<LedgerStore>>,
+    /// What is on disk.
+    written: Vector,
+}
+
+/// The ledger as the machine and this computer have it together.
+pub(crate) struct Known {
+    pub(crate) ledger: Ledger,
+    /// What the machine has of it.
+    pub(crate) has: Vector,
+}
+
+impl Memory {
+    pub(crate) fn new(clan: ClanId, paths: ClanPaths) -> Self {
+        Self { clan, paths, kept: Mutex::new(None) }
+    }
+
+    /// Fetches what is new.
+    pub(crate) async fn refresh(&self, control: &Channel) -> Result<Known, GuestError> {
+        let mut kept = self.kept.lock().await;
+        let Kept { ledger, store, written } = match kept.take() {
+            Some(known) if known.store.is_some() => known,
+            lost => self.load(lost.map(|known| known.ledger)).await,
+        };
+        // What was remembered stays, whatever comes of this.
+        let known = kept.insert(Kept { ledger, store, written });
+        let (ledger, has) = guest::entries_since(control, known.ledger.clone()).await?;
+        known.ledger = ledger;
+        self.write(known).await;
+        Ok(Known { ledger: known.ledger.clone(), has })
+    }
+
+    async fn load(&self, before: Option<Ledger>) -> Kept {
+        let (clan, paths) = (self.clan, self.paths.clone());
+        let opened = tokio::task::spawn_blocking(move || open(&clan, &paths)).await;
+        let (store, mut ledger) = match opened {
+            Ok(Ok((store, ledger))) => (Some(Arc::new(store)), ledger),
+            Ok(Err(why)) => {
+                tracing::warn!(clan = %self.clan, why, "what is known of the clan's ledger cannot be kept on disk");
+                (None, Ledger::open(self.clan))
+            }
+            Err(_) => (None, Ledger::open(self.clan)),
+        };
+        let written = ledger.vector();
+        ledger.insert_all(before.iter().flat_map(Ledger::entries).cloned());
+        Kept { ledger, store, written }
+    }
+
+    async fn write(&self, kept: &mut Kept) {
+        let vector = kept.ledger.vector();
+        let Some(store) = kept.store.clone().filter(|_| vector != kept.written) else { return };
+        let new: Vec<Entry> = kept.ledger.page(&kept.written, None, usize::MAX).entries.into_iter().cloned().collect();
+        match tokio::task::spawn_blocking(move || store.append_all(&new)).await {
+            Ok(Ok(())) => kept.written = vector,
+            Ok(Err(error)) => {
+                let why = problem::with_sources(&error);
+                tracing::warn!(clan = %self.clan, why, "what is known of the clan's ledger cannot be kept on disk");
+            }
+            Err(_) => {}
+        }
+    }
+}
+
+fn open(clan: &ClanId, paths: &ClanPaths) -> Result<(LedgerStore, Ledger), String> {
+    // What was verified before it was written is marked by this.
+    let key = record::load_key(paths).map_err(|e| problem::with_sources(&e))?;
+    let open = || LedgerStore::open_sealed(paths.ledger(), clan, SealKey::derive(&key.to_bytes()));
+    let opened = match open() {
+        // It was put aside; what it held is fetched again.
+        Err(StoreError::Corrupt { .. }) => open(),
+        opened => opened,
+    };
+    let store = opened.map_err(|e| problem::with_sources(&e))?;
+    let ledger = store.load().map_err(|e| problem::with_sources(&e))?;
+    Ok((store, ledger))
+}
+
+/// Tells the machine what is remembered, until it is sure of what it has signed, then remembers what it learns.
+pub(crate) async fn keep(channel: &Channel, record: &RecordCell, out: &Outlets) {
+    let mut told = out.told.subscribe();
+    let (mut sure, mut pause) = (false, RETRY);
+    loop {
+        let count = told.borrow_and_update().as_ref().map(|told| told.status.entries);
+        let outcome = if sure {
+            record.memory().refresh(channel).await.map(drop)
+        } else {
+            remind(channel, record).await.map(|now| sure = now)
+        };
+        match outcome {
+            Ok(()) if sure => {
+                pause = RETRY;
+                let learnt = told.wait_for(|told| told.as_ref().map(|told| told.status.entries) != count);
+                if learnt.await.is_err() {
+                    return;
+                }
+            }
+            Ok(()) => sleep(RETRY).await,
+            Err(error) => {
+                tracing::debug!(%error, "the controller cannot be told what is remembered, or tell what is new");
+                sleep(pause).await;
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+        }
+    }
+}
+
+/// Whether the machine is sure now.
+async fn remind(channel: &Channel, record: &RecordCell) -> Result<bool, GuestError> {
+    let Known { ledger, has } = record.memory().refresh(channel).await?;
+    let lacks: Vec<_> = ledger.page(&has, None, usize::MAX).entries.into_iter().map(Entry::encode).collect();
+    let restored = record.get().restored;
+    let sure = guest::remember(channel, restored, &lacks).await?;
+    if sure
+        && restored
+        && let Err(error) = record.update(|r| r.restored = false)
+    {
+        tracing::warn!(%error, "the clan's record is not written");
+    }
+    Ok(sure)
+}
