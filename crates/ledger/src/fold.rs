@@ -61,6 +61,8 @@ pub(crate) struct Run {
     /// By whom each person is in the clan and in their role.
     pub(crate) supports: HashMap<PersonId, Vec<PersonId>>,
     people_out: HashSet<PersonId>,
+    /// Of those, whom somebody else put out.
+    put_out: HashSet<PersonId>,
     devices_out: HashSet<DeviceId>,
     machines_out: HashSet<MachineId>,
     invites_out: HashSet<InviteId>,
@@ -100,6 +102,7 @@ impl Run {
             roles: HashMap::new(),
             supports: HashMap::new(),
             people_out: HashSet::new(),
+            put_out: HashSet::new(),
             devices_out: HashSet::new(),
             machines_out: HashSet::new(),
             invites_out: HashSet::new(),
@@ -334,6 +337,9 @@ impl Run {
         match entry.body() {
             Body::RevokePerson { person, .. } => {
                 self.people_out.insert(*person);
+                if !self.effective.own.contains(&entry.id()) {
+                    self.put_out.insert(*person);
+                }
                 self.person_out(person, Standing::Revoked);
             }
             Body::RevokeMachine { machine, .. } => {

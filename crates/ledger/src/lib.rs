@@ -21,6 +21,9 @@
 //!   would leave the clan without an owner.
 //! - A name that is taken keeps nobody out: people and machines come in under the next free one (`nas-2`), so that no
 //!   back-dated entry undoes their coming. Whoever renames to a taken name does so in vain.
+//! - Whoever leaves, or takes a machine of theirs out, does so from the time that the entry bears, but undoes nobody's coming by
+//!   it: what their machine has countersigned counts, and so does their invite for whom a machine countersigned. (A
+//!   revocation of a machine may void what it countersigned: it says so, by the last entry that counts.)
 //! - An author who signs two entries for one place in their log has equivocated: the earlier one (by time, then id)
 //!   and what follows it count, the other is kept as evidence. A revocation that pins the losing branch leaves only
 //!   what both branches share.

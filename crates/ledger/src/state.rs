@@ -392,8 +392,17 @@ impl State {
 
     /// The invite, if somebody could redeem it at that time.
     pub fn check_invite(&self, id: &InviteId, at: Timestamp) -> Result<&Invite, InviteProblem> {
+        self.check_invite_if(id, at, |by| self.person(by).is_some())
+    }
+
+    pub(crate) fn check_invite_if(
+        &self,
+        id: &InviteId,
+        at: Timestamp,
+        may_let_in: impl FnOnce(&PersonId) -> bool,
+    ) -> Result<&Invite, InviteProblem> {
         let invite = self.invites.get(id).ok_or(InviteProblem::Unknown)?;
-        if invite.revoked || self.person(&invite.by).is_none() {
+        if invite.revoked || !may_let_in(&invite.by) {
             Err(InviteProblem::Revoked)
         } else if invite.used >= invite.uses {
             Err(InviteProblem::Used)

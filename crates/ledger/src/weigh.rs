@@ -174,6 +174,8 @@ impl Demotion {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Effective {
     pub(crate) entries: HashSet<EntryId>,
+    /// Of those, with which people put themselves out.
+    pub(crate) own: HashSet<EntryId>,
     /// Those that would have left the clan without an owner.
     pub(crate) refused: HashSet<EntryId>,
     /// How many entries of a revoked device's log count.
@@ -200,6 +202,9 @@ impl Effective {
         match claim.subject {
             Subject::Person(person) => {
                 let first = AuthorId::from(person);
+                if claim.author == person {
+                    self.own.insert(claim.at.1);
+                }
                 // That they came in is kept: the use of the invite stays used.
                 cut(&mut self.devices, first, count(&first).max(1));
                 self.people_pairs.insert((claim.author, person));

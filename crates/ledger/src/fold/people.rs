@@ -28,13 +28,11 @@ impl Run {
             return Err(VoidReason::AuthorRevoked);
         }
         let machine = self.state.machines.get(&witness).ok_or(VoidReason::Outsider)?;
-        let owner = self.state.people.get(&machine.owner).ok_or(VoidReason::Outsider)?;
-        if machine.standing == Standing::Left || owner.standing == Standing::Left {
-            return Err(VoidReason::AuthorLeft);
-        }
+        // INVARIANT: who goes by themselves, or takes a machine of theirs out, undoes nobody's coming, whenever they say that
+        // they did. A newcomer needs a valid invite in any case; honest machines ask nobody who has gone.
         // What a revoked machine's own revocation left standing counts, whenever it was written. Where only its owner
         // was revoked, time decides.
-        if cut.is_none() && owner.standing == Standing::Revoked {
+        if cut.is_none() && self.put_out.contains(&machine.owner) {
             return Err(VoidReason::AuthorRevoked);
         }
         let person = *self.admissions.get(admission).ok_or(VoidReason::NoSubject)?;
@@ -60,7 +58,8 @@ impl Run {
     pub(super) fn redeem(&mut self, admission: &Entry, countersign: &Entry) -> Result<(), VoidReason> {
         let Body::Admission { invite: id, name, .. } = admission.body() else { return Err(VoidReason::NoSubject) };
         let at: Timestamp = countersign.time().wall;
-        self.state.check_invite(id, at).map_err(VoidReason::Invite)?;
+        // The same for whoever made the invite.
+        self.state.check_invite_if(id, at, |by| !self.put_out.contains(by)).map_err(VoidReason::Invite)?;
         let invite = self.state.invites.get_mut(id).ok_or(VoidReason::Invite(InviteProblem::Unknown))?;
         invite.used += 1;
         let (role, by, approval) = (invite.role, invite.by, invite.approval);
