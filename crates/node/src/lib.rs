@@ -27,6 +27,7 @@ mod net;
 mod own;
 mod peer;
 mod ping;
+mod places;
 mod pulse;
 mod relay;
 mod report;

@@ -15,12 +15,17 @@ use iroh::{
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use crate::{NodeError, core::CoreHandle, image::ImageServer, join, peer, words::WordsDesk};
+use crate::{
+    NodeError,
+    core::CoreHandle,
+    image::ImageServer,
+    join, peer,
+    places::{Origin, Place, Places},
+    words::WordsDesk,
+};
 
 /// How often machines on a LAN tell where they are.
 const DISCOVERY: Duration = Duration::from_secs(3);
-/// Strangers, and machines, that may be in conversation at once; more are refused, not queued.
-const MAX_CONNECTIONS: usize = 256;
 
 /// Opens the endpoint. Bound to all addresses it offers our own tunnel as a path, too: [`clan_os::wireguard`] keeps its
 /// packets out of there.
@@ -71,7 +76,7 @@ pub(crate) async fn accept(
     cancel: CancellationToken,
     fatal: CancellationToken,
 ) {
-    let tasks = TaskTracker::new();
+    let (tasks, places) = (TaskTracker::new(), Places::default());
     loop {
         let incoming = tokio::select! {
             () = cancel.cancelled() => break,
@@ -82,14 +87,34 @@ pub(crate) async fn accept(
             fatal.cancel();
             break;
         };
-        if tasks.len() >= MAX_CONNECTIONS {
-            incoming.refuse();
+        let origin = Origin::of(&incoming.remote_addr());
+        if places.is_busy() && matches!(origin, Origin::Address(_)) && !incoming.remote_addr_validated() {
+            // Costs nothing here; fails for those that are validated only.
+            let _ = incoming.retry();
             continue;
         }
+        // More are refused, not queued.
+        let Some(unproved) = places.unproved(origin) else {
+            incoming.refuse();
+            continue;
+        };
+        let places = places.clone();
         let (core, images, words, cancel) = (core.clone(), images.clone(), words.clone(), cancel.clone());
         tasks.spawn(async move {
             let greeted = tokio::time::timeout(Duration::from_secs(10), async { incoming.accept().ok()?.await.ok() });
             let Ok(Some(connection)) = greeted.await else { return };
+            let machine = machine_of(&connection);
+            let known = core.view().state.machine_in_good_standing(&machine).is_some();
+            let place = if known {
+                places.machine(machine).map(Held::Machine)
+            } else {
+                places.stranger(origin).map(Held::Stranger)
+            };
+            drop(unproved);
+            let Some(_place) = place else {
+                connection.close(4u32.into(), b"too many connections");
+                return;
+            };
             tokio::select! {
                 () = cancel.cancelled() => {}
                 () = dispatch(connection, core, images, words) => {}
@@ -98,6 +123,12 @@ pub(crate) async fn accept(
     }
     tasks.close();
     tasks.wait().await;
+}
+
+/// A connection's place, until it ends.
+enum Held {
+    Machine(#[expect(dead_code, reason = "it is held")] Place<MachineId>),
+    Stranger(#[expect(dead_code, reason = "it is held")] Place<Origin>),
 }
 
 async fn dispatch(connection: Connection, core: CoreHandle, images: Arc<ImageServer>, words: Arc<WordsDesk>) {

@@ -29,6 +29,7 @@ use crate::{
 mod devices;
 mod large;
 mod memory;
+mod places;
 mod words;
 
 const LIMIT: Duration = Duration::from_secs(20);
