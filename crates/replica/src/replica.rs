@@ -10,7 +10,7 @@ use clan_ledger::{Entry, Inserted, Ledger, Place, State};
 use clan_types::{ClanId, EntryId, MachineId, PeerAddr};
 use clan_wire::{
     beacon::{self, Beacon},
-    peer::{EncodedEntry, EntryPage, JoinRefusal, MAX_ENTRIES, PAGE_BYTES, PeerMessage, Vector},
+    peer::{EncodedEntry, EntryPage, JoinRefusal, MAX_ENTRIES, PAGE_BYTES, PeerMessage, Vector, digest},
 };
 use ed25519_dalek::SigningKey;
 
@@ -423,6 +423,15 @@ impl Replica {
                 self.compare(&from, &vector);
                 self.send_missing(&from, &vector);
             }
+            PeerMessage::Digest(theirs) => {
+                let ours = self.vector.clone();
+                if theirs == digest(&ours) {
+                    self.compare(&from, &ours);
+                } else {
+                    self.reply(&from, PeerMessage::Differs);
+                }
+            }
+            PeerMessage::Differs => self.reply(&from, PeerMessage::Vector(self.vector.to_vec())),
             PeerMessage::Beacon(beacon) => self.take_beacon(&from, beacon, now),
             // A second greeting means nothing.
             PeerMessage::Hello { .. } => {}
@@ -438,8 +447,9 @@ impl Replica {
         }
         if now.at >= self.compare_due {
             self.compare_due = now.at + COMPARE_INTERVAL;
+            let digest = digest(&self.vector);
             for link in self.some_links(COMPARE_WITH, None) {
-                let message = PeerMessage::Vector(self.vector.to_vec());
+                let message = PeerMessage::Digest(digest);
                 self.actions.push_back(Action::Send { link, message });
             }
         }

@@ -13,6 +13,7 @@ use ed25519_dalek::SigningKey;
 use crate::{Action, Answer, Close, Config, LinkId, Now, Own, Rejected, Replica, Ticket};
 
 mod doubt;
+mod rounds;
 
 const EPOCH: u64 = 1_800_000_000_000;
 

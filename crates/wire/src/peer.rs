@@ -54,6 +54,20 @@ pub enum PeerMessage {
     /// Like [`PeerMessage::Entries`], and there are more: who has taken them asks for those by a
     /// [`PeerMessage::Vector`].
     EntriesAndMore(Vec<EncodedEntry>),
+    /// The hash of what the sender has now ([`digest`]), which mostly is what the receiver has; if not, it is answered by
+    /// [`PeerMessage::Differs`].
+    Digest([u8; 32]),
+    /// The receiver may send its [`PeerMessage::Vector`].
+    Differs,
+}
+
+/// A hash of what somebody has.
+pub fn digest(vector: &[([u8; 32], u64)]) -> [u8; 32] {
+    let mut hasher = blake3::Hasher::new_derive_key("clan 2026-11 vector digest v1");
+    for (key, value) in vector {
+        hasher.update(key).update(&value.to_le_bytes());
+    }
+    *hasher.finalize().as_bytes()
 }
 
 /// Shows that the connecting endpoint holds an invite's secret, without sending it.

@@ -80,6 +80,11 @@ impl Replica {
         }
     }
 
+    pub(super) fn reply(&mut self, machine: &MachineId, message: PeerMessage) {
+        let link = self.links.get(machine).copied();
+        self.actions.extend(link.map(|link| Action::Send { link, message }));
+    }
+
     pub(super) fn announce(&mut self, now: Now) {
         // A beacon of a sane size always encodes.
         let made = self.beacons.announce(&self.own, self.ledger.clan(), &self.key, &self.version, now.wall);
