@@ -8,9 +8,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clan_ledger::{Body, Entry, Ledger};
+use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_store::{LedgerStore, SealKey};
-use clan_types::{InviteId, MachineId, PersonId, Role, Timestamp, WgPublicKey};
+use clan_types::{ClanId, InviteId, MachineId, PersonId, Role, Timestamp, WgPublicKey};
 use ed25519_dalek::SigningKey;
 use serde::Serialize;
 
@@ -193,7 +193,7 @@ fn large_clan() -> Result<Vec<Entry>, Box<dyn Error>> {
         ledger.insert(entry.clone())?;
         Ok(entry)
     };
-    let mut entries = vec![founding, say(&mut ledger, &founder, enrolment(0, "annas-laptop")?)?];
+    let mut entries = vec![founding, say(&mut ledger, &founder, enrolment(&clan, &founder, 0, "annas-laptop")?)?];
     for n in 1..=MEMBERS {
         let (by, role) = if n <= 10 { (founder.clone(), Role::Admin) } else { (seed(1, n % 10 + 1), Role::Member) };
         let secret = seed(3, n);
@@ -203,7 +203,7 @@ fn large_clan() -> Result<Vec<Entry>, Box<dyn Error>> {
         let body = Body::admission(&secret, &clan, &person(n), format!("person{n}").parse()?);
         let admission = say(&mut ledger, &seed(1, n), body)?;
         entries.push(admission.clone());
-        entries.push(say(&mut ledger, &seed(1, n), enrolment(n, &format!("laptop{n}"))?)?);
+        entries.push(say(&mut ledger, &seed(1, n), enrolment(&clan, &seed(1, n), n, &format!("laptop{n}"))?)?);
         let witness = if n <= 10 { 0 } else { n % 10 + 1 };
         entries.push(say(&mut ledger, &seed(2, witness), Body::Countersign { admission: admission.id() })?);
     }
@@ -245,11 +245,10 @@ fn person(n: u64) -> PersonId {
     PersonId::from_bytes(seed(1, n).verifying_key().to_bytes())
 }
 
-fn enrolment(n: u64, name: &str) -> Result<Body, Box<dyn Error>> {
-    let machine = MachineId::from_bytes(seed(2, n).verifying_key().to_bytes());
+fn enrolment(clan: &ClanId, by: &SigningKey, n: u64, name: &str) -> Result<Body, Box<dyn Error>> {
     let mut wg = [1; 32];
     wg[..8].copy_from_slice(&n.to_le_bytes());
-    Ok(Body::Enrol { machine, name: name.parse()?, wg: WgPublicKey::from_bytes(wg) })
+    Ok(Body::enrol(&seed(2, n), clan, &AuthorId::of(by), name.parse()?, WgPublicKey::from_bytes(wg)))
 }
 
 fn summary(name: &'static str, rounds: &[Vec<(&'static str, Duration)>]) -> Measured {

@@ -2,9 +2,9 @@
 
 use std::{sync::OnceLock, time::Duration};
 
-use clan_ledger::{Body, Entry, Ledger};
+use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_replica::{Action, Config, Now, Own, Replica};
-use clan_types::{InviteId, MachineId, PersonId, Role, Timestamp, WgPublicKey};
+use clan_types::{ClanId, InviteId, MachineId, PersonId, Role, Timestamp, WgPublicKey};
 use clan_wire::{
     beacon::{Beacon, SignedBeacon},
     codec,
@@ -62,23 +62,20 @@ pub(crate) fn ledger() -> &'static Ledger {
         let (mut ledger, _) = Ledger::found(&key(1), names.0, names.1, [7; 32], at).expect("a clan");
         let invite = InviteId::from_bytes(key(INVITE).verifying_key().to_bytes());
         let expires = at.plus(Duration::from_secs(86_400));
-        say(&mut ledger, 1, enrol(101));
-        say(&mut ledger, 1, Body::Invite { invite, role: Role::Member, uses: 2, expires, approval: false });
         let clan = ledger.clan();
+        say(&mut ledger, 1, enrol(&clan, 1, 101));
+        say(&mut ledger, 1, Body::Invite { invite, role: Role::Member, uses: 2, expires, approval: false });
         let admission = Body::admission(&key(INVITE), &clan, &person(2), "bob".parse().expect("a name"));
         let admission = say(&mut ledger, 2, admission);
-        say(&mut ledger, 2, enrol(102));
+        say(&mut ledger, 2, enrol(&clan, 2, 102));
         say(&mut ledger, 101, Body::Countersign { admission: admission.id() });
         ledger
     })
 }
 
-fn enrol(n: u8) -> Body {
-    Body::Enrol {
-        machine: machine(n),
-        name: format!("m{n}").parse().expect("a name"),
-        wg: WgPublicKey::from_bytes(*machine(n).as_bytes()),
-    }
+fn enrol(clan: &ClanId, by: u8, n: u8) -> Body {
+    let wg = WgPublicKey::from_bytes(*machine(n).as_bytes());
+    Body::enrol(&key(n), clan, &AuthorId::of(&key(by)), format!("m{n}").parse().expect("a name"), wg)
 }
 
 fn say(ledger: &mut Ledger, author: u8, body: Body) -> Entry {

@@ -13,6 +13,7 @@ use crate::{AuthorId, Party, PortRange, Target};
 
 const ADMISSION_CONTEXT: &[u8] = b"clan 2026-11 admission v1";
 const DEVICE_CONTEXT: &[u8] = b"clan 2026-11 device v1";
+const MACHINE_CONTEXT: &[u8] = b"clan 2026-11 machine v1";
 const MAX_TITLE: usize = 200;
 
 /// What an entry says. Who may say it is decided by the fold.
@@ -35,6 +36,8 @@ pub enum Body {
         name: MachineName,
         /// Its WireGuard key, unique in the clan.
         wg: WgPublicKey,
+        /// Shows that the author had the machine's consent. See [`Body::enrol`].
+        proof: KeyProof,
     },
     /// Takes a machine out. Its owner; admins, if the owner's role is not above theirs.
     Remove {
@@ -235,6 +238,12 @@ impl Body {
         }
     }
 
+    /// A new machine, by its own key for this clan, for the device `by` that adds it and with this WireGuard key only.
+    pub fn enrol(machine_key: &SigningKey, clan: &ClanId, by: &AuthorId, name: MachineName, wg: WgPublicKey) -> Self {
+        let machine = AuthorId::of(machine_key).machine();
+        Self::Enrol { machine, name, wg, proof: KeyProof::of_machine(machine_key, clan, by, &wg) }
+    }
+
     /// A new device, by its own key for this clan and for the device `by` that adds it only: nobody claims a key that
     /// they do not hold.
     pub fn add_device(
@@ -255,6 +264,9 @@ impl Body {
                 proof.is_valid(invite.as_bytes(), &admission_statement(clan, &author.person()))
             }
             Self::AddDevice { device, proof, .. } => proof.is_valid(device.as_bytes(), &device_statement(clan, author)),
+            Self::Enrol { machine, wg, proof, .. } => {
+                proof.is_valid(machine.as_bytes(), &machine_statement(clan, author, wg))
+            }
             _ => true,
         }
     }
@@ -268,7 +280,11 @@ fn device_statement(clan: &ClanId, by: &AuthorId) -> Vec<u8> {
     [DEVICE_CONTEXT, clan.as_bytes().as_slice(), by.as_bytes().as_slice()].concat()
 }
 
-/// An Ed25519 signature that shows that a key was at hand: an invite's, or a new device's.
+fn machine_statement(clan: &ClanId, by: &AuthorId, wg: &WgPublicKey) -> Vec<u8> {
+    [MACHINE_CONTEXT, clan.as_bytes().as_slice(), by.as_bytes().as_slice(), wg.as_bytes().as_slice()].concat()
+}
+
+/// An Ed25519 signature that shows that a key was at hand: an invite's, a new device's, or a new machine's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyProof {
     r: [u8; 32],
@@ -279,6 +295,21 @@ impl KeyProof {
     /// A new device's consent to be added by the device `by`: what it sends there.
     pub fn of_device(device_key: &SigningKey, clan: &ClanId, by: &AuthorId) -> Self {
         Self::of(&device_key.sign(&device_statement(clan, by)))
+    }
+
+    /// A new machine's consent to be added by the device `by`: what it sends to whoever signs that.
+    pub fn of_machine(machine_key: &SigningKey, clan: &ClanId, by: &AuthorId, wg: &WgPublicKey) -> Self {
+        Self::of(&machine_key.sign(&machine_statement(clan, by, wg)))
+    }
+
+    /// From its two halves, each 32 bytes.
+    pub const fn from_halves([r, s]: [[u8; 32]; 2]) -> Self {
+        Self { r, s }
+    }
+
+    /// Its two halves.
+    pub const fn halves(&self) -> [[u8; 32]; 2] {
+        [self.r, self.s]
     }
 
     fn of(signature: &Signature) -> Self {

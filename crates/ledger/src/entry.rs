@@ -100,8 +100,8 @@ pub enum EntryError {
     /// The signature does not fit the author and the content.
     #[error("the entry's signature does not fit")]
     BadSignature,
-    /// The invite's key did not sign this admission, or the new device's key not its addition.
-    #[error("the proof of having the invite's or the device's key does not fit")]
+    /// The invite's key did not sign this admission, or the new device's or machine's key not its addition.
+    #[error("the proof of having the invite's, the device's or the machine's key does not fit")]
     BadProof,
     /// `Found` and `Admission` stand at the start of a log and nothing else does without them; every later entry names
     /// its predecessor.

@@ -230,7 +230,7 @@ impl Run {
 
     fn apply(&mut self, entry: &Entry, by: Author) -> Result<(), VoidReason> {
         match entry.body() {
-            Body::Enrol { machine, name, wg } => {
+            Body::Enrol { machine, name, wg, .. } => {
                 allowed(by.role >= Role::Member)?;
                 self.enrol(by.person, machine, name, wg)
             }

@@ -292,7 +292,7 @@ impl Ledger {
                 return Err(RedeemProblem::Malformed);
             }
             let key = match entry.body() {
-                Body::Enrol { machine, name, wg } => {
+                Body::Enrol { machine, name, wg, .. } => {
                     if !names.insert(name) || state.is_node_name(name) {
                         return Err(RedeemProblem::MachineNameTaken(name.clone()));
                     }

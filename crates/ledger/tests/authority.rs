@@ -87,9 +87,7 @@ fn a_demoted_person_keeps_what_their_new_role_allows() {
     let mut clan = family();
     clan.set_role(&key(1), 3, Role::Guest);
     assert!(clan.has_machine(3), "machines stay");
-    let body =
-        Body::Enrol { machine: machine(&key(113)), name: machine_name("x"), wg: WgPublicKey::from_bytes([113; 32]) };
-    let enrol = clan.say(&key(3), body);
+    let enrol = clan.say(&key(3), enrol(&clan.ledger.clan(), &key(3), 113, "x", 113));
     assert_eq!(clan.reason(&enrol), Some(VoidReason::AuthorDemoted));
     let rename = clan.say(&key(3), Body::RenamePerson { person: person(&key(3)), name: name("carla") });
     assert_eq!(clan.reason(&rename), None);
@@ -189,10 +187,7 @@ fn a_devices_entries_are_its_persons() {
     // A device adds a further one.
     let third = clan.add_device(&key(30), 31, DeviceKind::Device);
     assert_eq!(clan.reason(&third), None);
-    let machine = clan.say(
-        &key(31),
-        Body::Enrol { machine: machine(&key(133)), name: machine_name("new"), wg: WgPublicKey::from_bytes([133; 32]) },
-    );
+    let machine = clan.say(&key(31), enrol(&clan.ledger.clan(), &key(31), 133, "new", 133));
     assert_eq!(clan.reason(&machine), None);
     assert_eq!(clan.ledger.state().machine_named(&machine_name("new")).unwrap().1.owner, person(&key(3)));
 }
@@ -206,12 +201,7 @@ fn a_key_is_one_persons_device_or_none() {
         assert_eq!(clan.reason(&entry), Some(VoidReason::KeyTaken), "{taken}");
     }
     for taken in [30, 3] {
-        let body = Body::Enrol {
-            machine: machine(&key(taken)),
-            name: machine_name("x"),
-            wg: WgPublicKey::from_bytes([99; 32]),
-        };
-        let entry = clan.say(&key(4), body);
+        let entry = clan.say(&key(4), enrol(&clan.ledger.clan(), &key(4), taken, "x", 99));
         assert_eq!(clan.reason(&entry), Some(VoidReason::KeyTaken), "{taken}");
     }
     // Nor does it come in as a person.
@@ -313,7 +303,7 @@ fn a_recovery_key_is_for_devices_only_and_goes_before_the_others() {
     for body in [
         Body::Invite { invite: invite(&key(50)), role: Role::Guest, uses: 1, expires: at(9000), approval: false },
         Body::Leave,
-        enrolment(33),
+        enrolment(&clan.ledger.clan(), &key(30), 33),
         Body::RevokePerson { person: person(&key(4)), last: None },
         Body::RenamePerson { person: person(&key(3)), name: name("thief") },
         clan.ledger.role_change(&person(&key(4)), Role::Guest),
@@ -568,9 +558,7 @@ fn a_standard_wireguard_machine_lives_behind_a_machine_of_its_owner() {
         let entry = clan.say(&key(by), body);
         assert_eq!(clan.reason(&entry), Some(why), "{by}: {:?}", entry.body());
     }
-    let body =
-        Body::Enrol { machine: machine(&key(105)), name: machine_name("x"), wg: WgPublicKey::from_bytes([200; 32]) };
-    let enrol = clan.say(&key(4), body);
+    let enrol = clan.say(&key(4), enrol(&clan.ledger.clan(), &key(4), 105, "x", 200));
     assert_eq!(clan.reason(&enrol), Some(VoidReason::KeyTaken));
     // Its owner moves it, an admin takes it out, and its name is free.
     let moved = clan.say(&key(4), add(200, "mobile", 104));
@@ -588,9 +576,7 @@ fn a_standard_wireguard_machine_lives_behind_a_machine_of_its_owner() {
 fn every_machine_has_an_ipv4_address_of_its_own() {
     let mut clan = family();
     for n in 0..40u8 {
-        let wg = WgPublicKey::from_bytes([n + 100; 32]);
-        let body = Body::Enrol { machine: machine(&key(n + 150)), name: machine_name("many"), wg };
-        clan.say(&key(1), body);
+        clan.say(&key(1), enrol(&clan.ledger.clan(), &key(1), n + 150, "many", n + 100));
     }
     let machines = &clan.ledger.state().machines;
     let addresses: BTreeSet<_> = machines.values().map(|machine| machine.ipv4).collect();

@@ -82,7 +82,7 @@ fn play(moves: &[Move]) -> (Ledger, Vec<Entry>) {
                     approval: step.number == 3,
                 }
             }
-            7 => enrolment(step.subject),
+            7 => enrolment(&id, &key(step.author), step.subject),
             8 => Body::Remove { machine: machine(&key(100 + step.subject)) },
             9 => Body::RevokePerson { person: subject, last: clan.ledger.head(subject.into()) },
             10 => Body::RevokePerson { person: subject, last: None },

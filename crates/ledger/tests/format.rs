@@ -9,6 +9,7 @@ use clan_ledger::{
 };
 use clan_types::{ByteSize, CertificateHash, ClanId, EntryId, Hlc, ImageId, Role, Timestamp, WgPublicKey};
 use common::*;
+use ed25519_dalek::Signer;
 use proptest::prelude::*;
 
 fn samples() -> Vec<Entry> {
@@ -35,7 +36,7 @@ fn bodies() -> Vec<Body> {
     let founding = Clan::new().ledger.clan();
     vec![
         Body::Found { clan: "family".parse().unwrap(), founder: name("p1"), nonce: [7; 32] },
-        Body::Enrol { machine, name: machine_name("nas"), wg },
+        Body::enrol(&key(4), &founding, &by, machine_name("nas"), wg),
         Body::Remove { machine },
         Body::Invite { invite, role: Role::Guest, uses: 1, expires: at(1), approval: true },
         Body::admission(&key(5), &clan, &person, name("p3")),
@@ -131,6 +132,30 @@ fn an_admission_needs_the_invites_secret_for_this_person_and_this_clan() {
     assert!(Entry::sign(&key(2), Some(&clan), 0, None, time, good.clone()).is_ok());
     assert_eq!(Entry::sign(&key(3), Some(&clan), 0, None, time, good.clone()), Err(EntryError::BadProof));
     assert_eq!(Entry::sign(&key(2), Some(&other), 0, None, time, good), Err(EntryError::BadProof));
+}
+
+#[test]
+fn a_machine_is_added_by_whom_it_has_agreed_to_with_the_keys_that_it_has() {
+    let (clan, other) = (ClanId::from_bytes([1; 32]), ClanId::from_bytes([2; 32]));
+    let (time, wg) = (Hlc { wall: at(0), counter: 0 }, WgPublicKey::from_bytes([6; 32]));
+    let good = Body::enrol(&key(50), &clan, &AuthorId::of(&key(2)), machine_name("nas"), wg);
+    let sign = |by: u8, clan: &ClanId, body: &Body| Entry::sign(&key(by), Some(clan), 0, None, time, body.clone());
+    assert!(sign(2, &clan, &good).is_ok());
+    assert_eq!(sign(3, &clan, &good), Err(EntryError::BadProof), "somebody else");
+    assert_eq!(sign(2, &other, &good), Err(EntryError::BadProof), "another clan");
+    let Body::Enrol { machine, name, proof, .. } = good.clone() else { unreachable!() };
+    let swapped = Body::Enrol { machine, name: name.clone(), wg: WgPublicKey::from_bytes([7; 32]), proof };
+    assert_eq!(sign(2, &clan, &swapped), Err(EntryError::BadProof), "another WireGuard key");
+    let stolen = Body::Enrol { machine: AuthorId::of(&key(51)).machine(), name, wg, proof };
+    assert_eq!(sign(2, &clan, &stolen), Err(EntryError::BadProof), "a machine that did not agree");
+    // Nor is one taken from others that was signed all the same.
+    let bytes = sign(2, &clan, &good).unwrap().encode();
+    let place = bytes.windows(32).position(|window| window == wg.as_bytes()).unwrap();
+    let mut forged = bytes[..bytes.len() - 64].to_vec();
+    forged[place] ^= 1;
+    let statement = [b"clan 2026-11 ledger entry v1".as_slice(), &forged].concat();
+    forged.extend_from_slice(&key(2).sign(&statement).to_bytes());
+    assert_eq!(Entry::decode(&forged), Err(EntryError::BadProof));
 }
 
 #[test]

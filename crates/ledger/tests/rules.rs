@@ -4,7 +4,7 @@
 mod common;
 
 use clan_ledger::{Body, Entry, InviteProblem, MAX_AHEAD, RedeemProblem, Standing, VmDescription, VoidReason};
-use clan_types::{ByteSize, Hlc, ImageId, Role, WgPublicKey};
+use clan_types::{ByteSize, Hlc, ImageId, Role};
 use common::*;
 
 fn reason(clan: &Clan, entry: &Entry) -> Option<VoidReason> {
@@ -127,26 +127,23 @@ fn nobody_gives_a_role_above_what_they_may() {
 fn names_and_keys_are_given_once_and_names_are_freed() {
     let mut clan = Clan::new();
     clan.join(2, 1, Role::Member);
-    let enrol = |n: u8, label: &str, wg: u8| Body::Enrol {
-        machine: machine(&key(n)),
-        name: machine_name(label),
-        wg: WgPublicKey::from_bytes([wg; 32]),
-    };
-    let taken = clan.say(&key(2), enrol(110, "m1", 110));
+    let id = clan.ledger.clan();
+    let enrol = |by: u8, n: u8, label: &str, wg: u8| enrol(&id, &key(by), n, label, wg);
+    let taken = clan.say(&key(2), enrol(2, 110, "m1", 110));
     assert_eq!(reason(&clan, &taken), None, "a taken name keeps no machine out");
     assert_eq!(clan.ledger.state().machines[&machine(&key(110))].name, machine_name("m1-2"));
-    let stolen_key = clan.say(&key(2), enrol(101, "other", 111));
+    let stolen_key = clan.say(&key(2), enrol(2, 101, "other", 111));
     assert_eq!(reason(&clan, &stolen_key), Some(VoidReason::KeyTaken));
-    let stolen_wg = clan.say(&key(2), enrol(112, "other", 1));
+    let stolen_wg = clan.say(&key(2), enrol(2, 112, "other", 1));
     assert_eq!(reason(&clan, &stolen_wg), Some(VoidReason::KeyTaken));
     clan.say(&key(2), Body::Remove { machine: machine(&key(102)) });
-    let again = clan.say(&key(2), enrol(113, "m2", 113));
+    let again = clan.say(&key(2), enrol(2, 113, "m2", 113));
     assert_eq!(reason(&clan, &again), None, "a removed machine's name is free");
     clan.say(&key(2), Body::Leave);
     assert_eq!(clan.role(2), None);
-    let founders = clan.say(&key(1), enrol(114, "m2", 114));
+    let founders = clan.say(&key(1), enrol(1, 114, "m2", 114));
     assert_eq!(reason(&clan, &founders), None, "so are the names of those who left");
-    let late = clan.say(&key(2), enrol(115, "late", 115));
+    let late = clan.say(&key(2), enrol(2, 115, "late", 115));
     assert_eq!(reason(&clan, &late), Some(VoidReason::AuthorLeft));
 }
 
@@ -245,9 +242,7 @@ fn revoking_a_machine_that_bears_somebody_elses_key_does_not_silence_that_person
     let mut clan = Clan::new();
     clan.join(2, 1, Role::Admin);
     // The admin enrols the founder's own key as a machine, and revokes it.
-    let body =
-        Body::Enrol { machine: machine(&key(1)), name: machine_name("trap"), wg: WgPublicKey::from_bytes([99; 32]) };
-    clan.say(&key(2), body);
+    clan.say(&key(2), enrol(&clan.ledger.clan(), &key(2), 1, "trap", 99));
     clan.say(&key(2), Body::RevokeMachine { machine: machine(&key(1)), last: None });
     clan.join(3, 1, Role::Member);
     assert_eq!((clan.role(1), clan.has_machine(1)), (Some(Role::Owner), true));
@@ -279,7 +274,7 @@ fn a_time_far_ahead_does_not_move_other_clocks_and_can_be_revoked() {
     clan.now += 1_000_000_000;
     clan.invite(2, 50, Role::Member, 5);
     clan.say(&key(2), publication(9));
-    let ahead = clan.say(&key(2), enrolment(9));
+    let ahead = clan.say(&key(2), enrolment(&clan.ledger.clan(), &key(2), 9));
     assert_eq!(reason(&clan, &ahead), None);
     clan.now = now;
     let next = clan.say(&key(1), publication(1));

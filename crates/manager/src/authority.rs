@@ -265,7 +265,8 @@ pub(crate) mod tests {
 
     fn enrol(ledger: &mut Ledger, n: u8, name: &str) {
         let wg = WgPublicKey::from_bytes([n; 32]);
-        say(ledger, &key(n), Body::Enrol { machine: machine(n), name: name.parse().unwrap(), wg });
+        let body = Body::enrol(&key(100 + n), &ledger.clan(), &AuthorId::of(&key(n)), name.parse().unwrap(), wg);
+        say(ledger, &key(n), body);
     }
 
     fn invite(ledger: &mut Ledger, by: u8, n: u8, role: Role, expires: Timestamp) -> InviteId {
@@ -396,7 +397,8 @@ pub(crate) mod tests {
     fn everybody_puts_out_their_own_lost_machine_and_admins_those_of_members() {
         let mut ledger = clan();
         let wg = WgPublicKey::from_bytes([77; 32]);
-        say(&mut ledger, &key(4), Body::Enrol { machine: machine(77), name: "phone".parse().unwrap(), wg });
+        let enrol = Body::enrol(&key(177), &ledger.clan(), &AuthorId::of(&key(4)), "phone".parse().unwrap(), wg);
+        say(&mut ledger, &key(4), enrol);
         let request = ask(RevocationKind::Machine, "phone");
         assert!(decide(&ledger, &person(5), &machine(5), &request).is_err(), "another member");
         for by in [4, 2, 1] {

@@ -3,7 +3,7 @@
 use std::{error::Error, sync::Arc};
 
 use clan_api::{ApiProblem, CreateClan, ErrorCode, TaskKind, TaskResult};
-use clan_ledger::{AuthorId, Body, Ledger, Title, VmDescription};
+use clan_ledger::{AuthorId, Body, KeyProof, Ledger, Title, VmDescription};
 use clan_types::{ByteSize, ClanId, ClanName, MachineName, PersonName, RecoveryPhrase, ServiceName};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, Provision, Redeem},
@@ -256,12 +256,13 @@ pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
 /// With this computer itself as the first machine. There is no image, and so none is put in force: who joins with a VM
 /// needs one that an admin publishes.
 async fn run_integrated(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResult, ApiProblem> {
-    let (_, identity) = boot::bring_up(clan, task, 0).await?;
+    let (control, identity) = boot::bring_up(clan, task, 0).await?;
     task.begin(1);
+    let proof = guest::consent(&control, clan).await.map_err(|e| problem::guest(&e))?;
     let entries = {
         let mut log = clan.log.lock().await;
         let mut ledger = sign::fold(clan.id(), log.entries());
-        enrol(clan, &mut log, &mut ledger, &identity)?;
+        enrol(clan, &mut log, &mut ledger, &identity, proof)?;
         log.entries().map(<[u8]>::to_vec).collect()
     };
     provision(shared, clan, entries, None, Vec::new(), task).await?;
@@ -290,12 +291,13 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
     task.begin(1);
     boot::data_disk(shared, clan, task).await?;
     task.begin(2);
-    let (_, identity) = boot::bring_up(clan, task, 3).await?;
+    let (control, identity) = boot::bring_up(clan, task, 3).await?;
     task.begin(4);
+    let proof = guest::consent(&control, clan).await.map_err(|e| problem::guest(&e))?;
     let entries = {
         let mut log = clan.log.lock().await;
         let mut ledger = sign::fold(clan.id(), log.entries());
-        enrol(clan, &mut log, &mut ledger, &identity)?;
+        enrol(clan, &mut log, &mut ledger, &identity, proof)?;
         if ledger.state().published.is_none() {
             let body = Body::Publish { description: describe(&clan.record.get(), image.id, &image.manifest)? };
             sign::sign(clan.record.paths(), &clan.key, &mut log, &mut ledger, body)?;
@@ -313,12 +315,14 @@ pub(crate) fn enrol(
     log: &mut PersonLog,
     ledger: &mut Ledger,
     identity: &Identity,
+    proof: KeyProof,
 ) -> Result<(), ApiProblem> {
     let is = |body: &Body| matches!(body, Body::Enrol { machine, .. } if *machine == identity.machine);
     if ledger.entries().any(|e| e.author() == clan.author() && is(e.body())) {
         return Ok(());
     }
-    let body = Body::Enrol { machine: identity.machine, name: clan.record.get().machine, wg: identity.wireguard };
+    let Identity { machine, wireguard: wg, .. } = *identity;
+    let body = Body::Enrol { machine, name: clan.record.get().machine, wg, proof };
     sign::sign(clan.record.paths(), &clan.key, log, ledger, body).map(drop)
 }
 

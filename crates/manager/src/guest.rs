@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clan_ledger::{Intake, Ledger, Vector};
+use clan_ledger::{Intake, KeyProof, Ledger, Vector};
 use clan_os::channel::{
     Channel, ChannelError, MessageError, Stream, recv_message, recv_page, send_message, send_pages,
 };
@@ -14,7 +14,7 @@ use clan_wire::{
 };
 use tokio::{io::AsyncRead, time::timeout};
 
-use crate::problem;
+use crate::{clan::Clan, problem};
 
 /// How long most questions may take; guests are slow under emulation.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -105,6 +105,15 @@ pub(crate) async fn identify(channel: &Channel) -> Result<Identity, GuestError> 
     match open(channel, &ControlRequest::Identify, PATIENCE).await?.1 {
         ControlResponse::Identity { machine, wireguard, clan, .. } => Ok(Identity { machine, wireguard, clan }),
         _ => Err(GuestError::Unexpected { what: "say who it is" }),
+    }
+}
+
+/// The machine's consent to be this person's in this clan.
+pub(crate) async fn consent(channel: &Channel, clan: &Clan) -> Result<KeyProof, GuestError> {
+    let request = ControlRequest::Consent { clan: clan.id(), device: clan.author().device() };
+    match open(channel, &request, PATIENCE).await?.1 {
+        ControlResponse::Consent(halves) => Ok(KeyProof::from_halves(halves)),
+        _ => Err(GuestError::Unexpected { what: name(&request) }),
     }
 }
 
@@ -209,6 +218,7 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Forget => "forget the clan",
         ControlRequest::OpenWords { .. } => "wait for the words of an invitation",
         ControlRequest::Ping { .. } => "send an echo",
+        ControlRequest::Consent { .. } => "agree to be added to the clan",
         ControlRequest::Peers => "name other machines",
     }
 }

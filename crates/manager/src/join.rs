@@ -17,7 +17,7 @@ use crate::{
     devices,
     disk::{self, DiskError},
     fetch::{Fetcher, Found, blocking},
-    integrated,
+    guest, integrated,
     manager::Shared,
     problem,
     record::{ClanRecord, PersonLog, Phase, Staging},
@@ -336,26 +336,27 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
     let (peers, relays) = (fetcher.peers().await, fetcher.relays());
     close(shared, fetcher);
     let theirs = outcome?;
-    let identity = if clan.record.get().is_integrated() {
-        let (_, identity) = boot::bring_up(clan, task, 1).await?;
+    let (control, identity) = if clan.record.get().is_integrated() {
+        let guest = boot::bring_up(clan, task, 1).await?;
         task.begin(2);
-        identity
+        guest
     } else {
         task.begin(2);
         boot::data_disk(shared, clan, task).await?;
         task.begin(3);
-        let (_, identity) = boot::bring_up(clan, task, 4).await?;
+        let guest = boot::bring_up(clan, task, 4).await?;
         task.begin(5);
-        identity
+        guest
     };
     if identity.clan == Some(clan.id()) {
         // An earlier attempt was admitted, and could not write it down.
         return create::finish(clan);
     }
+    let consent = guest::consent(&control, clan).await.map_err(|e| problem::guest(&e))?;
     let mine: Vec<Vec<u8>> = {
         let mut log = clan.log.lock().await;
         let mut ledger = sign::fold(clan.id(), theirs.iter().map(Vec::as_slice).chain(log.entries()));
-        create::enrol(clan, &mut log, &mut ledger, &identity)?;
+        create::enrol(clan, &mut log, &mut ledger, &identity, consent)?;
         log.entries().map(<[u8]>::to_vec).collect()
     };
     let proof = Some(InviteProof::new(&right, &clan.id(), &identity.machine));

@@ -128,6 +128,7 @@ fn is_public(ip: &IpAddr) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use clan_ledger::AuthorId;
     use clan_types::WgPublicKey;
     use ed25519_dalek::SigningKey;
 
@@ -137,10 +138,12 @@ mod tests {
     const CERTIFICATE: CertificateHash = CertificateHash::from_bytes([9; 32]);
 
     fn clan() -> (Ledger, SigningKey, MachineId) {
-        let (key, machine) = (SigningKey::from_bytes(&[1; 32]), MachineId::from_bytes([2; 32]));
+        let [key, nas] = [1, 2].map(|seed| SigningKey::from_bytes(&[seed; 32]));
+        let machine = AuthorId::of(&nas).machine();
         let founded = Ledger::found(&key, "family".parse().unwrap(), "ada".parse().unwrap(), [7; 32], now());
         let (mut ledger, _) = founded.unwrap();
-        let enrol = Body::Enrol { machine, name: "nas".parse().unwrap(), wg: WgPublicKey::from_bytes([3; 32]) };
+        let (by, wg) = (AuthorId::of(&key), WgPublicKey::from_bytes([3; 32]));
+        let enrol = Body::enrol(&nas, &ledger.clan(), &by, "nas".parse().unwrap(), wg);
         say(&mut ledger, &key, enrol);
         (ledger, key, machine)
     }

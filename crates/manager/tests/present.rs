@@ -6,16 +6,25 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use clan_api::{AddWireguard, CreateClan, ManagerClient, SetRelay, TaskEvent, TaskState};
-use clan_ledger::{Entry, Ledger};
+use clan_ledger::{Entry, KeyProof, Ledger};
 use clan_manager::{Manager, Options};
 use clan_os::channel::{Channel, Stream, recv_message, recv_page, send_message, send_pages};
+use clan_store::LedgerStore;
 use clan_types::{CertificateHash, ClanId, MachineId, Role, WgPublicKey, mesh_address};
 use clan_wire::control::{ControlRequest, ControlResponse, MAX_MESSAGE, MachineStatus, NodeStatus, PersonStatus};
+use ed25519_dalek::SigningKey;
 use tokio::{net::UnixListener, sync::Mutex, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 const LIMIT: Duration = Duration::from_secs(60);
-const MACHINE: MachineId = MachineId::from_bytes([7; 32]);
+
+fn key() -> SigningKey {
+    SigningKey::from_bytes(&[7; 32])
+}
+
+fn machine() -> MachineId {
+    MachineId::from_bytes(key().verifying_key().to_bytes())
+}
 
 /// What a controller that was asked, and never reports, holds.
 #[derive(Default)]
@@ -28,11 +37,15 @@ impl Silent {
     fn answer(&mut self, request: ControlRequest) -> ControlResponse {
         match request {
             ControlRequest::Identify => ControlResponse::Identity {
-                machine: MACHINE,
+                machine: machine(),
                 wireguard: WgPublicKey::from_bytes([8; 32]),
                 clan: self.clan,
                 version: "test".into(),
             },
+            ControlRequest::Consent { clan, device } => {
+                let proof = KeyProof::of_machine(&key(), &clan, &device.into(), &WgPublicKey::from_bytes([8; 32]));
+                ControlResponse::Consent(proof.halves())
+            }
             ControlRequest::Provision(provision) => {
                 self.clan = Some(provision.clan);
                 ControlResponse::Provisioned
@@ -58,7 +71,7 @@ impl Silent {
     fn status(&self) -> NodeStatus {
         let (clan, ledger) = (self.clan.unwrap(), self.ledger());
         let state = ledger.state();
-        let machine = |(id, machine): (&MachineId, &clan_ledger::Machine)| MachineStatus {
+        let status = |(id, machine): (&MachineId, &clan_ledger::Machine)| MachineStatus {
             id: *id,
             name: machine.name.clone(),
             owner: machine.owner,
@@ -75,7 +88,7 @@ impl Silent {
         NodeStatus {
             clan,
             clan_name: state.clan_name.clone().unwrap(),
-            machine: MACHINE,
+            machine: machine(),
             quic: vec!["203.0.113.7:7000".parse().unwrap()],
             relays: Vec::new(),
             people: state
@@ -84,7 +97,7 @@ impl Silent {
                 .map(|(id, person)| PersonStatus { id: *id, name: person.name.clone(), role: person.role })
                 .collect(),
             pending: Vec::new(),
-            machines: state.machines.iter().map(machine).collect(),
+            machines: state.machines.iter().map(status).collect(),
             services: Vec::new(),
             entries: self.entries.len() as u64,
             problems: vec!["its fan is loud".into()],
@@ -184,4 +197,9 @@ async fn right_after_founding_every_verb_knows_the_clan() {
 
     cancel.cancel();
     timeout(LIMIT, running).await.expect("the manager stops").unwrap().unwrap();
+    // What the machine told is remembered outside of it.
+    let clan = data.path().join("data/clans").read_dir().unwrap().next().unwrap().unwrap().path();
+    let id: ClanId = clan.file_name().unwrap().to_str().unwrap().parse().unwrap();
+    let remembered = LedgerStore::open(clan.join("ledger.redb"), &id).unwrap().load().unwrap();
+    assert!(remembered.state().machine_in_good_standing(&machine()).is_some(), "{remembered:?}");
 }

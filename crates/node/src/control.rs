@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use clan_ledger::{Intake, Ledger};
+use clan_ledger::{Intake, KeyProof, Ledger};
 use clan_os::{
     addresses,
     channel::{Channel, ChannelError, LocalListener, Stream, open_virtio_port, recv_message, send_message},
@@ -16,7 +16,7 @@ use clan_os::{
 };
 use clan_relay::Names;
 use clan_store::{LedgerStore, SealKey, StoreError};
-use clan_types::ClanId;
+use clan_types::{ClanId, DeviceId};
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use iroh::{Endpoint, RelayUrl};
 use tokio::{
@@ -228,6 +228,7 @@ impl Controller {
         let Ok(request) = recv_message::<ControlRequest, _>(&mut stream, MAX_MESSAGE).await else { return };
         let response = match request {
             ControlRequest::Identify => self.identify().await,
+            ControlRequest::Consent { clan, device } => self.consent(&clan, device).await,
             ControlRequest::Provision(provision) => match self.provide(*provision, &mut stream).await {
                 Some(response) => response,
                 None => return,
@@ -275,6 +276,7 @@ impl Controller {
                 return streams::journal(stream, &scope, lines, follow).await;
             }
             ControlRequest::Identify
+            | ControlRequest::Consent { .. }
             | ControlRequest::Provision(_)
             | ControlRequest::SetEnvironment(_)
             | ControlRequest::Forget => ControlResponse::Failed("handled elsewhere".to_owned()),
@@ -292,6 +294,16 @@ impl Controller {
             clan: self.node.lock().await.as_ref().map(|n| n.place.clan),
             version: env!("CARGO_PKG_VERSION").to_owned(),
         }
+    }
+
+    /// A machine is in one clan: it agrees to no other while it is.
+    async fn consent(&self, clan: &ClanId, device: DeviceId) -> ControlResponse {
+        if self.node.lock().await.as_ref().is_some_and(|node| node.place.clan != *clan) {
+            return ControlResponse::Failed("this machine belongs to another clan".to_owned());
+        }
+        let identity = self.identity();
+        let proof = KeyProof::of_machine(identity.signing(), clan, &device.into(), &identity.wireguard_public());
+        ControlResponse::Consent(proof.halves())
     }
 
     async fn set_environment(&self, mut environment: Environment) {

@@ -135,12 +135,10 @@ fn add(ledger: &mut Ledger, author: &SigningKey, body: Body) {
     ledger.insert(entry).unwrap();
 }
 
-fn enrol(machine: &SigningKey, name: &str) -> Body {
-    Body::Enrol {
-        machine: MachineId::from_bytes(machine.verifying_key().to_bytes()),
-        name: name.parse().unwrap(),
-        wg: WgPublicKey::from_bytes(machine.verifying_key().to_bytes()),
-    }
+/// A machine, added by whoever has the key `by`.
+fn enrol(clan: &ClanId, by: &SigningKey, machine: &SigningKey, name: &str) -> Body {
+    let wg = WgPublicKey::from_bytes(machine.verifying_key().to_bytes());
+    Body::enrol(machine, clan, &AuthorId::of(by), name.parse().unwrap(), wg)
 }
 
 fn encode(ledger: &Ledger) -> Vec<EncodedEntry> {
@@ -152,10 +150,10 @@ pub(crate) async fn founded(uses: u32, expires: Timestamp) -> (Machine, ClanId) 
     let (founder, machine) = (key(1), key(2));
     let (mut ledger, _) =
         Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
-    add(&mut ledger, &founder, enrol(&machine, "founder"));
+    let clan = ledger.clan();
+    add(&mut ledger, &founder, enrol(&clan, &founder, &machine, "founder"));
     let invite = InviteId::from_bytes(key(3).verifying_key().to_bytes());
     add(&mut ledger, &founder, Body::Invite { invite, role: Role::Member, uses, expires, approval: false });
-    let clan = ledger.clan();
     let endpoint = endpoint(&machine).await;
     (Machine::start(machine, &clan, &encode(&ledger), endpoint, vec![]).await, clan)
 }
@@ -165,7 +163,7 @@ fn newcomer(clan: &ClanId, person_seed: u8, machine: &SigningKey, name: &str) ->
     let author = key(person_seed);
     let mut ledger = Ledger::open(*clan);
     add(&mut ledger, &author, Body::admission(&key(3), clan, &person(person_seed), name.parse().unwrap()));
-    add(&mut ledger, &author, enrol(machine, &format!("{name}s-machine")));
+    add(&mut ledger, &author, enrol(clan, &author, machine, &format!("{name}s-machine")));
     encode(&ledger)
 }
 
@@ -241,7 +239,7 @@ async fn an_expired_invite_and_a_taken_name_are_refused_with_their_reason() {
     assert_eq!(outcome.unwrap_err().to_string(), "the name `ada` is taken in this clan");
     let mut ledger = Ledger::open(clan);
     add(&mut ledger, &key(4), Body::admission(&key(3), &clan, &person(4), "bob".parse().unwrap()));
-    add(&mut ledger, &key(4), enrol(&key(5), "founder"));
+    add(&mut ledger, &key(4), enrol(&clan, &key(4), &key(5), "founder"));
     let (_e, outcome) = ask(&founder, &key(5), encode(&ledger)).await;
     assert_eq!(outcome.unwrap_err().to_string(), "the name `founder` is taken in this clan");
     // Another choice, by the same link.
@@ -276,7 +274,7 @@ async fn a_newcomer_whose_clock_is_three_days_off_is_told_so_or_let_in() {
         let mut ledger = Ledger::open(clan);
         for body in [
             Body::admission(&key(3), &clan, &person(person_seed), name.parse().unwrap()),
-            enrol(machine, &format!("{name}s-machine")),
+            enrol(&clan, &author, machine, &format!("{name}s-machine")),
         ] {
             let entry = ledger.author(&author, body, at).unwrap();
             ledger.insert(entry).unwrap();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clan_ledger::{Body, Entry, Ledger};
+use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_types::{ClanId, InviteId, MachineId, PeerAddr, PersonId, Role, Timestamp, WgPublicKey};
 use clan_wire::{
     beacon::SignedBeacon,
@@ -29,12 +29,10 @@ fn machine(n: u8) -> MachineId {
     MachineId::from_bytes(key(n).verifying_key().to_bytes())
 }
 
-fn enrol(n: u8) -> Body {
-    Body::Enrol {
-        machine: machine(n),
-        name: format!("m{n}").parse().unwrap(),
-        wg: WgPublicKey::from_bytes(*machine(n).as_bytes()),
-    }
+/// Machine `n`, added by a person.
+fn enrol(clan: &ClanId, by: u8, n: u8) -> Body {
+    let wg = WgPublicKey::from_bytes(*machine(n).as_bytes());
+    Body::enrol(&key(n), clan, &AuthorId::of(&key(by)), format!("m{n}").parse().unwrap(), wg)
 }
 
 /// Person 1 with machines 101 and 102, and an invite with the secret 50.
@@ -44,8 +42,12 @@ fn clan() -> Ledger {
         Ledger::found(&key(1), "family".parse().unwrap(), "ada".parse().unwrap(), [7; 32], at).unwrap();
     let invite = InviteId::from_bytes(key(50).verifying_key().to_bytes());
     let expires = at.plus(Duration::from_secs(86_400));
-    for body in [enrol(101), enrol(102), Body::Invite { invite, role: Role::Member, uses: 1, expires, approval: false }]
-    {
+    let clan = ledger.clan();
+    for body in [
+        enrol(&clan, 1, 101),
+        enrol(&clan, 1, 102),
+        Body::Invite { invite, role: Role::Member, uses: 1, expires, approval: false },
+    ] {
         say(&mut ledger, 1, body);
     }
     ledger
@@ -61,7 +63,7 @@ fn newcomer(clan: &ClanId, n: u8) -> Vec<EncodedEntry> {
     let mut ledger = Ledger::open(*clan);
     let person = PersonId::from_bytes(key(n).verifying_key().to_bytes());
     say(&mut ledger, n, Body::admission(&key(50), clan, &person, format!("p{n}").parse().unwrap()));
-    say(&mut ledger, n, enrol(100 + n));
+    say(&mut ledger, n, enrol(clan, n, 100 + n));
     ledger.entries().map(Entry::encode).collect()
 }
 
@@ -107,7 +109,7 @@ fn nothing_is_said_of_an_entry_before_it_is_on_disk() {
     let ledger = clan();
     let mut replica = linked(ledger.clone());
     let (vector, state) = (replica.vector().clone(), replica.state().clone());
-    let entry = say(&mut ledger.clone(), 1, enrol(103));
+    let entry = say(&mut ledger.clone(), 1, enrol(&ledger.clan(), 1, 103));
     replica.handle_entries(Some(Ticket(1)), None, vec![entry.encode()], now(2));
     let first = actions(&mut replica);
     let [Action::Persist { write, entries }] = &first[..] else { panic!("{first:?}") };
@@ -132,7 +134,7 @@ fn an_entry_that_the_disk_refused_is_not_known_and_may_come_again() {
     let ledger = clan();
     let mut replica = linked(ledger.clone());
     let before = (replica.vector().clone(), replica.state().clone(), replica.entries());
-    let entry = say(&mut ledger.clone(), 1, enrol(103));
+    let entry = say(&mut ledger.clone(), 1, enrol(&ledger.clan(), 1, 103));
     for attempt in 0..2 {
         replica.handle_entries(Some(Ticket(1)), None, vec![entry.encode()], now(2));
         let Some(Action::Persist { write, .. }) = replica.poll_action() else { panic!("attempt {attempt}") };
@@ -180,7 +182,7 @@ fn who_is_put_out_loses_the_link_and_is_not_dialled() {
     // What comes later is not for it any more.
     let mut known = ledger.clone();
     known.insert(entry.clone()).unwrap();
-    let later = say(&mut known, 1, enrol(103));
+    let later = say(&mut known, 1, enrol(&ledger.clan(), 1, 103));
     replica.handle_entries(None, None, vec![later.encode()], now(2));
     settle(&mut replica);
     replica.handle_message(LinkId(1), machine(102), PeerMessage::Entries(vec![vec![1, 2]]), now(2));

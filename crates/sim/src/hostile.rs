@@ -41,7 +41,7 @@ impl World {
                 // Two entries for one place, each to half of the clan.
                 let mut two = || {
                     let name = u32::try_from(self.dice.range(5000..6000)).unwrap_or(5000);
-                    enrolment(&SigningKey::from_bytes(&self.dice.bytes()), name)
+                    enrolment(&self.clan, &key, &SigningKey::from_bytes(&self.dice.bytes()), name)
                 };
                 let (one, other) = (two(), two());
                 let entries = [self.next(home, &key, one, 0), self.next(home, &key, other, 1)];
@@ -60,7 +60,7 @@ impl World {
             4 => self.admit_an_outsider(home, &machine),
             5 => {
                 let far = i64::try_from(self.dice.range(0..40 * 86_400_000)).unwrap_or(0);
-                let body = enrolment(&SigningKey::from_bytes(&self.dice.bytes()), 7000);
+                let body = enrolment(&self.clan, &key, &SigningKey::from_bytes(&self.dice.bytes()), 7000);
                 self.tell_all(home, &[&self.next(home, &key, body, far)]);
             }
             6 if self.dice.permille(500) => {

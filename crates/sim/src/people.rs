@@ -67,13 +67,10 @@ pub(crate) fn invite_id(secret: &SigningKey) -> InviteId {
     InviteId::from_bytes(secret.verifying_key().to_bytes())
 }
 
-pub(crate) fn enrolment(machine: &SigningKey, name: u32) -> Body {
-    let key = machine.verifying_key().to_bytes();
-    Body::Enrol {
-        machine: MachineId::from_bytes(key),
-        name: format!("m{name}").parse().expect("a name"),
-        wg: WgPublicKey::from_bytes(key),
-    }
+/// A machine, added by whoever has the key `by`.
+pub(crate) fn enrolment(clan: &ClanId, by: &SigningKey, machine: &SigningKey, name: u32) -> Body {
+    let wg = WgPublicKey::from_bytes(machine.verifying_key().to_bytes());
+    Body::enrol(machine, clan, &AuthorId::of(by), format!("m{name}").parse().expect("a name"), wg)
 }
 
 impl People {
@@ -112,13 +109,13 @@ impl People {
                 let person = AuthorId::of(&key).person();
                 let name = format!("p{number}").parse().expect("a name");
                 let admission = say(&mut ledger, &key, Body::admission(&secret, &clan, &person, name));
-                say(&mut ledger, &key, enrolment(&machine, people.names));
+                say(&mut ledger, &key, enrolment(&clan, &key, &machine, people.names));
                 say(&mut ledger, &keys[0].0, Body::Countersign { admission });
                 people.all.push(Person { key, home: number, hostile, log: Vec::new() });
                 people.invitations.push(Invitation { secret, role, rightful: true });
             } else {
                 let key = people.all[owner].key.clone();
-                say(&mut ledger, &key, enrolment(&machine, people.names));
+                say(&mut ledger, &key, enrolment(&clan, &key, &machine, people.names));
             }
             people.names += 1;
             keys.push((machine, people.all[owner].hostile));
@@ -248,7 +245,7 @@ impl World {
         let wall = self.clock(node).wall;
         let mut bodies = vec![admission(&secret, &self.clan, &key, name)];
         if role >= Role::Member {
-            bodies.push(enrolment(&machine, machine_name));
+            bodies.push(enrolment(&self.clan, &key, &machine, machine_name));
         }
         for body in bodies {
             let entry = log.author(&key, body, wall).expect("an entry");
@@ -339,7 +336,8 @@ impl World {
         let home = self.people.all[person].home;
         let machine = SigningKey::from_bytes(&self.dice.bytes());
         let name = self.people.name();
-        let Some(entry) = self.say(person, enrolment(&machine, name)) else { return };
+        let body = enrolment(&self.clan, &self.people.all[person].key, &machine, name);
+        let Some(entry) = self.say(person, body) else { return };
         let Some(running) = self.nodes[home].running.as_ref() else { return };
         let replica = &running.replica;
         let id = AuthorId::of(&machine).machine();

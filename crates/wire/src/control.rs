@@ -11,8 +11,8 @@ use std::{
 };
 
 use clan_types::{
-    ByteSize, CertificateHash, ClanId, ClanName, MachineId, MachineName, PeerAddr, PersonId, PersonName, RelayAddr,
-    Role, ServiceName, Timestamp, WgPublicKey, Words,
+    ByteSize, CertificateHash, ClanId, ClanName, DeviceId, MachineId, MachineName, PeerAddr, PersonId, PersonName,
+    RelayAddr, Role, ServiceName, Timestamp, WgPublicKey, Words,
 };
 use serde::{Deserialize, Serialize};
 
@@ -89,6 +89,13 @@ pub enum ControlRequest {
     Remember {
         /// The disk was put back to an earlier state since the machine was last sure.
         restored: bool,
+    },
+    /// Has the machine agree to be added to a clan, with both its keys. Answered by [`ControlResponse::Consent`].
+    Consent {
+        /// The clan.
+        clan: ClanId,
+        /// The device that adds it.
+        device: DeviceId,
     },
 }
 
@@ -200,6 +207,8 @@ pub enum ControlResponse {
         /// Whether the machine is sure that it knows all that it has signed. If not, it has yet to hear from other machines.
         sure: bool,
     },
+    /// Both halves of the machine's signature: see [`ControlRequest::Consent`].
+    Consent([[u8; 32]; 2]),
 }
 
 /// The clan as one of its machines sees it.

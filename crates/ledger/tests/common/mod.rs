@@ -2,7 +2,9 @@
 #![allow(dead_code, unreachable_pub)]
 
 use clan_ledger::{AuthorId, Body, DeviceKind, Entry, Ledger, VoidReason};
-use clan_types::{DeviceId, InviteId, MachineId, MachineName, PersonId, PersonName, Role, Timestamp, WgPublicKey};
+use clan_types::{
+    ClanId, DeviceId, InviteId, MachineId, MachineName, PersonId, PersonName, Role, Timestamp, WgPublicKey,
+};
 use ed25519_dalek::SigningKey;
 
 pub fn key(n: u8) -> SigningKey {
@@ -61,7 +63,7 @@ impl Clan {
 
     /// Person `n` enrols machine `100 + n`.
     pub fn enrol(&mut self, n: u8) -> Entry {
-        self.say(&key(n), enrolment(n))
+        self.say(&key(n), enrolment(&self.ledger.clan(), &key(n), n))
     }
 
     pub fn invite(&mut self, by: u8, secret: u8, role: Role, uses: u32) -> Entry {
@@ -129,10 +131,12 @@ impl Clan {
     }
 }
 
-pub fn enrolment(n: u8) -> Body {
-    Body::Enrol {
-        machine: machine(&key(100 + n)),
-        name: machine_name(&format!("m{n}")),
-        wg: WgPublicKey::from_bytes([n; 32]),
-    }
+/// Machine `100 + n`, added by somebody.
+pub fn enrolment(clan: &ClanId, by: &SigningKey, n: u8) -> Body {
+    enrol(clan, by, 100 + n, &format!("m{n}"), n)
+}
+
+/// The machine with key `n`, added by somebody.
+pub fn enrol(clan: &ClanId, by: &SigningKey, n: u8, name: &str, wg: u8) -> Body {
+    Body::enrol(&key(n), clan, &AuthorId::of(by), machine_name(name), WgPublicKey::from_bytes([wg; 32]))
 }

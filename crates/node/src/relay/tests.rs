@@ -2,7 +2,7 @@
 
 use std::{net::Ipv4Addr, sync::Arc, time::Duration};
 
-use clan_ledger::{Body, Entry, Ledger};
+use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_types::{CertificateHash, MachineId, RelayAddr};
 use clan_wire::peer::InviteProof;
 use ed25519_dalek::SigningKey;
@@ -55,6 +55,12 @@ impl Relay {
             })
             .await;
         relay
+    }
+
+    /// A second machine of the founder's.
+    fn enrolment(&self, machine: &SigningKey) -> Body {
+        let wg = clan_types::WgPublicKey::from_bytes(machine.verifying_key().to_bytes());
+        Body::enrol(machine, &self.clan, &AuthorId::of(&key(1)), "second".parse().unwrap(), wg)
     }
 
     /// Records what the founder decides.
@@ -167,13 +173,7 @@ async fn whoever_loses_their_standing_is_turned_out() {
     let relay = Relay::start().await;
     let (newcomer, second) = (key(43), key(44));
     let machine = MachineId::from_bytes(second.verifying_key().to_bytes());
-    relay
-        .say(Body::Enrol {
-            machine,
-            name: "second".parse().unwrap(),
-            wg: clan_types::WgPublicKey::from_bytes([44; 32]),
-        })
-        .await;
+    relay.say(relay.enrolment(&second)).await;
     let mut member = relay.connect(&second, None).await.unwrap();
     let mut guest = relay.connect(&newcomer, Some(&relay.proof(3, &newcomer))).await.unwrap();
 
@@ -225,13 +225,7 @@ async fn behind_a_wall(who: &SigningKey) -> (Endpoint, Names) {
 async fn two_endpoints_meet_through_it_that_have_no_other_way() {
     let relay = Relay::start().await;
     let second = key(45);
-    relay
-        .say(Body::Enrol {
-            machine: MachineId::from_bytes(second.verifying_key().to_bytes()),
-            name: "second".parse().unwrap(),
-            wg: clan_types::WgPublicKey::from_bytes([45; 32]),
-        })
-        .await;
+    relay.say(relay.enrolment(&second)).await;
     let addr = relay.addr();
     let (there, there_names) = behind_a_wall(&second).await;
     introduce(&there, &there_names, std::slice::from_ref(&addr), None).await;

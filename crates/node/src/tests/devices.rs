@@ -87,7 +87,7 @@ async fn a_recovery_phrase_brings_the_owner_back_on_a_new_computer() {
     else {
         panic!("the phrase adds no device")
     };
-    let mine = vec![signed(&mut ledger, &device, enrol(&machine, "new-laptop"))];
+    let mine = vec![signed(&mut ledger, &device, enrol(&clan, &device, &machine, "new-laptop"))];
     let (endpoint, entries) = ask(&founder, &machine, mine).await;
     let back = Machine::start(machine, &clan, &entries.unwrap(), endpoint, vec![founder.addr()]).await;
     back.until("the new machine is connected", |v| v.links.len() == 1).await;
@@ -137,10 +137,10 @@ async fn who_comes_back_brings_devices_and_machines_and_nothing_else() {
     let smuggled = vec![signed(&mut ledger_of(&clan, &before), &key(30), body)];
     let (answer, _) = asked(&founder, &from, JoinRequest::Redeem { entries: smuggled, have: vec![] }).await;
     assert_eq!(answer, JoinResponse::Refused(JoinRefusal::Malformed));
-    let taken = vec![signed(&mut ledger_of(&clan, &before), &key(30), enrol(&key(31), "founder"))];
+    let taken = vec![signed(&mut ledger_of(&clan, &before), &key(30), enrol(&clan, &key(30), &key(31), "founder"))];
     let (answer, _) = asked(&founder, &from, JoinRequest::Redeem { entries: taken, have: vec![] }).await;
     assert_eq!(answer, JoinResponse::Refused(JoinRefusal::NameTaken { name: "founder".into() }));
-    let stranger = vec![signed(&mut ledger_of(&clan, &before), &key(33), enrol(&key(34), "trojan"))];
+    let stranger = vec![signed(&mut ledger_of(&clan, &before), &key(33), enrol(&clan, &key(33), &key(34), "trojan"))];
     let (answer, _) = asked(&founder, &from, JoinRequest::Redeem { entries: stranger, have: vec![] }).await;
     assert!(matches!(answer, JoinResponse::Refused(_)), "{answer:?}");
     assert_eq!(founder.core.entries().await.len(), before.len(), "nothing of it was recorded");
@@ -164,7 +164,10 @@ async fn a_device_link_works_once_and_for_ten_minutes() {
         (JoinResponse::Admitted { .. }, _)
     ));
     let over = ledger.revocation_of_device(&by.device());
-    let mine = vec![signed(&mut ledger, &device, over), signed(&mut ledger, &device, enrol(&key(72), "tablet"))];
+    let mine = vec![
+        signed(&mut ledger, &device, over),
+        signed(&mut ledger, &device, enrol(&clan, &device, &key(72), "tablet")),
+    ];
     assert!(matches!(
         asked(&founder, &from, JoinRequest::Redeem { entries: mine, have: vec![] }).await,
         (JoinResponse::Admitted { .. }, _)
@@ -180,7 +183,10 @@ async fn a_device_link_works_once_and_for_ten_minutes() {
         Ledger::found(&ada, "family".parse().unwrap(), "ada".parse().unwrap(), [8; 32], then).unwrap();
     let clan = ledger.clan();
     let name = format!("{DEVICE_LINK}old").parse().unwrap();
-    for body in [enrol(&machine, "founder"), Body::add_device(&link, &clan, &author(1), name, DeviceKind::Recovery)] {
+    for body in [
+        enrol(&clan, &ada, &machine, "founder"),
+        Body::add_device(&link, &clan, &author(1), name, DeviceKind::Recovery),
+    ] {
         let entry = ledger.author(&ada, body, then).unwrap();
         ledger.insert(entry).unwrap();
     }

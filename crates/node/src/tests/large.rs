@@ -12,7 +12,8 @@ fn old_clan() -> Ledger {
     let (founder, machine) = (key(1), key(2));
     let (mut ledger, _) =
         Ledger::found(&founder, "family".parse().unwrap(), "ada".parse().unwrap(), [9; 32], now()).unwrap();
-    add(&mut ledger, &founder, enrol(&machine, "founder"));
+    let clan = ledger.clan();
+    add(&mut ledger, &founder, enrol(&clan, &founder, &machine, "founder"));
     let invite = InviteId::from_bytes(key(3).verifying_key().to_bytes());
     add(
         &mut ledger,

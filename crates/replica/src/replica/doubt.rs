@@ -11,7 +11,7 @@ use clan_types::MachineId;
 use clan_wire::peer::{EncodedEntry, Vector};
 
 use super::{Input, Replica};
-use crate::{Now, Ticket};
+use crate::{Action, Now, Ticket};
 
 /// Whoever remembers more has handed it over: others have so long to say what even that one missed.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -88,6 +88,7 @@ impl Replica {
             _ if restored && first => {
                 self.doubts.now = Some(Doubt::Restored { until: now.at + PATIENCE });
                 self.choose_neighbours();
+                self.actions.push_back(Action::Changed);
             }
             Some(Doubt::Started { .. }) if !restored => self.be_sure(),
             _ => {}

@@ -70,7 +70,7 @@ fn talk(one: &mut Replica, other: &mut Replica, at: Now) -> Vec<(u8, PeerMessage
 fn one_missing_entry_of_a_large_clan_comes_in_one_round_trip() {
     let behind = large();
     let mut ahead = behind.clone();
-    let news = say(&mut ahead, 1, enrol(103));
+    let news = say(&mut ahead, 1, enrol(&behind.clan(), 1, 103));
     let (mut one, mut other) = (as_machine(101, ahead), as_machine(102, behind));
     // Both greet at once: that is the way there, and the entry is the way back.
     let (ours, theirs) = (one.vector().to_vec(), other.vector().to_vec());
@@ -94,7 +94,7 @@ fn who_has_the_same_says_so_in_a_few_bytes() {
     assert!(matches!(compared[..], [(2, PeerMessage::Digest(_))]), "{compared:?}");
 
     // A push that was lost is made up for.
-    let news = say(&mut ahead, 1, enrol(103));
+    let news = say(&mut ahead, 1, enrol(&behind.clan(), 1, 103));
     one.handle_entries(None, None, vec![news.encode()], now(21));
     assert_eq!(said(&mut one), [PeerMessage::Entries(vec![news.encode()])]);
     other.handle_timeout(now(40));
