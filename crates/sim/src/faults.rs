@@ -40,6 +40,8 @@ impl World {
             }
             Fault::Snapshot => {
                 let image = self.nodes[node].disk.image();
+                // What it signs for them is not in the picture.
+                self.join_at(node, 10);
                 self.after(pause, Event::Fault(Fault::Restore { node, image }));
             }
             Fault::Restore { node, image } => self.restore(node, image),
@@ -71,11 +73,8 @@ impl World {
         node.disk.cut_power();
         node.disk.put_back(image);
         let back = self.die(number);
-        // It is back, and the first that it hears is of people who want in.
-        for newcomer in 0..self.people.newcomers.len() {
-            let at = self.now + back + self.dice.range(1..1_000);
-            self.at(at, Event::Ask { newcomer, host: number });
-        }
+        // It is back, and the first that it hears is of somebody who wants in.
+        self.join_at(number, back + 1);
     }
 
     /// The power has failed: the controller is gone, and comes back after a while: after how long.

@@ -231,14 +231,27 @@ impl World {
 
     /// A person who got a link, rightful or not, used up or not, asks a machine to be let in.
     fn join(&mut self) {
+        let Some(host) = self.some_host() else { return };
+        let delay = self.latency();
+        let newcomer = self.join_at(host, delay);
+        // Impatient people ask two machines at once.
+        if let Some(newcomer) = newcomer
+            && self.dice.permille(200)
+            && let Some(other) = self.some_host()
+        {
+            self.after(delay, Event::Ask { newcomer, host: other });
+        }
+    }
+
+    /// Somebody new asks this machine after so long; which newcomer they are.
+    pub(crate) fn join_at(&mut self, host: usize, delay: u64) -> Option<usize> {
         let invitations = &self.people.invitations;
         let recent = invitations.len().saturating_sub(4);
-        let Some(invitation) = self.dice.pick(&invitations[recent..]) else { return };
+        let invitation = self.dice.pick(&invitations[recent..])?;
         let (secret, role) = (invitation.secret.clone(), invitation.role);
         let key = SigningKey::from_bytes(&self.dice.bytes());
         let machine = SigningKey::from_bytes(&self.dice.bytes());
         let (name, machine_name) = (self.people.name(), self.people.name());
-        let Some(host) = self.some_host() else { return };
         let bootstrap = vec![PeerAddr { machine: self.nodes[host].id, addrs: vec![self.nodes[host].address] }];
         let node = self.add_node(machine.clone(), bootstrap, false);
         let mut log = Ledger::open(self.clan);
@@ -257,15 +270,9 @@ impl World {
         self.people.all.push(Person { key, home: node, hostile: false, log: entries });
         let newcomer = self.people.newcomers.len();
         self.people.newcomers.push(Newcomer { person, node, entries: encoded, attempts: 0, done: false });
-        let delay = self.latency();
         self.after(delay, Event::Ask { newcomer, host });
-        self.after(PATIENCE, Event::AskAgain { newcomer });
-        // Impatient people ask two machines at once.
-        if self.dice.permille(200)
-            && let Some(other) = self.some_host()
-        {
-            self.after(delay, Event::Ask { newcomer, host: other });
-        }
+        self.after(delay + PATIENCE, Event::AskAgain { newcomer });
+        Some(newcomer)
     }
 
     fn some_host(&mut self) -> Option<usize> {
