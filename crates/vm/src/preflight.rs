@@ -1,11 +1,13 @@
 //! What can be known to fail before QEMU is started, and what its last words mean.
 
 use std::{
-    fs::File,
+    fs::{self, File},
     io::{self, ErrorKind},
     net::UdpSocket,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
 
@@ -71,8 +73,28 @@ pub(crate) fn executable(qemu: &Qemu) -> Result<PathBuf, VmError> {
     found.ok_or_else(|| VmError::MissingQemu { package: tool::qemu_package() })
 }
 
+/// What the QEMU that was asked last answered, by its fingerprint: asking takes as long as restoring a guest.
+static ASKED: Mutex<Option<(String, &'static str)>> = Mutex::new(None);
+
 /// The machine type to use with this QEMU.
 pub(crate) async fn machine(qemu: &Path) -> Result<&'static str, VmError> {
+    let fingerprint = fingerprint(qemu)?;
+    let asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    if let Some((_, machine)) = asked.filter(|(of, _)| *of == fingerprint) {
+        return Ok(machine);
+    }
+    let machine = ask(qemu).await?;
+    *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fingerprint, machine));
+    Ok(machine)
+}
+
+/// Differs when another program is there: its path, its size, and when it was installed.
+pub(crate) fn fingerprint(program: &Path) -> Result<String, VmError> {
+    let meta = fs::metadata(program).map_err(VmError::io("read", program))?;
+    Ok(format!("{} {} {}.{}", program.display(), meta.size(), meta.mtime(), meta.mtime_nsec()))
+}
+
+async fn ask(qemu: &Path) -> Result<&'static str, VmError> {
     let mut command = Command::new(qemu);
     command.args(["-machine", "help"]).env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
     let output = match timeout(HELP_LIMIT, command.output()).await {

@@ -1,6 +1,6 @@
 //! What a virtual machine is made of.
 
-use std::{net::SocketAddr, os::unix::fs::MetadataExt, path::PathBuf};
+use std::{net::SocketAddr, path::PathBuf};
 
 use clan_types::ByteSize;
 
@@ -48,9 +48,7 @@ impl Qemu {
 
     /// Differs when another QEMU would run: its path, its size, and when it was installed. A saved state is for one QEMU.
     pub fn fingerprint(&self) -> Result<String, VmError> {
-        let path = preflight::executable(self)?;
-        let meta = std::fs::metadata(&path).map_err(VmError::io("read", &path))?;
-        Ok(format!("{} {} {}.{}", path.display(), meta.size(), meta.mtime(), meta.mtime_nsec()))
+        preflight::fingerprint(&preflight::executable(self)?)
     }
 }
 

@@ -8,9 +8,10 @@ use std::{
     io::{BufRead, BufReader},
     path::Path,
     process::{Command, Stdio},
+    time::Instant,
 };
 
-use clan_vm::{ExitReason, Vm};
+use clan_vm::{Begin, ExitReason, Vm, VmSpec, copy_data_disk};
 use guest::{LIMIT, Then, adopted, feeders, gone, kill, says_r, spec, started, write_console};
 use tokio::time::timeout;
 
@@ -25,16 +26,38 @@ async fn starter() {
     std::future::pending::<()>().await;
 }
 
+#[tokio::test]
+#[ignore = "not a test by itself: another test runs it as a program of its own, and kills it"]
+async fn saver() {
+    let folder = env::var_os(FOLDER).expect("run by the other test");
+    let folder = Path::new(&folder);
+    let vm = started(&VmSpec { begin: Begin::BootToSave, ..spec(folder, &Then::PowerOffWhenTold) }).await;
+    says_r(&vm).await;
+    println!("\nstarted {}", vm.pid());
+    for number in 0.. {
+        vm.save(&folder.join(format!("state-{number}"))).await.unwrap();
+        vm.resume().await.unwrap();
+    }
+}
+
 /// Runs `starter`, and kills it once it has started the machine. Returns the machine's process.
 fn start_and_die(folder: &Path) -> u32 {
+    run_and_kill("starter", folder, || {})
+}
+
+/// Runs a program of this file, and kills it after it has started the machine and `wait` has returned.
+fn run_and_kill(name: &str, folder: &Path, wait: impl FnOnce()) -> u32 {
     let mut program = Command::new(env::current_exe().unwrap())
-        .args(["--exact", "starter", "--ignored", "--nocapture"])
+        .args(["--exact", name, "--ignored", "--nocapture"])
         .env(FOLDER, folder)
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();
     let mut lines = BufReader::new(program.stdout.take().unwrap()).lines().map_while(Result::ok);
     let pid = lines.find_map(|line| line.strip_prefix("started ")?.parse().ok());
+    if pid.is_some() {
+        wait();
+    }
     program.kill().unwrap();
     program.wait().unwrap();
     pid.expect("it starts")
@@ -59,6 +82,39 @@ async fn an_adopted_machine_can_be_killed() {
     vm.kill().unwrap();
     assert_eq!(timeout(LIMIT, vm.wait_exit()).await.expect("it ends").reason, ExitReason::Signalled(9));
     assert!(Vm::adopt(&folder.path().join("vm")).await.unwrap().is_none());
+}
+
+#[tokio::test]
+async fn a_machine_whose_starter_was_killed_while_it_saved_goes_on_and_can_be_saved_again() {
+    for number in [0, 2] {
+        let folder = tempfile::tempdir().unwrap();
+        let state = folder.path().join(format!("state-{number}"));
+        let deadline = Instant::now() + LIMIT;
+        let pid = run_and_kill("saver", folder.path(), || {
+            while !state.exists() && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
+        });
+        let vm = adopted(&folder.path().join("vm")).await;
+        assert_eq!(vm.pid(), pid);
+        if vm.is_paused().await.unwrap() {
+            vm.resume().await.unwrap();
+        }
+        let again = folder.path().join("again");
+        vm.save(&again).await.unwrap();
+        assert!(!folder.path().join("vm/save.sock").exists());
+        // What was saved then is whole: another machine goes on from it.
+        let data_disk = folder.path().join("data-again");
+        copy_data_disk(&folder.path().join("data"), &data_disk).unwrap();
+        vm.resume().await.unwrap();
+        let dir = folder.path().join("vm-again");
+        let first = spec(folder.path(), &Then::PowerOffWhenTold);
+        let copy = started(&VmSpec { dir, data_disk, begin: Begin::Saved(again), ..first }).await;
+        for vm in [&vm, &copy] {
+            write_console(vm).await;
+            assert_eq!(timeout(LIMIT, vm.wait_exit()).await.expect("it ends").reason, ExitReason::PoweredOff);
+        }
+    }
 }
 
 #[tokio::test]

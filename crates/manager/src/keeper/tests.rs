@@ -98,9 +98,9 @@ impl Site {
             qemu: Qemu::Search,
             keep_vms: false,
             patience: Patience {
-                template: Duration::from_millis(400),
-                kvm: Duration::from_millis(400),
-                boot: Duration::from_millis(700),
+                template: Duration::from_millis(500),
+                kvm: Duration::from_millis(500),
+                boot: Duration::from_secs(2),
             },
         };
         Self { _folder: folder, config, record, cancel: CancellationToken::new() }
