@@ -21,6 +21,9 @@ use crate::{
 
 /// While no one holds the host's end, the port reads as ended and polls as ready without pause.
 const AWAY_PAUSE: Duration = Duration::from_millis(50);
+/// Right after the manager has gone, or this guest went on from a saved state, a manager comes soon.
+const SOON_PAUSE: Duration = Duration::from_millis(4);
+const SOON: Duration = Duration::from_secs(1);
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Serves the manager for ever.
@@ -65,6 +68,7 @@ fn open() -> io::Result<File> {
 /// Moves bytes until the port is gone.
 fn transfer<M: Machine>(mut port: &File, server: &mut Server<M>) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
+    let mut away_since: Option<Instant> = None;
     loop {
         server.handle_timeout(Instant::now());
         let mut moved = false;
@@ -90,8 +94,12 @@ fn transfer<M: Machine>(mut port: &File, server: &mut Server<M>) -> io::Result<(
             }
         }
         if away {
-            thread::sleep(AWAY_PAUSE);
-        } else if !moved {
+            let since = away_since.get_or_insert_with(Instant::now);
+            thread::sleep(if since.elapsed() < SOON { SOON_PAUSE } else { AWAY_PAUSE });
+            continue;
+        }
+        away_since = None;
+        if !moved {
             wait(port, waiting, server.next_timeout())?;
         }
     }
