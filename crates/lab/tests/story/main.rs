@@ -2,6 +2,7 @@
 //! every boot costs time. Needs root, for network namespaces, and what `make deps` installs.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+mod browser;
 mod failures;
 mod isolation;
 mod links;
@@ -74,6 +75,7 @@ fn two_people_meet_and_what_goes_wrong_is_told_or_heals() {
     let packets = lab.take_capture().map(clan_lab::Capture::finish);
     checks.that("nobody between the machines reads the page", || traffic::is_sealed(packets, &report.page));
     links::check(&mut checks, &mut lab, &report.link);
+    browser::check(&mut checks, &mut lab);
     isolation::check(&mut checks, &mut lab);
     failures::check(&mut checks, &mut lab);
     machine::check(&mut checks, &mut lab);
