@@ -263,6 +263,11 @@ impl Person {
         Ok(self.listener.local_addr().map_err(LabError::io("name the manager's socket"))?.port())
     }
 
+    /// The process of their manager, if it was started.
+    pub fn manager_pid(&self) -> Option<u32> {
+        self.manager.as_ref().map(Child::id)
+    }
+
     /// Whether their manager was started.
     pub fn has_manager(&self) -> bool {
         self.manager.is_some()

@@ -1,11 +1,16 @@
 //! What a person does with a VM, and that the state is what they were told, also after the manager was killed.
 
 use std::{
+    os::unix::fs::{MetadataExt, chown, symlink},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use clan_lab::{Lab, LabError, Person, story};
+use rustix::{
+    mount::{MountFlags, UnmountFlags},
+    process::{Pid, Signal},
+};
 use serde_json::Value;
 
 use crate::{Checked, Checks, HEAL, refused, running_vm, status};
@@ -20,6 +25,11 @@ pub(crate) fn check(checks: &mut Checks, lab: &mut Lab) {
     });
     checks.that("a snapshot brings the disk back, of the same machine", || brought_back(lab.person("second")));
     checks.that("a larger disk is there at once, and a smaller one is refused", || larger(lab.person("second")));
+    checks.that("memory that a guest frees comes back to the computer", || given_back(lab.person("second")));
+    checks.that("a VM is held while the computer's disk is full, says so, and goes on unharmed", || held(lab));
+    checks.that("a VM that does not fit waits for memory, says so, and starts when there is enough", || {
+        waits_for_memory(lab.person("second"))
+    });
     checks.that("a second VM of the image goes on from the template, with keys of its own", || {
         from_template(lab.person("founder"))
     });
@@ -33,7 +43,7 @@ fn vm(person: &Person, clan: &str) -> Result<Value, LabError> {
     found.ok_or_else(|| LabError::Promise(format!("there is no VM of {clan}: {vms}")))
 }
 
-fn promise(kept: bool, what: impl FnOnce() -> String) -> Checked {
+pub(crate) fn promise(kept: bool, what: impl FnOnce() -> String) -> Checked {
     if kept { Ok(()) } else { Err(LabError::Promise(what())) }
 }
 
@@ -93,6 +103,104 @@ fn larger(second: &Person) -> Checked {
         Ok(stats["latest"]["disk_total"].as_u64().filter(|total| *total > 5 << 29))
     })
     .map(drop)
+}
+
+/// Memory of a process, MiB.
+pub(crate) fn rss(pid: u32) -> Result<u64, LabError> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib =
+        status.lines().find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next()?.parse::<u64>().ok());
+    kib.map(|kib| kib / 1024).ok_or_else(|| LabError::Promise(format!("process {pid} is gone")))
+}
+
+fn given_back(second: &Person) -> Checked {
+    const WRITTEN: u64 = 150;
+    let pid = story::until(HEAL, "second's VM", || running_vm(second))?;
+    let mut console = second.console(story::CLAN)?;
+    let before = rss(pid)?;
+    let write = format!("mount -t tmpfs -o size=200m none /mnt && dd if=/dev/zero of=/mnt/big bs=1M count={WRITTEN}");
+    let (said, status) = console.run(&write, HEAL)?;
+    promise(status == 0, || format!("the guest cannot write {WRITTEN} MiB: {said}"))?;
+    let full = rss(pid)?;
+    promise(full >= before + WRITTEN / 2, || format!("writing {WRITTEN} MiB took QEMU from {before} to {full} MiB"))?;
+    console.run("umount /mnt", HEAL)?;
+    let limit = full - (full - before).min(WRITTEN) * 3 / 4;
+    story::until(HEAL, &format!("QEMU to give back memory, down from {full} to {limit} MiB"), || {
+        Ok((rss(pid)? <= limit).then_some(()))
+    })
+}
+
+fn held(lab: &mut Lab) -> Checked {
+    let owner = (lab.account().uid, lab.account().gid);
+    let second = &*lab.person("second");
+    let complain = |what: &str| {
+        let what = what.to_owned();
+        move |source| LabError::Io { what, source }
+    };
+    let clans = std::fs::read_dir(second.data().join("clans")).map_err(complain("list second's clans"))?;
+    let disk = clans.flatten().map(|clan| clan.path().join("data.ext4")).find(|disk| disk.exists());
+    let disk = disk.ok_or_else(|| LabError::Promise("second has no disk".into()))?;
+    let (small, aside) = (second.data().with_file_name("small-disk"), disk.with_extension("aside"));
+    second.clan(&["vm", "stop"])?.success()?;
+    std::fs::create_dir_all(&small).map_err(complain("make a folder"))?;
+    let used = std::fs::metadata(&disk).map_err(complain("measure a disk"))?.blocks() >> 11;
+    let size = |more: u64| std::ffi::CString::new(format!("size={}m,mode=0700", used + more)).unwrap();
+    let refuse = |error: rustix::io::Errno| complain("mount a small disk")(error.into());
+    rustix::mount::mount("none", &small, "tmpfs", MountFlags::empty(), size(64).as_c_str()).map_err(refuse)?;
+    let check = || -> Checked {
+        let there = small.join("data.ext4");
+        let copied = std::process::Command::new("cp").arg("--sparse=always").args([&disk, &there]).status();
+        promise(copied.map_err(complain("copy a disk"))?.success(), || "the disk is not copied".into())?;
+        for path in [&small, &there] {
+            chown(path, Some(owner.0), Some(owner.1)).map_err(complain("hand over a small disk"))?;
+        }
+        std::fs::rename(&disk, &aside).and_then(|()| symlink(&there, &disk)).map_err(complain("move a disk"))?;
+        second.clan(&["vm", "start"])?.success()?;
+        let pid = story::until(HEAL, "second's VM on the small disk", || running_vm(second))?;
+        // Nobody waits for what cannot end.
+        second
+            .console(story::CLAN)?
+            .run("{ (dd if=/dev/urandom of=/root/fill bs=1M count=120; sync) >/dev/null 2>&1 & }", HEAL)?;
+        story::until(HEAL, "the VM to say that the disk is full", || {
+            let told = vm(second, story::CLAN)?;
+            Ok(told["reason"].as_str().is_some_and(|why| why.contains("disk is full")).then_some(()))
+        })?;
+        rustix::mount::mount_remount(&small, MountFlags::empty(), size(400).as_c_str()).map_err(refuse)?;
+        let now = story::until(HEAL, "the VM to go on", || running_vm(second))?;
+        promise(now == pid, || format!("it went on as process {now} instead of {pid}"))?;
+        let (said, _) = second.console(story::CLAN)?.run("wait; sync; stat -c %s /root/fill; rm /root/fill", HEAL)?;
+        promise(said.contains("125829120"), || format!("what was written is {said}"))
+    };
+    let checked = check();
+    let stopped = second.clan(&["vm", "stop"]).map(drop);
+    if aside.exists() {
+        std::fs::remove_file(&disk)
+            .and_then(|()| std::fs::rename(&aside, &disk))
+            .map_err(complain("move a disk back"))?;
+    }
+    let _ = rustix::mount::unmount(&small, UnmountFlags::DETACH);
+    let started = second.clan(&["vm", "start"])?.success().map(drop);
+    checked.and(stopped).and(started)
+}
+
+fn waits_for_memory(second: &Person) -> Checked {
+    let status = status(second)?;
+    let size = vm(second, story::CLAN)?["memory"].as_u64().unwrap_or_default();
+    // As much as any VM may have, which is more than is left beside what runs.
+    let total = status["host"]["memory_total"].as_u64().unwrap_or_default();
+    second.clan(&["vm", "resize", "--memory", &format!("{}M", (total >> 20) - 200)])?.success()?;
+    // It has its new size at the next start, which this brings about.
+    let pid = story::until(HEAL, "second's VM", || running_vm(second))?;
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| LabError::Promise("no process".into()))?;
+    rustix::process::kill_process(pid, Signal::KILL)
+        .map_err(|error| LabError::Io { what: "kill QEMU".into(), source: error.into() })?;
+    let told = story::until(HEAL, "the VM to say that it waits for memory", || {
+        let told = vm(second, story::CLAN)?;
+        Ok(told["reason"].as_str().is_some_and(|why| why.contains("waits for memory")).then_some(told))
+    })?;
+    promise(told["state"] == "starting" && told["pid"].is_null(), || format!("a VM that waits: {told}"))?;
+    second.clan(&["vm", "resize", "--memory", &format!("{}M", size >> 20)])?.success()?;
+    story::until(HEAL, "the VM to start with less", || running_vm(second)).map(drop)
 }
 
 fn from_template(founder: &Person) -> Checked {
