@@ -6,5 +6,6 @@ pub mod channel;
 pub mod dns;
 pub mod resolv;
 pub mod resolved;
+pub mod terminal;
 pub mod tun;
 pub mod wireguard;
