@@ -1,3 +1,5 @@
+mod helm;
+
 use std::{
     collections::VecDeque,
     path::{Path, PathBuf},
@@ -354,12 +356,17 @@ impl ManagerClient {
 
     /// A VM's console: raw bytes both ways.
     pub async fn vm_console(&self, vm: &str) -> Result<Console, ClientError> {
+        self.upgrade(&format!("/vms/{}/console", segment(vm)), CONSOLE_UPGRADE).await
+    }
+
+    /// Turns a connection into something else.
+    async fn upgrade(&self, path: &str, token: &str) -> Result<Console, ClientError> {
         let request = Request::builder()
             .method(Method::GET)
-            .uri(format!("{BASE}/vms/{}/console", segment(vm)))
+            .uri(format!("{BASE}{path}"))
             .header(header::HOST, "localhost")
             .header(header::CONNECTION, "upgrade")
-            .header(header::UPGRADE, CONSOLE_UPGRADE)
+            .header(header::UPGRADE, token)
             .body(Full::default())
             .map_err(protocol)?;
         let response = self.exchange(request).await?;
@@ -530,7 +537,7 @@ impl EventStream {
     }
 }
 
-/// A VM's console: raw bytes both ways.
+/// A connection that was turned into something else, such as a VM's console: raw bytes both ways.
 #[derive(Debug)]
 pub struct Console {
     io: TokioIo<hyper::upgrade::Upgraded>,

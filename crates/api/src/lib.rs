@@ -7,6 +7,7 @@
 mod authority;
 mod client;
 mod devices;
+mod helm;
 mod images;
 mod mesh;
 mod openapi;
@@ -24,6 +25,10 @@ pub use authority::{
 };
 pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use devices::{AddDevice, DeviceInfo, DeviceKind, DeviceOffer, RemoveDeviceQuery, RemovedDevice};
+pub use helm::{
+    ChangeSetting, ControlChange, ControlSuggestion, MachineChange, MachineDeed, MachineEntry, MachineReport,
+    MachineSetting, RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery,
+};
 pub use images::{ImageGc, ImageGcQuery, ImageInfo};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};
 pub use openapi::openapi;

@@ -19,6 +19,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     paths(
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
+        machine_report, machine_log, machine_journal, change_setting, revert_change, restart_machine, machine_terminal, set_control, suggest_control,
         open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
@@ -165,6 +166,34 @@ fn machines() {}
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/ping", params(("clan" = String, Path), ("machine" = String, Path)), responses((status = 200, body = Pong), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn ping_machine() {}
 
+/// A machine as whoever may steer it sees it
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/machines/{machine}/report", params(("clan" = String, Path), ("machine" = String, Path)), responses((status = 200, body = MachineReport), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn machine_report() {}
+
+/// The log lines of a machine that the caller may steer; `source` is of no concern
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/machines/{machine}/log", params(("clan" = String, Path), ("machine" = String, Path), LogQuery), responses((status = 200, body = String, content_type = "text/plain"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn machine_log() {}
+
+/// What was changed on a machine, and by whom, oldest first
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/machines/{machine}/journal", params(("clan" = String, Path), ("machine" = String, Path)), responses((status = 200, body = [MachineEntry]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn machine_journal() {}
+
+/// Change a setting of a machine
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/settings", params(("clan" = String, Path), ("machine" = String, Path)), request_body = ChangeSetting, responses((status = 201, body = MachineChange, description = "Done"), (status = 200, body = MachineChange, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn change_setting() {}
+
+/// Restore what was before an entry of a machine's journal
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/reverts", params(("clan" = String, Path), ("machine" = String, Path)), request_body = RevertChange, responses((status = 201, body = MachineChange, description = "Done"), (status = 200, body = MachineChange, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn revert_change() {}
+
+/// Start a machine anew
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/restart", params(("clan" = String, Path), ("machine" = String, Path)), responses((status = 201, body = MachineChange), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn restart_machine() {}
+
+/// A terminal on a machine: frames both ways after an upgrade to `clan-terminal`
+#[utoipa::path(get, path = "/api/v1/clans/{clan}/machines/{machine}/terminal", params(("clan" = String, Path), ("machine" = String, Path), TerminalQuery), responses((status = 101, description = "Frames follow"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn machine_terminal() {}
+
 /// The services of a clan
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/services", params(("clan" = String, Path)), responses((status = 200, body = [ServiceInfo]), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn services() {}
@@ -216,6 +245,14 @@ fn restart_vm() {}
 /// Give a VM another image; its disk stays, and its previous image comes back if it is not well
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/update", params(("vm" = String, Path)), request_body = UpdateVm, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn update_vm() {}
+
+/// Suggest to newcomers who is to steer their machine
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/control", params(("clan" = String, Path)), request_body = SuggestControl, responses((status = 201, body = ControlSuggestion, description = "Done"), (status = 200, body = ControlSuggestion, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn suggest_control() {}
+
+/// Say who may steer this computer's machine
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/control", params(("vm" = String, Path)), request_body = SetControl, responses((status = 200, body = ControlChange), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn set_control() {}
 
 /// Give a VM another size, or say what it would be
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/size", params(("vm" = String, Path)), request_body = ResizeVm, responses((status = 200, body = VmSize), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

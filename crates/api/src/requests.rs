@@ -33,6 +33,9 @@ pub struct CreateClan {
     /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrate: Option<String>,
+    /// Who may steer this computer's machine; default the local user.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<ControlMode>,
     /// Makes a recovery phrase for the owner, which the answer tells once.
     #[serde(default)]
     pub recovery: bool,
@@ -171,7 +174,7 @@ pub struct JoinPreview {
     pub vm: Option<VmPlan>,
     /// How this computer itself will be the machine, if that was asked for.
     pub integrated: Option<IntegratedPlan>,
-    /// Who may steer it.
+    /// Who is to steer it, as the clan suggests.
     pub control_mode: ControlMode,
     /// What to consider before joining, one sentence each.
     pub warnings: Vec<String>,
@@ -203,6 +206,9 @@ pub struct JoinClan {
     /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrate: Option<String>,
+    /// Who may steer this computer's machine; default the local user, whatever the clan suggests.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control: Option<ControlMode>,
 }
 
 /// Makes an invite.

@@ -250,7 +250,7 @@ pub enum VmState {
     Failed,
 }
 
-/// Who may steer the controller in a VM.
+/// Who may steer a machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ControlMode {
@@ -260,6 +260,26 @@ pub enum ControlMode {
     Remote,
     /// Both.
     Shared,
+}
+
+impl From<clan_types::ControlMode> for ControlMode {
+    fn from(mode: clan_types::ControlMode) -> Self {
+        match mode {
+            clan_types::ControlMode::Local => Self::Local,
+            clan_types::ControlMode::Remote => Self::Remote,
+            clan_types::ControlMode::Shared => Self::Shared,
+        }
+    }
+}
+
+impl From<ControlMode> for clan_types::ControlMode {
+    fn from(mode: ControlMode) -> Self {
+        match mode {
+            ControlMode::Local => Self::Local,
+            ControlMode::Remote => Self::Remote,
+            ControlMode::Shared => Self::Shared,
+        }
+    }
 }
 
 /// What a clan's machine is on this computer.

@@ -91,7 +91,7 @@ pub(crate) enum Command {
     Machines(commands::machines::Args),
     /// See whether a machine answers, how fast, and by which path
     Ping(commands::ping::Args),
-    /// Phones and other machines that speak standard WireGuard
+    /// Steer machines of the clan; admit phones and others by standard WireGuard
     #[command(subcommand)]
     Machine(commands::machine::Verb),
     /// Who may reach what in a clan

@@ -41,6 +41,8 @@ impl From<Exit> for ExitCode {
 #[derive(Debug)]
 pub(crate) struct CliError {
     exit: Exit,
+    /// The status of a command that was run elsewhere, which is passed on.
+    passed_on: Option<u8>,
     silent: bool,
     problem: Box<Problem>,
 }
@@ -76,6 +78,11 @@ impl CliError {
     /// A failed run about which everything has been said.
     pub(crate) fn said_already() -> Self {
         Self { silent: true, ..Self::new(Exit::Bug, "bug", "") }
+    }
+
+    /// A command that was run elsewhere, and did not succeed.
+    pub(crate) fn passed_on(status: u8) -> Self {
+        Self { silent: true, passed_on: Some(status), ..Self::new(Exit::Refused, "command", "") }
     }
 
     /// The manager did not answer in time.
@@ -143,7 +150,7 @@ impl CliError {
             status: None,
             exit: exit as u8,
         };
-        Self { exit, silent: false, problem: Box::new(problem) }
+        Self { exit, passed_on: None, silent: false, problem: Box::new(problem) }
     }
 
     /// Adds the reason.
@@ -161,8 +168,8 @@ impl CliError {
     }
 
     /// How the run ends.
-    pub(crate) fn exit(&self) -> Exit {
-        self.exit
+    pub(crate) fn exit(&self) -> ExitCode {
+        self.passed_on.map_or_else(|| self.exit.into(), ExitCode::from)
     }
 
     /// Whether nothing is to be printed.
@@ -217,6 +224,7 @@ impl From<ApiProblem> for CliError {
         let ApiProblem { kind, code, message, why, hints, status } = problem;
         Self {
             exit,
+            passed_on: None,
             silent: false,
             problem: Box::new(Problem {
                 kind,

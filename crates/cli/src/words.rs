@@ -106,7 +106,16 @@ pub(crate) fn flavour(flavour: Flavour) -> &'static str {
     }
 }
 
-/// Who may steer a VM.
+/// A control mode, as it is typed.
+pub(crate) fn control(mode: ControlMode) -> &'static str {
+    match mode {
+        ControlMode::Local => "local",
+        ControlMode::Remote => "remote",
+        ControlMode::Shared => "shared",
+    }
+}
+
+/// Who may steer a machine.
 pub(crate) fn control_mode(mode: ControlMode) -> &'static str {
     match mode {
         ControlMode::Local => "local: only you steer it",

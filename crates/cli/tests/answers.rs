@@ -61,7 +61,7 @@ fn status_shows_clans_machines_services_and_problems() {
     computer.manager(&[("GET /api/v1/status", 200, status(vec![clan("family", 1)]).to_string())]);
     computer.clan(&["status"]).assert().success().stderr_eq("").stdout_eq(str![[r#"
 family, you are owner  k3f9 2d8s 7qpa
-  laptop is running for 3 min 20 s, CPU 12 %, memory 120 MiB of 500 MiB
+  laptop is running for 3 min 20 s, control shared, CPU 12 %, memory 120 MiB of 500 MiB
 
   MACHINE  OWNER  PATH            WHY
   laptop   anna   this computer
@@ -151,6 +151,7 @@ anna invites you to the clan family.
   Runs by      emulation (TCG): there is no /dev/kvm
 
 warning: your computer has little memory left
+warning: The clan's admins will be able to open a terminal as root in the virtual machine, change its settings and see its log; all is written down, and `clan vm control local` ends it.
 Compare the fingerprint with what the inviter sees. The virtual machine has no access to your files.
 error: this needs your consent, and there is no terminal to ask on
 hint: add `--yes` to join without being asked; `--dry-run` shows where the link leads
@@ -214,6 +215,7 @@ anna invites you to the clan family.
   Runs by      emulation (TCG): there is no /dev/kvm
 
 warning: your computer has little memory left
+warning: The clan's admins will be able to open a terminal as root in the virtual machine, change its settings and see its log; all is written down, and `clan vm control local` ends it.
 Compare the fingerprint with what the inviter sees. The virtual machine has no access to your files.
 Get the image…
   30 % (60 MiB of 180 MiB)

@@ -238,7 +238,7 @@ Commands:
   members      Show who belongs to a clan
   machines     Show a clan's machines and how they are reached
   ping         See whether a machine answers, how fast, and by which path
-  machine      Phones and other machines that speak standard WireGuard
+  machine      Steer machines of the clan; admit phones and others by standard WireGuard
   rule         Who may reach what in a clan
   group        Groups of people and machines, for rules
   approve      Let somebody in whose invite asked for approval

@@ -30,6 +30,7 @@ use clan_wire::{
     agent::{AgentRequest, AgentResponse},
     codec,
     control::{ControlRequest, ControlResponse},
+    helm::{Answer, Call, Ends, Greeting, Input, Output},
     image::Manifest,
     peer::{EntryPage, ImageRequest, ImageResponse, JoinRequest, JoinResponse, PeerMessage},
 };
@@ -57,6 +58,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("probe", probe),
     ("packet", packet),
     ("words", words),
+    ("helm", helm),
 ];
 
 /// A ledger entry: as it comes, or rightly signed by an owner, a member or nobody.
@@ -160,6 +162,31 @@ pub fn control(data: &[u8]) {
         1 => read::<AgentRequest>(rest),
         2 => read::<AgentResponse>(rest),
         _ => read::<ControlResponse>(rest),
+    }
+}
+
+/// What those who steer machines say, and what the machines say to them: neither trusts the other.
+///
+/// INVARIANT looked for: no call is taken for somebody's who did not sign it.
+pub fn helm(data: &[u8]) {
+    let Some((kind, rest)) = data.split_first() else { return };
+    match *kind {
+        0 => {
+            if let Some(call) = round_trip::<Call>(rest) {
+                let ends = Ends {
+                    clan: clan::ledger().clan(),
+                    from: clan::machine(clan::STRANGER),
+                    to: clan::machine(clan::MEMBER),
+                    challenge: [7; 32],
+                };
+                let _ = call.request.is_bounded();
+                assert!(call.proof.is_none_or(|proof| !proof.is_valid(&ends, &call.request)), "a forged call");
+            }
+        }
+        1 => read::<Greeting>(rest),
+        2 => read::<Answer>(rest),
+        3 => read::<Input>(rest),
+        _ => read::<Output>(rest),
     }
 }
 

@@ -8,6 +8,10 @@ use clan_wire::{
     agent::{AgentRequest, AgentResponse},
     beacon::Beacon,
     control::{ControlRequest, ControlResponse, Environment},
+    helm::{
+        Actor, Answer, Call, Deed, Ends, Greeting, Input, JournalEntry, OpenTerminal, Output, Proof, Refusal, Request,
+        Size,
+    },
     image::{FileRole, ImageFile, Manifest},
     peer::{EntryPage, ImagePart, ImageRequest, InviteProof, JoinRefusal, JoinRequest, JoinResponse, PeerMessage},
     words::{WordsRefusal, WordsRequest, WordsResponse, announcement},
@@ -104,7 +108,36 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(("words", with(2, &WordsResponse::Refused(WordsRefusal::Busy))));
     seeds.push(("words", [vec![3], framed(&with(1, &begin)), framed(&with(1, &tag))].concat()));
     seeds.push(("words", [vec![4], framed(&[0x42; 33]), framed(&[9; 64])].concat()));
+    seeds.extend(helm());
     seeds
+}
+
+fn helm() -> Vec<(&'static str, Vec<u8>)> {
+    let ends = Ends {
+        clan: clan::ledger().clan(),
+        from: clan::machine(clan::STRANGER),
+        to: clan::machine(clan::MEMBER),
+        // Signed for another conversation.
+        challenge: [8; 32],
+    };
+    let size = Size { rows: 24, columns: 80 };
+    let open = OpenTerminal { command: vec!["ls".into(), "-l".into()], screen: Some((size, "xterm".into())) };
+    let set = Request::Set { name: "announce".into(), value: "off".into(), dry_run: false };
+    let mut seeds: Vec<Vec<u8>> = [Request::Terminal(open), set, Request::Revert { number: 3, dry_run: true }]
+        .into_iter()
+        .map(|request| with(0, &Call { proof: Some(Proof::new(&clan::key(50), &ends, &request)), request }))
+        .collect();
+    let machine = clan::machine(clan::MEMBER);
+    let by = Actor { person: None, name: "bob".parse().ok(), machine, machine_name: "desk".parse().ok(), here: true };
+    let what = Deed::Set { name: "announce".into(), before: "on".into(), after: "off".into(), reverts: Some(2) };
+    let entry = JournalEntry { number: 3, at: clan::now(1).wall, by, what };
+    seeds.push(with(1, &Greeting::Challenge([1; 32])));
+    seeds.push(with(2, &Answer::Journal(vec![entry.clone(), entry])));
+    seeds.push(with(2, &Answer::Refused(Refusal::NoSetting { name: "x".into(), known: vec!["announce".into()] })));
+    seeds.push(with(3, &Input::Resize(size)));
+    seeds.push(with(4, &Output::Data(b"hello".to_vec())));
+    seeds.push(with(4, &Output::Cut(Refusal::Local)));
+    seeds.into_iter().map(|seed| ("helm", seed)).collect()
 }
 
 fn framed(part: &[u8]) -> Vec<u8> {

@@ -3,8 +3,8 @@
 use std::{fmt, str::FromStr};
 
 use clan_types::{
-    ByteSize, CertificateHash, ClanId, ClanName, DeviceId, DeviceName, EntryId, GroupName, Host, ImageId, InviteId,
-    MachineId, MachineName, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
+    ByteSize, CertificateHash, ClanId, ClanName, ControlMode, DeviceId, DeviceName, EntryId, GroupName, Host, ImageId,
+    InviteId, MachineId, MachineName, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
 };
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -214,6 +214,11 @@ pub enum Body {
     DropGroup {
         /// Its name.
         name: GroupName,
+    },
+    /// Suggests to newcomers who is to steer their machine; each decides for themselves. Admins and up.
+    SuggestControl {
+        /// Who.
+        control: ControlMode,
     },
 }
 

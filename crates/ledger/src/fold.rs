@@ -269,6 +269,11 @@ impl Run {
                 self.state.published = Some(Published { description: description.clone(), by: by.person });
                 Ok(())
             }
+            Body::SuggestControl { control } => {
+                allowed(by.role >= Role::Admin)?;
+                self.state.suggested_control = *control;
+                Ok(())
+            }
             Body::RevokePerson { person, .. } => self.claim(entry, by, Subject::Person(*person)),
             Body::RevokeMachine { machine, .. } => self.claim(entry, by, Subject::Machine(*machine)),
             Body::RevokeDevice { device, .. } => self.claim(entry, by, Subject::Device(*device)),

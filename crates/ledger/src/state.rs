@@ -3,8 +3,8 @@
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use clan_types::{
-    CertificateHash, ClanName, DeviceId, DeviceName, EntryId, GroupName, Host, InviteId, MachineId, MachineName,
-    PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
+    CertificateHash, ClanName, ControlMode, DeviceId, DeviceName, EntryId, GroupName, Host, InviteId, MachineId,
+    MachineName, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
 };
 
 use crate::{AccessRule, AuthorId, DeviceKind, Group, MAX_AHEAD, Party, VmDescription};
@@ -283,6 +283,8 @@ pub struct State {
     pub invites: BTreeMap<InviteId, Invite>,
     /// The configuration in force.
     pub published: Option<Published>,
+    /// Who is to steer a newcomer's machine, as the clan suggests: its user alone unless an admin has said otherwise.
+    pub suggested_control: ControlMode,
     /// Entries without effect, in the order in which they would have taken it.
     pub void: Vec<Void>,
     /// Authors who signed two entries for one place in their log, with the first such place.

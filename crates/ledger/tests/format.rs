@@ -79,6 +79,7 @@ fn bodies() -> Vec<Body> {
         },
         Body::DropRule { name: "x".parse().unwrap() },
         Body::DropGroup { name: "kids".parse().unwrap() },
+        Body::SuggestControl { control: clan_types::ControlMode::Shared },
     ]
 }
 

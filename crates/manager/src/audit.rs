@@ -136,6 +136,9 @@ impl<'a> Names<'a> {
                 description.title,
                 description.image.short()
             ),
+            Body::SuggestControl { control } => {
+                format!("suggested to newcomers that their machines are steered by: {control}")
+            }
             Body::RevokePerson { person, .. } => format!("put {} out of the clan", self.person(person)),
             Body::RevokeMachine { machine, .. } => format!("put {} out of the clan", self.machine_of(machine)),
             Body::RevokeInvite { invite } => match self.state.invites.get(invite) {

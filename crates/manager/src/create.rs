@@ -4,7 +4,7 @@ use std::{error::Error, sync::Arc};
 
 use clan_api::{ApiProblem, CreateClan, ErrorCode, TaskKind, TaskResult};
 use clan_ledger::{AuthorId, Body, KeyProof, Ledger, Title, VmDescription};
-use clan_types::{ByteSize, ClanId, ClanName, MachineName, PersonName, RecoveryPhrase, ServiceName};
+use clan_types::{ByteSize, ClanId, ClanName, ControlMode, MachineName, PersonName, RecoveryPhrase, ServiceName};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, Provision, Redeem},
     image::Manifest,
@@ -106,6 +106,7 @@ pub(crate) async fn begin(
             Home::vm(shared, Size { memory, disk, cpus })?
         }
     };
+    let home = home.steered(request.control);
     let _one = shared.admission.lock().await;
     shared.check_name_free(&request.name)?;
     home.check_free(shared)?;
@@ -121,13 +122,21 @@ pub(crate) struct Home {
     pub(crate) flavour: Flavour,
     pub(crate) size: Size,
     pub(crate) ports: Ports,
+    /// Who may steer it.
+    pub(crate) control: ControlMode,
 }
 
 impl Home {
+    /// The same, steered by whom its user agreed to.
+    #[must_use]
+    pub(crate) fn steered(self, control: Option<clan_api::ControlMode>) -> Self {
+        Self { control: control.map_or_else(ControlMode::default, Into::into), ..self }
+    }
+
     /// A VM.
     pub(crate) fn vm(shared: &Shared, size: Size) -> Result<Self, ApiProblem> {
         check_computer(shared, size)?;
-        Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()? })
+        Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()?, control: ControlMode::Local })
     }
 
     /// The computer itself, by a controller that runs, obeys us and is free.
@@ -143,6 +152,7 @@ impl Home {
             flavour: Flavour::Integrated { socket },
             size: Size { memory: nothing, disk: nothing, cpus: 0 },
             ports: Ports { quic: 0, wireguard: 0 },
+            control: ControlMode::Local,
         };
         home.check_free(shared)?;
         Ok(home)
@@ -177,6 +187,7 @@ impl Home {
             cpus: self.size.cpus,
             ports: self.ports,
             made: now(),
+            control: self.control,
         }
     }
 
@@ -345,7 +356,8 @@ pub(crate) async fn provision(
 ) -> Result<(), ApiProblem> {
     let record = clan.record.get();
     let environment = link::environment(&record, &shared.images).await;
-    let request = Provision { clan: record.id, name: record.machine, redeem, offers, environment };
+    let control = record.control;
+    let request = Provision { clan: record.id, name: record.machine, redeem, offers, environment, control };
     let request = ControlRequest::Provision(Box::new(request));
     let (mut attempt, mut waits) = (1, false);
     loop {

@@ -220,6 +220,8 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Ping { .. } => "send an echo",
         ControlRequest::Consent { .. } => "agree to be added to the clan",
         ControlRequest::Peers => "name other machines",
+        ControlRequest::SetControlMode(_) => "change who may steer it",
+        ControlRequest::Steer { .. } => "call the machine",
     }
 }
 

@@ -2,9 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use clan_api::{
-    ApiProblem, ControlMode, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan,
-};
+use clan_api::{ApiProblem, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan};
 use clan_ledger::{Body, State, VmDescription};
 use clan_types::{ByteSize, DEVICE_LINK_LIFETIME, InviteLink, MachineName, PersonName, Purpose, Role, Timestamp};
 use clan_wire::{control::Redeem, image::Manifest, peer::InviteProof};
@@ -106,7 +104,7 @@ async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Re
         machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
         vm,
         integrated,
-        control_mode: ControlMode::Local,
+        control_mode: state.suggested_control.into(),
         warnings,
     })
 }
@@ -242,6 +240,7 @@ async fn begin_by(
         }
         (None, None) => return Err(no_image()),
     };
+    let home = home.steered(request.control);
     check_names(&found, (link.purpose == Purpose::Join).then_some(&request.person), &request.machine)?;
     let _one = shared.admission.lock().await;
     // Another request may have been faster.

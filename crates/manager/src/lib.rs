@@ -23,6 +23,7 @@ mod devices;
 mod disk;
 mod fetch;
 mod guest;
+mod helm;
 mod http;
 mod image;
 mod images;

@@ -6,7 +6,9 @@ use std::{
 };
 
 use clan_store::SecretFile;
-use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineName, PersonId, PersonName, ServiceName, Timestamp};
+use clan_types::{
+    ByteSize, ClanId, ClanName, ControlMode, ImageId, MachineName, PersonId, PersonName, ServiceName, Timestamp,
+};
 use data_encoding::{BASE64, HEXLOWER};
 use ed25519_dalek::SigningKey;
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -115,6 +117,9 @@ pub(crate) struct ClanRecord {
     pub(crate) cpus: u8,
     pub(crate) ports: Ports,
     pub(crate) made: Timestamp,
+    /// Who may steer the machine, as its user said last.
+    #[serde(default)]
+    pub(crate) control: ControlMode,
 }
 
 impl ClanRecord {
@@ -296,6 +301,7 @@ pub(crate) mod tests {
             cpus: 2,
             ports: Ports { quic: 1, wireguard: 2 },
             made: Timestamp::from_millis(7),
+            control: ControlMode::Shared,
         }
     }
 

@@ -1,9 +1,9 @@
 //! Everything that the web page shows, from what is known now.
 
 use clan_api::{
-    AcceleratorInfo, AcceleratorKind, ApiProblem, ClanInfo, ClanPhase, ControlMode, ErrorCode, Flavour, HealthProblem,
-    HostInfo, MachineInfo, PathInfo, PathKind, PersonInfo, Pong, ServiceInfo, ServiceKind, Severity, StatsPoint,
-    Status, UnitInfo, VmInfo, VmState, VmStats,
+    AcceleratorInfo, AcceleratorKind, ApiProblem, ClanInfo, ClanPhase, ErrorCode, Flavour, HealthProblem, HostInfo,
+    MachineInfo, PathInfo, PathKind, PersonInfo, Pong, ServiceInfo, ServiceKind, Severity, StatsPoint, Status,
+    UnitInfo, VmInfo, VmState, VmStats,
 };
 use clan_types::{ByteSize, PersonId, Timestamp};
 use clan_vm::{AccelKind, probe};
@@ -58,7 +58,7 @@ pub(crate) async fn status(shared: &Shared) -> Status {
         host,
         accelerator,
         clans: clans.iter().zip(&seen).map(|(clan, seen)| info(clan, seen.as_ref())).collect(),
-        vms: clans.iter().map(|c| vm_info(shared, c)).collect(),
+        vms: clans.iter().zip(&seen).map(|(c, seen)| vm_info(shared, c, seen.as_ref())).collect(),
         tasks,
         problems,
     }
@@ -233,7 +233,10 @@ pub(crate) async fn ping(clan: &Clan, text: &str) -> Result<Pong, ApiProblem> {
 }
 
 /// The machine of a name, plain or as the name service has it (`desk.family.clan`), or of an id.
-fn find_machine<'a>(status: &'a control::NodeStatus, text: &str) -> Result<&'a control::MachineStatus, ApiProblem> {
+pub(crate) fn find_machine<'a>(
+    status: &'a control::NodeStatus,
+    text: &str,
+) -> Result<&'a control::MachineStatus, ApiProblem> {
     let wanted = text.trim().trim_end_matches('.').to_ascii_lowercase();
     let zone = format!(".{}.clan", status.clan_name);
     let name = wanted.strip_suffix(&zone).unwrap_or(&wanted);
@@ -279,7 +282,7 @@ fn service(service: &control::ServiceStatus, status: &control::NodeStatus) -> Se
 }
 
 /// A VM.
-pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
+pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmInfo {
     let (record, view) = (clan.record.get(), clan.keeper.view());
     let disk_used = std::fs::metadata(clan.record.paths().data_disk()).map(|m| {
         use std::os::unix::fs::MetadataExt;
@@ -287,6 +290,8 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
     });
     // What an earlier run of the VM measured is history.
     let running = matches!(view.state, VmState::Running | VmState::Stopping);
+    // The controller's word counts: it is the one that enforces it.
+    let control = seen.map_or(record.control, |told| told.status.control);
     VmInfo {
         id: record.id,
         task: shared.tasks.running_on(&record.name).map(|t| t.id),
@@ -315,7 +320,7 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan) -> VmInfo {
         image: record.image,
         quic_port: record.ports.quic,
         wireguard_port: record.ports.wireguard,
-        control_mode: ControlMode::Local,
+        control_mode: control.into(),
         stats: if running { clan.keeper.with_stats(|s| s.points.back().map(point)) } else { None },
     }
 }
@@ -334,8 +339,13 @@ pub(crate) fn vm_stats(clan: &Clan) -> VmStats {
 }
 
 fn point((at, stats): &(Timestamp, control::GuestStats)) -> StatsPoint {
+    StatsPoint { at: *at, ..point_of(stats) }
+}
+
+/// What a guest measured, at its own time.
+pub(crate) fn point_of(stats: &control::GuestStats) -> StatsPoint {
     StatsPoint {
-        at: *at,
+        at: stats.at,
         cpu_permille: stats.cpu_permille.min(1000),
         memory_total: stats.memory_total,
         memory_used: stats.memory_used,

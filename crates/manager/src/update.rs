@@ -220,6 +220,7 @@ mod tests {
             clan: ClanId::from_bytes([1; 32]),
             clan_name: "family".parse().unwrap(),
             machine: MachineId::from_bytes([1; 32]),
+            control: clan_types::ControlMode::Local,
             quic: Vec::new(),
             relays: Vec::new(),
             people: Vec::new(),

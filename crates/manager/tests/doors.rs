@@ -88,6 +88,7 @@ fn create() -> CreateClan {
         disk: None,
         cpus: None,
         integrate: None,
+        control: None,
         recovery: false,
     }
 }
@@ -186,6 +187,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
         disk: None,
         cpus: None,
         integrate: None,
+        control: None,
     };
     let problem = problem(timeout(LIMIT, manager.client.join(&join)).await.expect("an answer in time"));
     assert_eq!(problem.code, ErrorCode::Unreachable);

@@ -89,6 +89,7 @@ impl Silent {
             clan,
             clan_name: state.clan_name.clone().unwrap(),
             machine: machine(),
+            control: clan_types::ControlMode::Local,
             quic: vec!["203.0.113.7:7000".parse().unwrap()],
             relays: Vec::new(),
             people: state
@@ -155,6 +156,7 @@ async fn right_after_founding_every_verb_knows_the_clan() {
     let running = tokio::spawn(async move { manager.run(stop).await });
 
     let request = CreateClan {
+        control: None,
         name: "family".parse().unwrap(),
         person: "anna".parse().unwrap(),
         machine: "laptop".parse().unwrap(),

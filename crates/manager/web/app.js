@@ -429,14 +429,15 @@ function confirmJoin(link, p, home) {
         ["Controller", p.integrated && `${p.integrated.socket}: ${p.integrated.problem ? p.integrated.problem.message : "it runs, and is free"}`],
         ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk`],
         ["Download", p.vm && (p.vm.download.missing ? bytes(p.vm.download.missing) : "nothing, it is here already")],
-        ["Control", CONTROL_WORD[p.control_mode]],
         ["Runs by", p.vm && `${ACCELERATOR_WORD[p.vm.accelerator.kind]}: ${p.vm.accelerator.reason}`],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
+      field("Who may steer this computer’s machine, with a terminal on it", h("select", { name: "control" },
+        Object.entries(CONTROL_WORD).map(([mode, word]) => h("option", { value: mode, selected: mode === p.control_mode }, word)))),
       p.device_of || field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, value: machineName(p.machines) })),
     ],
-    done: ({ person, machine }) => call("POST", "/joins", { link, person: p.device_of ?? person, machine, ...home }).then(() => undefined),
+    done: ({ person, machine, control }) => call("POST", "/joins", { link, person: p.device_of ?? person, machine, control, ...home }).then(() => undefined),
   });
 }
 

@@ -1,5 +1,7 @@
 //! The manager's side of the controller: the channel to it, and the life of the node behind it.
 
+mod outcome;
+
 use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
@@ -17,7 +19,7 @@ use clan_os::{
 use clan_relay::Names;
 use clan_store::{LedgerStore, SealKey, StoreError};
 use clan_types::{ClanId, DeviceId};
-use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
+use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, NodeStatus, PORT, Provision};
 use iroh::{Endpoint, RelayUrl};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
@@ -27,16 +29,18 @@ use tokio::{
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
+use self::outcome::{ProvisionError, ProvisionOrNodeError};
 use crate::{
     Host, NodeError, Options,
-    core::{Core, CoreHandle, Own},
+    core::{Core, CoreHandle, Own, View},
+    helm::{self, Helm, Possible},
     host::{self, Ports},
     identity::Identity,
     image::ImageServer,
-    join::{self, RedeemError},
-    memory,
+    join, memory,
     mesh::{self, Mesh, MeshPlan},
-    net, own, peer, ping, pulse,
+    net::{self, Desks},
+    own, peer, ping, pulse,
     relay::{self, Certificate},
     report::{Scope, chain},
     services,
@@ -121,6 +125,7 @@ struct Node {
     core: CoreHandle,
     endpoint: Endpoint,
     words: Arc<WordsDesk>,
+    helm: Arc<Helm>,
     /// Absent where the computer does not let the controller carry packets.
     mesh: Option<Mesh>,
     tasks: JoinSet<()>,
@@ -143,8 +148,10 @@ pub(crate) struct Access {
     pub(crate) core: CoreHandle,
     words: Arc<WordsDesk>,
     wireguard: Option<Arc<Wireguard>>,
+    pub(crate) helm: Arc<Helm>,
+    pub(crate) endpoint: Endpoint,
     /// The node ends.
-    over: CancellationToken,
+    pub(crate) over: CancellationToken,
 }
 
 impl Controller {
@@ -219,6 +226,8 @@ impl Controller {
         node.as_ref().map(|n| Access {
             core: n.core.clone(),
             words: n.words.clone(),
+            helm: n.helm.clone(),
+            endpoint: n.endpoint.clone(),
             wireguard: n.mesh.as_ref().map(Mesh::wireguard),
             over: n.cancel.clone(),
         })
@@ -257,9 +266,12 @@ impl Controller {
             },
             ControlRequest::Entries(have) => return memory::give(stream, &access.core, have).await,
             ControlRequest::Remember { restored } => memory::take(&mut stream, &access.core, restored).await,
-            ControlRequest::Status => {
-                ControlResponse::Status(Box::new(status::report(&access.core.view(), access.wireguard()).await))
-            }
+            ControlRequest::Status => ControlResponse::Status(Box::new(access.status(&access.core.view()).await)),
+            ControlRequest::SetControlMode(mode) => match access.helm.set_mode(mode, &access.core) {
+                Ok(()) => ControlResponse::Done,
+                Err(why) => ControlResponse::Failed(why),
+            },
+            ControlRequest::Steer { machine } => return helm::steer(stream, &access, machine).await,
             ControlRequest::OpenWords { words, link } => match access.words.open(&words, link.expose()) {
                 Ok(()) => ControlResponse::Done,
                 Err(error) => ControlResponse::Failed(chain(&error)),
@@ -394,6 +406,7 @@ impl Controller {
         let clan_name = known.state().clan_name.clone();
         let place = Place { clan: provision.clan, clan_name, name: provision.name, offers, peers };
         let machine = self.identity().machine();
+        helm::begin(&self.dir, provision.control).map_err(|e| ProvisionError::Failed(chain(&e)))?;
         let node = self
             .start_node(place.clone(), ways, None, |ledger| {
                 ledger.insert_all(known.entries().cloned());
@@ -466,6 +479,9 @@ impl Controller {
         };
         let cancel = self.cancel.child_token();
         let identity = self.identity();
+        let services = self.host.is_guest().then(services::known);
+        let possible = Possible { services, offers: place.offers.clone() };
+        let helm = Arc::new(Helm::load(&self.dir, &self.host, possible, identity.machine()).map_err(NodeError::from)?);
         let bootstrap = place.peers.clone();
         let clan_name = place.clan_name.clone().or_else(|| "clan".parse().ok());
         let clan_name = clan_name.ok_or_else(|| ProvisionOrNodeError::Reason("the clan has no name".to_owned()))?;
@@ -506,19 +522,18 @@ impl Controller {
         // Without its endpoint the machine is deaf: the whole controller ends, and systemd starts it afresh.
         tasks.spawn(net::accept(
             endpoint.clone(),
-            handle.clone(),
-            self.images.clone(),
-            words.clone(),
+            Desks { core: handle.clone(), images: self.images.clone(), words: words.clone(), helm: helm.clone() },
             cancel.clone(),
             self.cancel.clone(),
         ));
+        tasks.spawn(helm::keep_announcing(helm.clone(), endpoint.clone(), cancel.clone()));
         tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(words::tell_relays(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
         tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
-        tasks.spawn(services::run(place.offers.clone(), handle.clone(), cancel.clone()));
-        Ok(Node { place, core: handle, endpoint, words, mesh, tasks, cancel })
+        tasks.spawn(services::run(helm.clone(), handle.clone(), cancel.clone()));
+        Ok(Node { place, core: handle, endpoint, words, helm, mesh, tasks, cancel })
     }
 
     async fn farewell(&self, access: &Access, entry: Vec<u8>) -> ControlResponse {
@@ -540,7 +555,7 @@ impl Controller {
                 () = access.over.cancelled() => return,
                 _ = tick.tick() => {}
             }
-            let status = status::report(&access.core.view(), access.wireguard()).await;
+            let status = access.status(&access.core.view()).await;
             if last.as_ref() != Some(&status) {
                 let response = ControlResponse::Status(Box::new(status.clone()));
                 if send_message(&mut stream, &response, MAX_MESSAGE).await.is_err() {
@@ -559,6 +574,11 @@ impl Controller {
 impl Access {
     pub(crate) fn wireguard(&self) -> Option<&Wireguard> {
         self.wireguard.as_deref()
+    }
+
+    /// What the machine reports of the clan, and of itself.
+    pub(crate) async fn status(&self, view: &View) -> NodeStatus {
+        status::report(view, self.helm.mode(), self.wireguard()).await
     }
 }
 
@@ -585,55 +605,6 @@ impl Node {
         // It says goodbye to every peer; one that does not answer must not keep this computer from going down.
         if tokio::time::timeout(GOODBYES, self.endpoint.close()).await.is_err() {
             tracing::debug!("the endpoint was not closed in time");
-        }
-    }
-}
-
-enum ProvisionError {
-    Refused(clan_wire::peer::JoinRefusal),
-    Failed(String),
-}
-
-enum ProvisionOrNodeError {
-    Reason(String),
-    Node(NodeError),
-}
-
-impl From<NodeError> for ProvisionOrNodeError {
-    fn from(error: NodeError) -> Self {
-        Self::Node(error)
-    }
-}
-
-impl From<ProvisionOrNodeError> for NodeError {
-    fn from(error: ProvisionOrNodeError) -> Self {
-        match error {
-            ProvisionOrNodeError::Node(error) => error,
-            ProvisionOrNodeError::Reason(reason) => NodeError::network("the machine's place in its clan", reason),
-        }
-    }
-}
-
-impl From<ProvisionOrNodeError> for ProvisionError {
-    fn from(error: ProvisionOrNodeError) -> Self {
-        match error {
-            ProvisionOrNodeError::Node(error) => error.into(),
-            ProvisionOrNodeError::Reason(reason) => Self::Failed(reason),
-        }
-    }
-}
-
-impl From<NodeError> for ProvisionError {
-    fn from(error: NodeError) -> Self {
-        Self::Failed(chain(&error))
-    }
-}
-
-impl From<RedeemError> for ProvisionError {
-    fn from(error: RedeemError) -> Self {
-        match error {
-            RedeemError::Refused(refusal) => Self::Refused(refusal),
-            RedeemError::Unreachable { .. } => Self::Failed(error.to_string()),
         }
     }
 }

@@ -6,6 +6,7 @@
 //!  machines ──clan/peer/1───▶ peer ────┘     ledger, beacons)    └─▶ status, statistics
 //!  newcomers ──clan/image/1─▶ image (reads the disks the machine booted from)
 //!  newcomers ──clan/words/1─▶ words (gives an invitation link for four words)
+//!  admins ─────clan/helm/1──▶ helm (who steers this machine: settings, terminals, what was done)
 //! ```
 //!
 //! One task, [`core`], owns the ledger, the beacons and what is known of peers; everything else asks it. A machine that
@@ -17,6 +18,7 @@ mod control;
 mod core;
 mod gate;
 mod halves;
+mod helm;
 mod host;
 mod identity;
 mod image;

@@ -5,6 +5,7 @@ use std::{net::SocketAddr, sync::Arc, time::Duration};
 use clan_relay::Names;
 use clan_types::{MachineId, PeerAddr};
 use clan_wire::{
+    helm::ALPN_HELM,
     peer::{ALPN_IMAGE, ALPN_JOIN, ALPN_PEER},
     words::ALPN_WORDS,
 };
@@ -12,12 +13,12 @@ use iroh::{
     Endpoint, EndpointAddr, RelayUrl, SecretKey, TransportAddr,
     endpoint::{Builder, Connection, QuicTransportConfig, presets},
 };
-use iroh_mdns_address_lookup::MdnsAddressLookup;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
     NodeError,
     core::CoreHandle,
+    helm::{self, Helm},
     image::ImageServer,
     join, peer,
     places::{Origin, Place, Places},
@@ -25,7 +26,7 @@ use crate::{
 };
 
 /// How often machines on a LAN tell where they are.
-const DISCOVERY: Duration = Duration::from_secs(3);
+pub(crate) const DISCOVERY: Duration = Duration::from_secs(3);
 
 /// Opens the endpoint. Bound to all addresses it offers our own tunnel as a path, too: [`clan_os::wireguard`] keeps its
 /// packets out of there.
@@ -39,7 +40,7 @@ pub(crate) async fn endpoint(
         .clear_ip_transports()
         .bind_addr(bind)
         .map_err(|e| NodeError::network("the QUIC endpoint", e))?
-        .address_lookup(MdnsAddressLookup::builder().discovery_cadence(DISCOVERY));
+        .address_lookup(helm::lookup(true));
     for addr in external {
         builder = builder.external_addr(*addr);
     }
@@ -50,7 +51,13 @@ pub(crate) async fn endpoint(
 pub(crate) fn builder(key: SecretKey, names: &Names) -> Builder {
     clan_relay::prepare(Endpoint::builder(presets::Minimal), names)
         .secret_key(key)
-        .alpns(vec![ALPN_PEER.to_vec(), ALPN_JOIN.to_vec(), ALPN_IMAGE.to_vec(), ALPN_WORDS.to_vec()])
+        .alpns(vec![
+            ALPN_PEER.to_vec(),
+            ALPN_JOIN.to_vec(),
+            ALPN_IMAGE.to_vec(),
+            ALPN_WORDS.to_vec(),
+            ALPN_HELM.to_vec(),
+        ])
         .transport_config(transport())
 }
 
@@ -67,15 +74,17 @@ fn transport() -> QuicTransportConfig {
         .build()
 }
 
+/// Who answers those that connect.
+#[derive(Clone)]
+pub(crate) struct Desks {
+    pub(crate) core: CoreHandle,
+    pub(crate) images: Arc<ImageServer>,
+    pub(crate) words: Arc<WordsDesk>,
+    pub(crate) helm: Arc<Helm>,
+}
+
 /// Accepts connections until cancelled. An endpoint that dies by itself cancels `fatal`.
-pub(crate) async fn accept(
-    endpoint: Endpoint,
-    core: CoreHandle,
-    images: Arc<ImageServer>,
-    words: Arc<WordsDesk>,
-    cancel: CancellationToken,
-    fatal: CancellationToken,
-) {
+pub(crate) async fn accept(endpoint: Endpoint, desks: Desks, cancel: CancellationToken, fatal: CancellationToken) {
     let (tasks, places) = (TaskTracker::new(), Places::default());
     loop {
         let incoming = tokio::select! {
@@ -99,12 +108,12 @@ pub(crate) async fn accept(
             continue;
         };
         let places = places.clone();
-        let (core, images, words, cancel) = (core.clone(), images.clone(), words.clone(), cancel.clone());
+        let (desks, cancel) = (desks.clone(), cancel.clone());
         tasks.spawn(async move {
             let greeted = tokio::time::timeout(Duration::from_secs(10), async { incoming.accept().ok()?.await.ok() });
             let Ok(Some(connection)) = greeted.await else { return };
             let machine = machine_of(&connection);
-            let known = core.view().state.machine_in_good_standing(&machine).is_some();
+            let known = desks.core.view().state.machine_in_good_standing(&machine).is_some();
             let place = if known {
                 places.machine(machine).map(Held::Machine)
             } else {
@@ -117,7 +126,7 @@ pub(crate) async fn accept(
             };
             tokio::select! {
                 () = cancel.cancelled() => {}
-                () = dispatch(connection, core, images, words) => {}
+                () = dispatch(connection, desks) => {}
             }
         });
     }
@@ -131,13 +140,14 @@ enum Held {
     Stranger(#[expect(dead_code, reason = "it is held")] Place<Origin>),
 }
 
-async fn dispatch(connection: Connection, core: CoreHandle, images: Arc<ImageServer>, words: Arc<WordsDesk>) {
+async fn dispatch(connection: Connection, Desks { core, images, words, helm }: Desks) {
     let remote = machine_of(&connection);
     match connection.alpn() {
         alpn if alpn == ALPN_PEER => peer::accepted(connection, core).await,
         alpn if alpn == ALPN_JOIN => join::serve(connection, core).await,
         alpn if alpn == ALPN_IMAGE => images.serve(connection, core).await,
         alpn if alpn == ALPN_WORDS => words.serve(connection, &core).await,
+        alpn if alpn == ALPN_HELM => helm.serve(connection, core).await,
         _ => tracing::debug!(%remote, "connection with an unknown protocol"),
     }
 }

@@ -29,10 +29,7 @@ const NONCE: usize = 8;
 
 /// Sends one echo to a machine that the clan knows, and says how it is reached.
 pub(crate) async fn ping(machine: MachineId, core: &CoreHandle, wireguard: Option<&Wireguard>) -> ControlResponse {
-    let find = async || {
-        let status = status::report(&core.view(), wireguard).await;
-        status.machines.into_iter().find(|known| known.id == machine)
-    };
+    let find = async || status::machines(&core.view(), wireguard).await.into_iter().find(|known| known.id == machine);
     // INVARIANT: echoes go to addresses of the clan's machines, and nowhere else.
     let Some(known) = find().await else {
         return ControlResponse::Failed("there is no such machine in the clan".to_owned());

@@ -4,7 +4,7 @@ use std::process::Stdio;
 
 use clan_os::channel::Stream;
 use tokio::{
-    io::AsyncWriteExt,
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt},
     process::{Child, ChildStdout, Command},
 };
 
@@ -58,15 +58,24 @@ impl Journal {
     }
 
     /// Passes it on until it ends, or until the other side has enough of following.
-    pub(crate) async fn pass(mut self, stream: Stream, follow: bool) {
+    pub(crate) async fn pass(self, stream: Stream, follow: bool) {
         let (mut from_manager, mut to_manager) = tokio::io::split(stream);
-        // The manager's side ending means that nobody follows any more.
+        self.pass_between(&mut from_manager, &mut to_manager, follow).await;
+    }
+
+    /// The same for somebody with two ways.
+    pub(crate) async fn pass_between<R, W>(mut self, from: &mut R, to: &mut W, follow: bool)
+    where
+        R: AsyncRead + Unpin,
+        W: AsyncWrite + Unpin,
+    {
+        // The other side ending means that nobody follows any more.
         let mut nothing = tokio::io::sink();
         tokio::select! {
-            _ = tokio::io::copy(&mut self.text, &mut to_manager) => {}
-            _ = tokio::io::copy(&mut from_manager, &mut nothing), if follow => {}
+            _ = tokio::io::copy(&mut self.text, to) => {}
+            _ = tokio::io::copy(from, &mut nothing), if follow => {}
         }
-        let _ = to_manager.shutdown().await;
+        let _ = to.shutdown().await;
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::{
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -15,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::core::CoreHandle;
+use crate::{core::CoreHandle, helm::Helm};
 
 const CHECK_LIMIT: Duration = Duration::from_secs(5);
 const CHECK_HEALTHY: Duration = Duration::from_secs(5);
@@ -34,25 +35,29 @@ const KNOWN: [Known; 1] =
     [Known { name: "web", title: "Welcome page", unit: "nginx.service", kind: ServiceKind::Http, port: 80 }];
 const WEB_ROOT: &str = "/var/lib/clan/www";
 
-/// Starts the offered services and keeps the beacon true about them.
-pub(crate) async fn run(offers: Vec<ServiceName>, core: CoreHandle, cancel: CancellationToken) {
-    let mut known: Vec<(ServiceName, &Known)> = Vec::new();
-    for offer in offers {
-        match KNOWN.iter().find(|k| k.name == offer.as_str()) {
-            Some(service) => known.push((offer, service)),
-            None => tracing::warn!(service = %offer, "this image has no such service"),
-        }
-    }
-    if known.is_empty() {
-        return;
-    }
-    if let Err(error) = write_page(&core, Path::new(WEB_ROOT)).await {
-        tracing::error!(%error, "the welcome page could not be written");
-    }
-    for (_, service) in &known {
-        start(service.unit).await;
-    }
+/// The services that the image has.
+pub(crate) fn known() -> Vec<ServiceName> {
+    KNOWN.iter().filter_map(|known| known.name.parse().ok()).collect()
+}
+
+/// Runs the services that are wanted, and no others, and keeps the beacon true about them.
+pub(crate) async fn run(helm: Arc<Helm>, core: CoreHandle, cancel: CancellationToken) {
+    let (mut changed, mut running) = (helm.watch(), Vec::new());
     loop {
+        changed.mark_unchanged();
+        let wanted = helm.services();
+        let known = find(&wanted);
+        if running != wanted {
+            switch(&find(&running), &known, &core).await;
+            running = wanted;
+        }
+        if known.is_empty() {
+            core.change_own(|own| own.services = Vec::new()).await;
+            tokio::select! {
+                () = cancel.cancelled() => return,
+                _ = changed.changed() => continue,
+            }
+        }
         let mut offers = Vec::new();
         for (name, service) in &known {
             let healthy = timeout(CHECK_LIMIT, answers(service)).await.unwrap_or(false);
@@ -68,15 +73,44 @@ pub(crate) async fn run(offers: Vec<ServiceName>, core: CoreHandle, cancel: Canc
         core.change_own(move |own| own.services = offers).await;
         tokio::select! {
             () = cancel.cancelled() => return,
+            _ = changed.changed() => {}
             () = tokio::time::sleep(pause) => {}
         }
     }
 }
 
-async fn start(unit: &str) {
-    match Command::new("systemctl").args(["start", "--no-block", unit]).status().await {
-        Ok(status) if status.success() => tracing::info!(unit, "service started"),
-        Ok(status) => tracing::error!(unit, %status, "service could not be started"),
+fn find(wanted: &[ServiceName]) -> Vec<(ServiceName, &'static Known)> {
+    let find = |name: &ServiceName| {
+        let known = KNOWN.iter().find(|known| known.name == name.as_str());
+        if known.is_none() {
+            tracing::warn!(service = %name, "this image has no such service");
+        }
+        Some((name.clone(), known?))
+    };
+    wanted.iter().filter_map(find).collect()
+}
+
+/// Stops what is wanted no more, and starts what is wanted now.
+async fn switch(before: &[(ServiceName, &Known)], after: &[(ServiceName, &Known)], core: &CoreHandle) {
+    let lacks = |all: &[(ServiceName, &Known)], name: &ServiceName| all.iter().all(|(other, _)| other != name);
+    for (_, service) in before.iter().filter(|(name, _)| lacks(after, name)) {
+        systemctl("stop", service.unit).await;
+    }
+    if after.is_empty() {
+        return;
+    }
+    if let Err(error) = write_page(core, Path::new(WEB_ROOT)).await {
+        tracing::error!(%error, "the welcome page could not be written");
+    }
+    for (_, service) in after.iter().filter(|(name, _)| lacks(before, name)) {
+        systemctl("start", service.unit).await;
+    }
+}
+
+async fn systemctl(verb: &str, unit: &str) {
+    match Command::new("systemctl").args([verb, "--no-block", unit]).status().await {
+        Ok(status) if status.success() => tracing::info!(unit, verb, "told a service"),
+        Ok(status) => tracing::error!(unit, verb, %status, "a service did not do as it was told"),
         Err(error) => tracing::error!(unit, %error, "systemctl could not be run"),
     }
 }

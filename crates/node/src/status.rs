@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr, time::Duration};
 
 use clan_ledger::{Peer, Standing};
 use clan_os::wireguard::{PathChoice, WgPeerStatus, Wireguard};
-use clan_types::{MachineId, PeerAddr, Timestamp, WgPublicKey, mesh_address, peer_address};
+use clan_types::{ControlMode, MachineId, PeerAddr, Timestamp, WgPublicKey, mesh_address, peer_address};
 use clan_wire::control::{MachineStatus, NodeStatus, PathKind, PathStatus, PersonStatus, ServiceStatus};
 use iroh::{TransportAddr, endpoint::Connection};
 
@@ -16,15 +16,14 @@ use crate::{
 /// A session of WireGuard lives no longer than this (`Reject-After-Time`): whoever has not renewed it is gone.
 const STANDARD_THERE: Duration = Duration::from_secs(180);
 
-/// Assembles the report.
-pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeStatus {
+/// The machines, and how they are reached.
+pub(crate) async fn machines(view: &View, wireguard: Option<&Wireguard>) -> Vec<MachineStatus> {
     let paths = match wireguard {
         Some(wireguard) => mesh::paths(wireguard).await,
         None => Default::default(),
     };
     let relays = relay::known(view);
-    let machines: Vec<MachineStatus> = view
-        .state
+    view.state
         .good_machines()
         .map(|(id, machine)| {
             let beacon = view.beacons.get(id);
@@ -45,11 +44,18 @@ pub(crate) async fn report(view: &View, wireguard: Option<&Wireguard>) -> NodeSt
             }
         })
         .chain(view.state.good_peers().map(|(wg, peer)| standard(view, wg, peer, &paths)))
-        .collect();
+        .collect()
+}
+
+/// Assembles the report.
+pub(crate) async fn report(view: &View, control: ControlMode, wireguard: Option<&Wireguard>) -> NodeStatus {
+    let machines = machines(view, wireguard).await;
+    let relays = relay::known(view);
     NodeStatus {
         clan: view.clan,
         clan_name: view.clan_name.clone(),
         machine: view.machine,
+        control,
         quic: view.addresses_of(&view.machine).addrs,
         relays: relays.iter().map(|(_, relay)| relay.clone()).collect(),
         people: view

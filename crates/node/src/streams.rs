@@ -13,7 +13,6 @@ use tokio::{io::copy_bidirectional, net::TcpStream, time::timeout};
 use crate::{
     control::Access,
     report::{Journal, Scope},
-    status,
 };
 
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
@@ -21,7 +20,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// Joins the stream to a service in the clan.
 pub(crate) async fn connect(mut stream: Stream, access: &Access, service: &ServiceName, machine: Option<&MachineName>) {
     let view = access.core.view();
-    let status = status::report(&view, access.wireguard()).await;
+    let status = access.status(&view).await;
     let mut offers: Vec<_> =
         status.services.iter().filter(|s| s.name == *service && machine.is_none_or(|m| *m == s.machine)).collect();
     offers.sort_by_key(|s| !s.healthy);

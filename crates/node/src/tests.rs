@@ -19,10 +19,14 @@ use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    Computer, Host,
     core::{Core, CoreHandle, Own, View, now},
+    helm::{Helm, Possible},
     image::{Disks, ImageServer},
     join::{self, RedeemError},
-    mesh, net, peer,
+    mesh,
+    net::{self, Desks},
+    peer,
     words::{self as desk, WordsDesk},
 };
 
@@ -38,10 +42,11 @@ const CUT_OFF: Duration = Duration::from_secs(3);
 
 pub(crate) struct Machine {
     pub(crate) core: CoreHandle,
-    endpoint: Endpoint,
+    pub(crate) endpoint: Endpoint,
     pub(crate) key: SigningKey,
     images: Arc<ImageServer>,
     pub(crate) words: Arc<WordsDesk>,
+    pub(crate) helm: Arc<Helm>,
     cancel: CancellationToken,
     tasks: JoinSet<()>,
     pub(crate) dir: tempfile::TempDir,
@@ -74,17 +79,24 @@ impl Machine {
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
         let words = Arc::new(WordsDesk::new(handle.view().machine));
+        let host = Host::Computer(Computer {
+            socket: "/nowhere".into(),
+            user: rustix::process::geteuid().as_raw(),
+            port: None,
+            interface: None,
+            names: crate::Names::Aside,
+        });
+        let helm = Helm::load(dir.path(), &host, Possible::default(), handle.view().machine).unwrap();
+        let helm = Arc::new(helm);
         tasks.spawn(net::accept(
             endpoint.clone(),
-            handle.clone(),
-            images.clone(),
-            words.clone(),
+            Desks { core: handle.clone(), images: images.clone(), words: words.clone(), helm: helm.clone() },
             cancel.clone(),
             cancel.clone(),
         ));
         tasks.spawn(desk::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
-        Self { core: handle, endpoint, key, images, words, cancel, tasks, dir }
+        Self { core: handle, endpoint, key, images, words, helm, cancel, tasks, dir }
     }
 
     /// As a controller does: nothing uses the endpoint any more when it is closed.
@@ -98,7 +110,7 @@ impl Machine {
         MachineId::from_bytes(self.key.verifying_key().to_bytes())
     }
 
-    fn addr(&self) -> PeerAddr {
+    pub(crate) fn addr(&self) -> PeerAddr {
         PeerAddr { machine: self.id(), addrs: self.endpoint.bound_sockets() }
     }
 
@@ -120,17 +132,17 @@ pub(crate) fn key(seed: u8) -> SigningKey {
     SigningKey::from_bytes(&[seed; 32])
 }
 
-fn person(seed: u8) -> PersonId {
+pub(crate) fn person(seed: u8) -> PersonId {
     PersonId::from_bytes(key(seed).verifying_key().to_bytes())
 }
 
-async fn endpoint(key: &SigningKey) -> Endpoint {
+pub(crate) async fn endpoint(key: &SigningKey) -> Endpoint {
     net::endpoint(iroh::SecretKey::from_bytes(&key.to_bytes()), (Ipv4Addr::LOCALHOST, 0).into(), &[], &Names::default())
         .await
         .unwrap()
 }
 
-fn add(ledger: &mut Ledger, author: &SigningKey, body: Body) {
+pub(crate) fn add(ledger: &mut Ledger, author: &SigningKey, body: Body) {
     let entry = ledger.author(author, body, now()).unwrap();
     ledger.insert(entry).unwrap();
 }
@@ -188,12 +200,12 @@ async fn ask_one_of(
     (endpoint, outcome)
 }
 
-async fn joined(host: &Machine, clan: &ClanId, person_seed: u8, machine: SigningKey, name: &str) -> Machine {
+pub(crate) async fn joined(host: &Machine, clan: &ClanId, person_seed: u8, machine: SigningKey, name: &str) -> Machine {
     let (endpoint, entries) = ask(host, &machine, newcomer(clan, person_seed, &machine, name)).await;
     Machine::start(machine, clan, &entries.unwrap(), endpoint, vec![host.addr()]).await
 }
 
-fn tomorrow() -> Timestamp {
+pub(crate) fn tomorrow() -> Timestamp {
     now().plus(Duration::from_secs(86_400))
 }
 

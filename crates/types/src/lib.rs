@@ -4,6 +4,7 @@
 //! one of these types is always well-formed. No I/O, no clock, no randomness.
 
 mod addr;
+mod control;
 mod ids;
 mod link;
 mod name;
@@ -17,6 +18,7 @@ mod words;
 pub use addr::{
     Host, HostError, IPV4_PREFIX, clan_prefix, ipv4_candidates, mesh_address, peer_address, service_url_host,
 };
+pub use control::{ControlMode, ControlModeError};
 pub use ids::{
     CertificateHash, ClanId, DeviceId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey,
 };

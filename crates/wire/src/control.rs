@@ -11,8 +11,8 @@ use std::{
 };
 
 use clan_types::{
-    ByteSize, CertificateHash, ClanId, ClanName, DeviceId, MachineId, MachineName, PeerAddr, PersonId, PersonName,
-    RelayAddr, Role, ServiceName, Timestamp, WgPublicKey, Words,
+    ByteSize, CertificateHash, ClanId, ClanName, ControlMode, DeviceId, MachineId, MachineName, PeerAddr, PersonId,
+    PersonName, RelayAddr, Role, ServiceName, Timestamp, WgPublicKey, Words,
 };
 use serde::{Deserialize, Serialize};
 
@@ -97,6 +97,14 @@ pub enum ControlRequest {
         /// The device that adds it.
         device: DeviceId,
     },
+    /// Says who may steer this machine from now on. Answered by [`ControlResponse::Done`].
+    SetControlMode(ControlMode),
+    /// Opens a conversation of [`crate::helm`] with a machine of the clan, this one perhaps. Answered by
+    /// [`ControlResponse::Connected`], then the conversation.
+    Steer {
+        /// The machine.
+        machine: MachineId,
+    },
 }
 
 /// Text that is not to be logged.
@@ -134,6 +142,8 @@ pub struct Provision {
     pub offers: Vec<ServiceName>,
     /// What the machine cannot see from inside.
     pub environment: Environment,
+    /// Who may steer it.
+    pub control: ControlMode,
 }
 
 /// How a newcomer's machine gets admitted.
@@ -220,6 +230,8 @@ pub struct NodeStatus {
     pub clan_name: ClanName,
     /// This machine.
     pub machine: MachineId,
+    /// Who may steer it.
+    pub control: ControlMode,
     /// Where this machine's QUIC endpoint may be reached, for invitation links.
     pub quic: Vec<SocketAddr>,
     /// Relays that the clan has, best first, for invitation links.

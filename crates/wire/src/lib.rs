@@ -7,6 +7,7 @@ pub mod agent;
 pub mod beacon;
 pub mod codec;
 pub mod control;
+pub mod helm;
 pub mod image;
 pub mod mux;
 pub mod peer;

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clan_api::{CreateClan, CreatedClan};
-use clan_types::{ByteSize, ClanName, MachineName, PersonName};
+use clan_types::{ByteSize, ClanName, ControlMode, MachineName, PersonName};
 
 use crate::{
     commands::{device, join::names},
@@ -32,6 +32,38 @@ pub(crate) struct Args {
     size: Size,
     #[command(flatten)]
     integrate: Integrate,
+    #[command(flatten)]
+    control: Control,
+}
+
+/// Who may steer this computer's machine.
+#[derive(Debug, Default, Clone, Copy, clap::Args)]
+pub(crate) struct Control {
+    /// Who may steer this computer's machine: local (you), remote (the clan's admins) or shared (both) [default: local]
+    #[arg(long, value_name = "MODE")]
+    control: Option<ControlMode>,
+}
+
+impl Control {
+    /// The mode, if one was named.
+    pub(crate) fn mode(self) -> Option<clan_api::ControlMode> {
+        self.control.map(Into::into)
+    }
+
+    /// What it gives others, if it gives them anything.
+    pub(crate) fn warning(mode: clan_api::ControlMode, integrated: bool) -> Option<String> {
+        if mode == clan_api::ControlMode::Local {
+            return None;
+        }
+        let what = if integrated {
+            "The clan's admins will be able to open a terminal on this computer, with the rights of your account here"
+        } else {
+            "The clan's admins will be able to open a terminal as root in the virtual machine"
+        };
+        Some(format!(
+            "{what}, change its settings and see its log; all is written down, and `clan vm control local` ends it."
+        ))
+    }
 }
 
 /// Whether this computer itself is to be the machine.
@@ -77,11 +109,14 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let person = names::person(args.person, &[])?;
     let machine = names::machine(args.machine, &[])?;
     let Size { memory, disk, cpus } = args.size;
-    let integrate = args.integrate.controller()?;
+    let (integrate, control) = (args.integrate.controller()?, args.control.mode());
     let printer = &context.printer;
+    if let Some(warning) = control.and_then(|mode| Control::warning(mode, integrate.is_some())) {
+        printer.talk(&format!("{} {warning}", printer.err_style(Tone::Warn, "warning:")));
+    }
     // A phrase that nobody reads would be a key that nobody has.
     let recovery = printer.is_json() || printer.stderr_is_terminal();
-    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate, recovery };
+    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate, control, recovery };
     let CreatedClan { task, recovery_phrase } = context.ask(context.client.create_clan(&request)).await?;
     let followed = progress::follow(context, task).await;
     if printer.is_json() {

@@ -4,7 +4,7 @@ use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPlan};
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
-    commands::create::{Integrate, Size},
+    commands::create::{Control, Integrate, Size},
     context::Context,
     error::CliError,
     invitation::{self, Given},
@@ -52,6 +52,8 @@ pub(crate) struct Place {
     size: Size,
     #[command(flatten)]
     integrate: Integrate,
+    #[command(flatten)]
+    control: Control,
 }
 
 /// Joins and waits until this computer's machine is in the clan.
@@ -106,11 +108,15 @@ async fn go(
     context: &Context,
 ) -> Result<Option<ClanName>, CliError> {
     let printer = &context.printer;
-    let Place { machine, size, integrate } = place;
+    let Place { machine, size, integrate, control } = place;
     let integrate = integrate.controller()?;
     let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone() };
-    let preview =
+    let mut preview =
         progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&question))).await?;
+    // INVARIANT: what is shown and agreed to is what is asked for.
+    let mode = control.mode().unwrap_or(preview.control_mode);
+    preview.control_mode = mode;
+    preview.warnings.extend(Control::warning(mode, preview.integrated.is_some()));
     if dry_run {
         if printer.is_json() {
             printer.json(&preview)?;
@@ -133,7 +139,8 @@ async fn go(
     };
     context.confirm(&question, "join without being asked; `--dry-run` shows where the link leads")?;
     let Size { memory, disk, cpus } = size;
-    let request = JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate };
+    let request =
+        JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate, control: Some(mode) };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {

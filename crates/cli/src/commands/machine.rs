@@ -1,4 +1,7 @@
-//! `clan machine`: standard WireGuard machines, such as phones.
+//! `clan machine`: steering machines, and standard WireGuard machines, such as phones.
+
+mod steer;
+mod terminal;
 
 use clan_api::{AddWireguard, RemoveNamed, WireguardMachine};
 use clan_types::MachineName;
@@ -12,10 +15,30 @@ use crate::{context::Context, error::CliError, printer::Printer, qr};
 /// What to do with machines.
 #[derive(Debug, clap::Subcommand)]
 #[command(
-    after_help = "A phone speaks to one machine of the clan, which speaks the mesh for it: `--via` should be one that is always on and can be \
+    after_help = "Admins of the clan steer machines whose control mode is shared or remote, their users those that are local or shared; \
+                  what is changed is written down there, and either side can take it back.\n\n\
+                  A phone speaks to one machine of the clan, which speaks the mesh for it: `--via` should be one that is always on and can be \
                   reached from outside. `clan machines` shows it; a machine of another kind is put out by `clan revoke machine`."
 )]
 pub(crate) enum Verb {
+    /// Show who steers a machine, what it uses, and how its services are
+    Stats(steer::Which),
+    /// Print a machine's log
+    Logs(steer::Logs),
+    /// Show what can be set on a machine, and what it is now
+    Settings(steer::Which),
+    /// Change a setting of a machine
+    Set(steer::Set),
+    /// Show what was done with a machine, by whom and when
+    Journal(steer::Which),
+    /// Suggest to newcomers who is to steer their machine; each decides for themselves
+    Suggest(steer::Suggest),
+    /// Take back what an entry of a machine's journal tells
+    Revert(steer::Revert),
+    /// Start a virtual machine of the clan anew
+    Restart(steer::Restart),
+    /// Open a terminal on a machine, or run a command there
+    Terminal(terminal::Args),
     /// Admit a machine that speaks standard WireGuard, and print its configuration
     Add {
         /// Its name
@@ -56,6 +79,15 @@ struct Added<'a> {
 /// Admits or takes out.
 pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
     match verb {
+        Verb::Stats(which) => steer::stats(which, context).await,
+        Verb::Logs(args) => steer::logs(args, context).await,
+        Verb::Settings(which) => steer::settings(which, context).await,
+        Verb::Set(args) => steer::set(args, context).await,
+        Verb::Journal(which) => steer::journal(which, context).await,
+        Verb::Revert(args) => steer::revert(args, context).await,
+        Verb::Suggest(args) => steer::suggest(args, context).await,
+        Verb::Restart(args) => steer::restart(args, context).await,
+        Verb::Terminal(args) => terminal::run(args, context).await,
         Verb::Add { name, wireguard: _, via, public_key, qr, how } => {
             add(name, via, public_key, qr, how, context).await
         }

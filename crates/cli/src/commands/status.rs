@@ -82,6 +82,7 @@ fn vm_line(vm: &VmInfo, status: &Status, printer: &Printer) -> String {
         line.push_str(&format!(": {}", harmless(reason)));
     }
     line.push_str(&format!(" for {}", words::span(Duration::from_secs(status.now.since(vm.since).as_secs()))));
+    line.push_str(&format!(", control {}", words::control(vm.control_mode)));
     if let Some(stats) = &vm.stats {
         line.push_str(&format!(
             ", CPU {} %, memory {} of {}",

@@ -4,8 +4,9 @@ use std::{io, time::Duration};
 
 use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, UpdateVm, VmInfo};
 
+mod control;
 mod disk;
-mod stats;
+pub(crate) mod stats;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -62,6 +63,8 @@ pub(crate) enum Verb {
     },
     /// Give one another size: memory and processors from its next start on, a larger disk at once
     Resize(disk::Resize),
+    /// Say who may steer one: you, the clan's admins, or both
+    Control(control::Args),
     /// Show what one uses, and how its services are
     Stats(Which),
     /// Print its log
@@ -128,6 +131,7 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
         Verb::Restore(args) => disk::restore(args, context).await,
         Verb::Discard(args) => disk::discard(args, context).await,
         Verb::Resize(args) => disk::resize(args, context).await,
+        Verb::Control(args) => control::run(args, context).await,
         Verb::Stats(which) => stats::run(which, context).await,
         Verb::Logs { which, lines, follow, console } => {
             let vm = context.clan(which.clan).await?;
@@ -177,7 +181,8 @@ async fn list(context: &Context) -> Result<(), CliError> {
         context.printer.talk("No machine of a clan is here yet: `clan create NAME` or `clan join LINK` makes one.");
         return Ok(());
     }
-    let mut table = Table::new(&["CLAN", "MACHINE", "KIND", "STATE", "SINCE", "CPU", "MEMORY", "DISK", "WHY"]);
+    let mut table =
+        Table::new(&["CLAN", "MACHINE", "KIND", "CONTROL", "STATE", "SINCE", "CPU", "MEMORY", "DISK", "WHY"]);
     for vm in &vms {
         let (tone, state) = words::vm_state(vm.state);
         let stats = vm.stats.as_ref();
@@ -185,6 +190,7 @@ async fn list(context: &Context) -> Result<(), CliError> {
             vm.clan.as_str().into(),
             vm.machine.as_str().into(),
             words::flavour(vm.flavour).into(),
+            words::control(vm.control_mode).into(),
             Cell::toned(tone, state),
             since(vm).into(),
             stats.map_or_else(String::new, |s| format!("{} %", s.cpu_permille / 10)).into(),
@@ -212,7 +218,7 @@ fn since(vm: &VmInfo) -> String {
 }
 
 /// A terminal gets text without control sequences, everything else gets the bytes.
-async fn print_log(mut log: ByteStream, context: &Context) -> Result<(), CliError> {
+pub(crate) async fn print_log(mut log: ByteStream, context: &Context) -> Result<(), CliError> {
     let terminal = context.printer.stdout_is_terminal();
     let mut text = Vec::new();
     while let Some(bytes) = log.next().await {
@@ -275,13 +281,13 @@ async fn attach(console: Console, context: &Context) -> Result<(), CliError> {
 }
 
 /// The terminal passes every key on; it is as before when this is dropped.
-struct RawTerminal {
+pub(crate) struct RawTerminal {
     before: Termios,
 }
 
 impl RawTerminal {
     /// `None` if stdin is no terminal.
-    fn new() -> Option<Self> {
+    pub(crate) fn new() -> Option<Self> {
         let stdin = io::stdin();
         let before = tcgetattr(&stdin).ok()?;
         let mut raw = before.clone();

@@ -5,6 +5,7 @@ pub(crate) mod auth;
 mod authority;
 mod clans;
 mod devices;
+mod helm;
 mod images;
 mod mesh;
 mod problems;
@@ -341,6 +342,14 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/clans/{clan}/members", get(clans::members))
         .route("/clans/{clan}/machines", get(clans::machines))
         .route("/clans/{clan}/machines/{machine}/ping", post(clans::ping))
+        .route("/clans/{clan}/machines/{machine}/report", get(helm::report))
+        .route("/clans/{clan}/machines/{machine}/log", get(helm::log))
+        .route("/clans/{clan}/machines/{machine}/journal", get(helm::journal))
+        .route("/clans/{clan}/machines/{machine}/settings", post(helm::change))
+        .route("/clans/{clan}/machines/{machine}/reverts", post(helm::revert))
+        .route("/clans/{clan}/machines/{machine}/restart", post(helm::restart))
+        .route("/clans/{clan}/machines/{machine}/terminal", get(helm::terminal))
+        .route("/clans/{clan}/control", post(helm::suggest))
         .route("/clans/{clan}/services", get(clans::services))
         .route("/clans/{clan}/leave", post(clans::leave))
         .route("/clans/{clan}/services/{name}/open", post(clans::open))
@@ -354,6 +363,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/vms/{vm}/restart", post(vms::restart))
         .route("/vms/{vm}/update", post(vms::update))
         .route("/vms/{vm}/size", post(vms::resize))
+        .route("/vms/{vm}/control", post(helm::set_control))
         .route("/vms/{vm}/snapshots", get(vms::snapshots).post(vms::make_snapshot))
         .route("/vms/{vm}/snapshots/{name}/restore", post(vms::restore_snapshot))
         .route("/vms/{vm}/snapshots/{name}", delete(vms::discard_snapshot))

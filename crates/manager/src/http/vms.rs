@@ -28,10 +28,11 @@ use crate::{
     problem, snapshots, status, update,
 };
 
-const MAX_LINES: u32 = 100_000;
+/// The most lines that are given out.
+pub(super) const MAX_LINES: u32 = 100_000;
 
 pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Vec<VmInfo>> {
-    Json(StatusCode::OK, shared.clans().iter().map(|c| status::vm_info(&shared, c)).collect())
+    Json(StatusCode::OK, shared.clans().iter().map(|c| status::vm_info(&shared, c, c.keeper.told().as_ref())).collect())
 }
 
 pub(super) async fn start(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<TaskInfo>> {

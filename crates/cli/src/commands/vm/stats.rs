@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use clan_api::{StatsPoint, UnitInfo};
+
 use super::Which;
 use crate::{context::Context, error::CliError, printer::harmless, table::Table, words};
 
@@ -16,6 +18,11 @@ pub(crate) async fn run(which: Which, context: &Context) -> Result<(), CliError>
         context.printer.talk("It has told nothing yet: it does not run, or has just been started.");
         return Ok(());
     };
+    show(latest, &stats.units, context)
+}
+
+/// What a machine uses, and how its services are.
+pub(crate) fn show(latest: &StatsPoint, units: &[UnitInfo], context: &Context) -> Result<(), CliError> {
     let mut table = Table::new(&["CPU", "MEMORY", "DISK", "RECEIVED", "SENT", "UP"]);
     table.row([
         format!("{} %", latest.cpu_permille / 10).into(),
@@ -26,9 +33,9 @@ pub(crate) async fn run(which: Which, context: &Context) -> Result<(), CliError>
         words::span(Duration::from_secs(latest.uptime_s)).into(),
     ]);
     table.print(&context.printer)?;
-    if !stats.units.is_empty() {
+    if !units.is_empty() {
         let mut table = Table::new(&["SERVICE", "STATE"]);
-        for unit in &stats.units {
+        for unit in units {
             table.row([harmless(&unit.name).as_ref().into(), harmless(&unit.state).as_ref().into()]);
         }
         table.print(&context.printer)?;
