@@ -3,7 +3,7 @@
 //! ```text
 //! edges        cli
 //! services     manager  node
-//! cores        replica  ledger  tunnel  pairing   adapters   os  relay  vm  build  store
+//! cores        replica  ledger  tunnel  pairing   adapters   os  relay  vm  build  transfer  store
 //! vocabulary   wire  api           agent (a guest's first program) sees wire and types only
 //!              types               lab, xtask are beside all this
 //! ```
@@ -51,6 +51,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("clan-relay", Layer::Adapter),
     ("clan-vm", Layer::Adapter),
     ("clan-build", Layer::Adapter),
+    ("clan-transfer", Layer::Adapter),
     ("clan-store", Layer::Adapter),
     ("clan-agent", Layer::Guest),
     ("clan-node", Layer::Service),
@@ -65,6 +66,7 @@ const LAYERS: &[(&str, Layer)] = &[
 /// Dependencies against the rule, each with the reason that it was allowed for.
 const EXCEPTIONS: &[(&str, &str, &str)] = &[
     ("clan-store", "clan-ledger", "the store keeps ledger entries, and checks on opening that they still chain"),
+    ("clan-transfer", "clan-os", "its messages are framed on QUIC streams as on every other, which os does"),
     ("clan-replica", "clan-ledger", "replication is about ledgers; both are pure, and the ledger knows nothing of it"),
     (
         "clan-os",

@@ -1,4 +1,4 @@
-//! The image store: `<dir>/<ImageId>/{manifest,kernel,initramfs,root.erofs,layer.erofs,boot.img}`.
+//! The image store: `<dir>/<ImageId>/{manifest,kernel,initramfs,root.erofs,layer.erofs,boot.img,pieces}`.
 //!
 //! All calls block on the disk; from async code, call them in `spawn_blocking`.
 
@@ -9,10 +9,14 @@ use std::{
 };
 
 use clan_types::{ByteSize, FileHash, ImageId};
-use clan_wire::image::{FileRole, ImageFile, MAX_MANIFEST, Manifest, ManifestError};
+use clan_wire::{
+    image::{FileRole, ImageFile, MAX_MANIFEST, Manifest, ManifestError},
+    pieces::{PIECE, Pieces, hash_of, piece_len},
+};
 
 const MANIFEST: &str = "manifest";
 const BOOT_DISK: &str = "boot.img";
+const PIECES: &str = "pieces";
 const STAGING: &str = ".incoming-";
 const LOCK: &str = "lock";
 /// Sizes of disks are whole sectors.
@@ -72,6 +76,13 @@ pub enum StoreError {
     },
 }
 
+impl StoreError {
+    /// Somebody who writes a file of an image could not.
+    pub fn on_write(path: PathBuf, source: io::Error) -> Self {
+        io_error("write", &path)(source)
+    }
+}
+
 /// What is wrong with a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Damage {
@@ -109,9 +120,9 @@ pub struct IncomingFile {
     pub role: FileRole,
     /// What it must hash to.
     pub hash: FileHash,
-    /// Where to write it: append from [`Self::have`] on.
+    /// Where to put it.
     pub path: PathBuf,
-    /// Bytes that are there already: where to resume.
+    /// Bytes that are there already.
     pub have: u64,
     /// Bytes when complete.
     pub size: u64,
@@ -134,6 +145,52 @@ impl StoredImage {
     pub fn boot_disk(&self) -> PathBuf {
         self.dir.join(BOOT_DISK)
     }
+
+    /// The encoded [`Pieces`] of the files, in the manifest's order, one after the other: what a machine needs to give the
+    /// image to others. Made by reading the files once, and kept beside them.
+    pub fn pieces(&self) -> Result<Vec<u8>, StoreError> {
+        let path = self.dir.join(PIECES);
+        if let Ok(kept) = fs::read(&path)
+            && self.are_pieces(&kept)
+        {
+            return Ok(kept);
+        }
+        let mut pieces = Vec::new();
+        for file in &self.manifest.files {
+            let source = self.path(file.role);
+            pieces_of(&source, file.size.as_bytes(), &mut pieces).map_err(io_error("read", &source))?;
+        }
+        if !self.are_pieces(&pieces) {
+            // Whoever asked for the image would be given something else.
+            check_files(&self.id, &self.manifest, &self.dir)?;
+        }
+        let new = self.dir.join(format!("{PIECES}.new"));
+        fs::write(&new, &pieces).and_then(|()| fs::rename(&new, &path)).map_err(io_error("write", &path))?;
+        Ok(pieces)
+    }
+
+    fn are_pieces(&self, bytes: &[u8]) -> bool {
+        let mut rest = bytes;
+        let fits = self.manifest.files.iter().all(|file| {
+            let size = file.size.as_bytes();
+            let length = usize::try_from(Pieces::encoded_len(size)).unwrap_or(usize::MAX);
+            let Some((list, after)) = rest.split_at_checked(length) else { return false };
+            rest = after;
+            Pieces::decode(list, size, &file.hash).is_ok()
+        });
+        fits && rest.is_empty()
+    }
+}
+
+fn pieces_of(path: &Path, size: u64, pieces: &mut Vec<u8>) -> io::Result<()> {
+    let mut file = File::open(path)?;
+    let mut buffer = vec![0; PIECE];
+    for index in 0..Pieces::count(size) {
+        let piece = &mut buffer[..piece_len(size, index)];
+        file.read_exact(piece)?;
+        pieces.extend_from_slice(&hash_of(size, index, piece));
+    }
+    Ok(())
 }
 
 /// The name of a file in an image's directory.
@@ -312,8 +369,7 @@ impl Incoming {
         self.write_boot_disk()?;
         let manifest_path = self.dir.join(MANIFEST);
         fs::write(&manifest_path, self.manifest.encode()?).map_err(io_error("write", &manifest_path))?;
-        let lock_path = self.dir.join(LOCK);
-        fs::remove_file(&lock_path).map_err(io_error("remove", &lock_path))?;
+        self.remove_others()?;
         for entry in fs::read_dir(&self.dir).map_err(io_error("read", &self.dir))? {
             let path = entry.map_err(io_error("read", &self.dir))?.path();
             File::open(&path).and_then(|f| f.sync_all()).map_err(io_error("sync", &path))?;
@@ -332,6 +388,20 @@ impl Incoming {
     /// Gives up: removes what is there.
     pub fn discard(self) -> Result<(), StoreError> {
         fs::remove_dir_all(&self.dir).map_err(io_error("remove", &self.dir))
+    }
+
+    /// What does not belong to an image: the lock, and beginnings of files that came from elsewhere after all.
+    fn remove_others(&self) -> Result<(), StoreError> {
+        let ours = |name: &str| {
+            [MANIFEST, BOOT_DISK].contains(&name) || self.manifest.files.iter().any(|f| file_name(f.role) == name)
+        };
+        for entry in fs::read_dir(&self.dir).map_err(io_error("read", &self.dir))? {
+            let entry = entry.map_err(io_error("read", &self.dir))?;
+            if !entry.file_name().to_str().is_some_and(ours) {
+                fs::remove_file(entry.path()).map_err(io_error("remove", &entry.path()))?;
+            }
+        }
+        Ok(())
     }
 
     fn state(&self, file: &ImageFile) -> IncomingFile {

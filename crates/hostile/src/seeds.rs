@@ -54,7 +54,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     };
     seeds.push(("peer", framed(&[&[0], &bytes(&beacon)[64..]].concat())));
     let proof = InviteProof::new(&clan::key(50), &ledger.clan(), &clan::machine(clan::STRANGER));
-    let what = ImagePart::File { hash: FileHash::from_bytes([1; 32]), offset: 3 };
+    let what = ImagePart::Piece { file: FileHash::from_bytes([1; 32]), index: 3 };
     seeds.push(("join", with(9, &JoinRequest::Preview { proof: proof.clone(), have: ledger.vector() })));
     seeds.push(("join", with(9, &JoinRequest::Redeem { entries: encoded.clone(), have: vec![] })));
     seeds.push(("join", with(1, &JoinResponse::Refused(JoinRefusal::NameTaken { name: "bob".into() }))));
@@ -69,7 +69,8 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         files: [FileRole::Kernel, FileRole::Initramfs, FileRole::Root, FileRole::Layer].map(file).to_vec(),
     };
     seeds.push(("manifest", bytes(&manifest)));
-    let environment = Environment { quic: addrs.clone(), wireguard: addrs.clone(), manifest: bytes(&manifest) };
+    let (quic, wireguard) = (addrs.clone(), addrs.clone());
+    let environment = Environment { quic, wireguard, manifest: bytes(&manifest), pieces: vec![7; 64] };
     seeds.push(("control", with(0, &ControlRequest::SetEnvironment(environment))));
     seeds.push(("control", with(1, &AgentRequest::SetClock(clan::now(1).wall))));
     seeds.push(("control", with(2, &AgentResponse::Failed("no".into()))));

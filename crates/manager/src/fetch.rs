@@ -1,52 +1,39 @@
 //! What a newcomer's manager fetches from machines of the clan: the ledger, and the image. As a client only.
 
 use std::{
-    fs::OpenOptions as SyncOpenOptions,
     net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use clan_api::{ApiProblem, ErrorCode};
-use clan_build::{ImageStore, StoreError, StoredImage};
 use clan_ledger::{AuthorId, Intake, InviteProblem, Ledger, VmDescription};
 use clan_os::channel::{recv_message, send_message};
 use clan_relay::Names;
-use clan_types::{DeviceId, ImageId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
-use clan_wire::{
-    image::{MAX_MANIFEST, Manifest},
-    peer::{
-        ALPN_IMAGE, ALPN_JOIN, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal,
-        JoinRequest, JoinResponse, MAX_MESSAGE, Vector,
-    },
+use clan_types::{DeviceId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
+use clan_wire::peer::{
+    ALPN_JOIN, EncodedEntry, InviteProof, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE, Vector,
 };
 use ed25519_dalek::SigningKey;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use iroh::{
     Endpoint, EndpointAddr, RelayUrl, SecretKey, TransportAddr,
-    endpoint::{Connection, QuicTransportConfig, RecvStream, presets},
+    endpoint::{Connection, QuicTransportConfig, presets},
 };
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use rustls::{CipherSuite, crypto::CryptoProvider};
-use tokio::{
-    io::AsyncWriteExt,
-    time::{sleep_until, timeout},
-};
+use tokio::time::{sleep_until, timeout};
 
-use crate::{
-    guest, problem,
-    tasks::{TaskHandle, now},
-};
+use crate::{guest, problem, tasks::now};
+
+mod image;
 
 const CONNECT: Duration = Duration::from_secs(12);
 const PREVIEW: Duration = Duration::from_secs(10);
 /// How long a machine may be silent before the next one is asked too.
 const STAGGER: Duration = Duration::from_millis(700);
-const ANSWER: Duration = Duration::from_secs(20);
 /// A transfer that stands still for so long is tried anew.
 const STALL: Duration = Duration::from_secs(30);
-const ATTEMPTS: u32 = 5;
-const CHUNK: usize = 256 << 10;
 /// Addresses that discovery may add to those of a link, for each machine.
 const MAX_FOUND: usize = 8;
 
@@ -323,11 +310,15 @@ impl Fetcher {
         problem.hint("if it is on another network, its UDP port must be reachable from yours")
     }
 
-    async fn connect(&self, peer: &PeerAddr, alpn: &[u8]) -> Result<Connection, String> {
-        let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes())
-            .map_err(|_| "the link names a machine that cannot exist".to_owned())?;
+    /// Where a machine is; `None` if it cannot exist.
+    fn addr(&self, peer: &PeerAddr) -> Option<EndpointAddr> {
+        let id = iroh::PublicKey::from_bytes(peer.machine.as_bytes()).ok()?;
         let direct = peer.addrs.iter().copied().map(TransportAddr::Ip);
-        let addr = EndpointAddr::from_parts(id, direct.chain(self.relays.iter().cloned().map(TransportAddr::Relay)));
+        Some(EndpointAddr::from_parts(id, direct.chain(self.relays.iter().cloned().map(TransportAddr::Relay))))
+    }
+
+    async fn connect(&self, peer: &PeerAddr, alpn: &[u8]) -> Result<Connection, String> {
+        let addr = self.addr(peer).ok_or_else(|| "the link names a machine that cannot exist".to_owned())?;
         match timeout(CONNECT, self.endpoint.connect(addr, alpn)).await {
             Ok(connected) => connected.map_err(|e| e.to_string()),
             Err(_) => Err(format!("no answer within {} s", CONNECT.as_secs())),
@@ -371,163 +362,6 @@ impl Fetcher {
     fn part(&self) -> MutexGuard<'_, Option<Ledger>> {
         self.part.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// The manifest of an image.
-    pub(crate) async fn manifest(&self, image: &ImageId) -> Result<Manifest, ApiProblem> {
-        let began = Instant::now();
-        let mut last = None;
-        for peer in &self.ordered() {
-            match self.ask_manifest(peer, image).await {
-                Ok(manifest) => return Ok(manifest),
-                Err(Failed::Final(problem)) => return Err(*problem),
-                Err(Failed::Passing(why)) => last = Some(why),
-            }
-        }
-        Err(self.unreachable(began.elapsed(), last))
-    }
-
-    async fn ask_manifest(&self, peer: &PeerAddr, image: &ImageId) -> Result<Manifest, Failed> {
-        let connection = self.connect(peer, ALPN_IMAGE).await.map_err(Failed::Passing)?;
-        let (length, mut recv) = self.request(&connection, ImagePart::Manifest(*image)).await?;
-        if length > MAX_MANIFEST as u64 {
-            return Err(Failed::Passing("the manifest is too large".into()));
-        }
-        let bytes = timeout(ANSWER, recv.read_to_end(MAX_MANIFEST)).await;
-        let bytes = bytes
-            .map_err(|_| Failed::Passing("the transfer stands still".into()))?
-            .map_err(|e| Failed::Passing(e.to_string()))?;
-        connection.close(0u32.into(), b"done");
-        Manifest::decode(&bytes, Some(image)).map_err(|error| {
-            Failed::Final(Box::new(
-                ApiProblem::new(ErrorCode::Untrusted, error.to_string()).hint("update Clan, or ask for a new link"),
-            ))
-        })
-    }
-
-    async fn request(&self, connection: &Connection, what: ImagePart) -> Result<(u64, RecvStream), Failed> {
-        let passing = |e: &dyn std::fmt::Display| Failed::Passing(e.to_string());
-        let asked = timeout(ANSWER, async {
-            let (mut send, mut recv) = connection.open_bi().await.map_err(|e| passing(&e))?;
-            let request = ImageRequest { proof: Some(self.proof()), what };
-            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| passing(&e))?;
-            // The other side needs no end of ours.
-            let _ = send.finish();
-            let answer: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| passing(&e))?;
-            Ok((answer, recv))
-        });
-        match asked
-            .await
-            .unwrap_or_else(|_| Err(Failed::Passing(format!("no answer within {} s", ANSWER.as_secs()))))?
-        {
-            (ImageResponse::Bytes(length), recv) => Ok((length, recv)),
-            (ImageResponse::NotFound, _) => Err(Failed::Passing("it does not have the image".into())),
-            (ImageResponse::Denied, _) => Err(Failed::Passing("it does not give the image out for this invite".into())),
-        }
-    }
-
-    /// Fetches an image into the store, going on where an earlier attempt stopped.
-    pub(crate) async fn image(
-        &self,
-        store: &ImageStore,
-        manifest: &Manifest,
-        task: &TaskHandle,
-    ) -> Result<StoredImage, ApiProblem> {
-        let id = manifest.id().map_err(|e| ApiProblem::new(ErrorCode::Untrusted, e.to_string()))?;
-        let peers = self.ordered();
-        // A damaged file is dropped and fetched once more; a second damage is somebody's intent.
-        for attempt in 0..2 {
-            let incoming = blocking({
-                let (store, manifest) = (store.clone(), manifest.clone());
-                move || store.begin(manifest)
-            })
-            .await?
-            .map_err(|e| problem::store(&e))?;
-            let mut tries = 0;
-            let mut have: u64 = incoming.files().iter().map(|f| f.have).sum();
-            while !incoming.files().iter().all(clan_build::IncomingFile::is_complete) {
-                let peer = peers.get(tries as usize % peers.len().max(1));
-                let Some(peer) = peer else { return Err(self.unreachable(Duration::ZERO, None)) };
-                match self.transfer(peer, &incoming, manifest, task).await {
-                    Ok(()) => {}
-                    Err(Failed::Final(problem)) => return Err(*problem),
-                    Err(Failed::Passing(why)) => {
-                        task.log(format!("the transfer broke off: {why}"));
-                        let now_have = incoming.files().iter().map(|f| f.have).sum();
-                        // A transfer that gets on is not given up.
-                        tries = if now_have > have { 1 } else { tries + 1 };
-                        have = now_have;
-                        if tries >= ATTEMPTS {
-                            return Err(ApiProblem::new(ErrorCode::Unreachable, "the image could not be downloaded")
-                                .why(why)
-                                .hint("try again: what is here already is kept"));
-                        }
-                        tokio::time::sleep(Duration::from_secs(1)).await;
-                    }
-                }
-            }
-            task.detail("checking the image");
-            match blocking(move || incoming.finish()).await? {
-                Ok(image) => return Ok(image),
-                Err(error @ StoreError::Damaged { .. }) if attempt == 0 => {
-                    task.log(format!("{error}: fetching it once more"))
-                }
-                Err(error) => return Err(problem::store(&error)),
-            }
-        }
-        Err(ApiProblem::new(ErrorCode::Untrusted, format!("image {} arrived damaged twice", id.short())))
-    }
-
-    async fn transfer(
-        &self,
-        peer: &PeerAddr,
-        incoming: &clan_build::Incoming,
-        manifest: &Manifest,
-        task: &TaskHandle,
-    ) -> Result<(), Failed> {
-        let total = manifest.total_size().as_bytes();
-        let connection = self.connect(peer, ALPN_IMAGE).await.map_err(Failed::Passing)?;
-        for file in incoming.files().into_iter().filter(|f| !f.is_complete()) {
-            let before: u64 = incoming.files().iter().filter(|f| f.hash != file.hash).map(|f| f.have).sum();
-            let (length, mut recv) =
-                self.request(&connection, ImagePart::File { hash: file.hash, offset: file.have }).await?;
-            if length != file.size - file.have {
-                return Err(Failed::Passing("it has another file under this name".into()));
-            }
-            let on_disk = |error: std::io::Error| {
-                let error = StoreError::Io { action: "write", path: file.path.clone(), source: error };
-                Failed::Final(Box::new(problem::store(&error)))
-            };
-            let opened = SyncOpenOptions::new().append(true).create(true).open(&file.path).map_err(on_disk)?;
-            let mut out = tokio::io::BufWriter::with_capacity(CHUNK, tokio::fs::File::from_std(opened));
-            let mut have = file.have;
-            // INVARIANT: no more than the manifest says is ever written.
-            while have < file.size {
-                let want = usize::try_from(file.size - have).unwrap_or(CHUNK).min(CHUNK);
-                let chunk = timeout(STALL, recv.read_chunk(want)).await;
-                let chunk = match chunk {
-                    Err(_) => Err("the transfer stands still".to_owned()),
-                    Ok(Err(error)) => Err(error.to_string()),
-                    Ok(Ok(None)) => Err("the other side stopped".to_owned()),
-                    Ok(Ok(Some(chunk))) => Ok(chunk),
-                };
-                let chunk = match chunk {
-                    Ok(chunk) => chunk,
-                    Err(why) => {
-                        // What is here is kept for the next attempt.
-                        out.flush().await.map_err(on_disk)?;
-                        return Err(Failed::Passing(why));
-                    }
-                };
-                let bytes: &[u8] = chunk.as_ref();
-                out.write_all(bytes).await.map_err(on_disk)?;
-                have += bytes.len() as u64;
-                task.progress(before + have, Some(total));
-            }
-            out.flush().await.map_err(on_disk)?;
-        }
-        connection.close(0u32.into(), b"done");
-        Ok(())
-    }
 }
 
 /// ChaCha20 before AES: the machines that answer are VMs, and an emulated processor has no fast AES. The server follows
@@ -536,13 +370,6 @@ fn portable_crypto() -> CryptoProvider {
     let mut provider = rustls::crypto::ring::default_provider();
     provider.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_CHACHA20_POLY1305_SHA256);
     provider
-}
-
-enum Failed {
-    /// Another machine, or another attempt, may do better.
-    Passing(String),
-    /// Nothing will.
-    Final(Box<ApiProblem>),
 }
 
 fn refusal_of(invite: InviteProblem) -> JoinRefusal {

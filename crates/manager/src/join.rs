@@ -84,7 +84,7 @@ async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Re
     }
     let (vm, integrated) = match (integrate, &found.description) {
         (Some(socket), _) => (None, Some(integrated_plan(shared, socket, &mut warnings).await)),
-        (None, Some(description)) => (Some(vm_plan(shared, fetcher, description, &mut warnings).await?), None),
+        (None, Some(description)) => (Some(vm_plan(shared, fetcher, state, description, &mut warnings).await?), None),
         (None, None) => {
             warnings.push(
                 "This clan names no image for virtual machines: join with this computer itself, `--integrate`.".into(),
@@ -148,10 +148,11 @@ async fn integrated_plan(shared: &Shared, socket: &str, warnings: &mut Vec<Strin
 async fn vm_plan(
     shared: &Shared,
     fetcher: &Fetcher,
+    state: &State,
     description: &VmDescription,
     warnings: &mut Vec<String>,
 ) -> Result<VmPlan, ApiProblem> {
-    let manifest = manifest(shared, fetcher, description).await?;
+    let manifest = manifest(shared, fetcher, state, description).await?;
     let size = size(shared, description, None, None, None)?;
     let accelerator = crate::status::accelerator(shared).await;
     let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
@@ -180,10 +181,15 @@ async fn vm_plan(
     })
 }
 
-async fn manifest(shared: &Shared, fetcher: &Fetcher, description: &VmDescription) -> Result<Manifest, ApiProblem> {
+async fn manifest(
+    shared: &Shared,
+    fetcher: &Fetcher,
+    state: &State,
+    description: &VmDescription,
+) -> Result<Manifest, ApiProblem> {
     match shared.images.get(&description.image) {
         Some(stored) => Ok(stored.manifest),
-        None => fetcher.manifest(&description.image).await,
+        None => fetcher.manifest(state, &description.image).await,
     }
 }
 
@@ -389,11 +395,11 @@ async fn prepare(
         if shared.images.get(&image).is_some() {
             task.skip();
         } else {
-            let manifest = fetcher.manifest(&image).await?;
+            let manifest = fetcher.manifest(found.ledger.state(), &image).await?;
             check_image(&manifest, clan)?;
             let _one = shared.building.lock().await;
             if shared.images.get(&image).is_none() {
-                fetcher.image(&shared.images, &manifest, task).await?;
+                fetcher.image(&shared.images, found.ledger.state(), &manifest, task).await?;
             }
         }
         clan.record.update(|r| r.image = Some(image)).map_err(|e| problem::disk(&e))?;

@@ -26,6 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clan::RecordCell,
+    fetch::blocking,
     guest::{self, GuestError},
     memory,
     record::ClanRecord,
@@ -247,7 +248,19 @@ pub(crate) async fn environment(record: &ClanRecord, images: &ImageStore) -> Env
         }
     };
     let with = |port: u16| addresses.iter().filter(|a| a.is_ipv4()).map(|a| (*a, port).into()).collect();
-    let stored = record.image.and_then(|id| images.get(&id));
-    let manifest = stored.and_then(|image| image.manifest.encode().ok()).unwrap_or_default();
-    Environment { quic: with(record.ports.quic), wireguard: with(record.ports.wireguard), manifest }
+    let (manifest, pieces) = served(record, images).await.unwrap_or_default();
+    Environment { quic: with(record.ports.quic), wireguard: with(record.ports.wireguard), manifest, pieces }
+}
+
+/// The image that the machine can give to others: its manifest, and the hashes of its pieces. `None` if it cannot.
+async fn served(record: &ClanRecord, images: &ImageStore) -> Option<(Vec<u8>, Vec<u8>)> {
+    let (id, images) = (record.image?, images.clone());
+    let read = blocking(move || {
+        let stored = images.get(&id)?;
+        let pieces = stored.pieces();
+        let pieces = pieces
+            .inspect_err(|error| tracing::warn!(image = %id.short(), %error, "newcomers do not get the image here"));
+        Some((stored.manifest.encode().ok()?, pieces.ok()?))
+    });
+    read.await.ok().flatten()
 }

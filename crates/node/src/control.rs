@@ -323,7 +323,7 @@ impl Controller {
             // The machine sees for itself where it may be reached: see `own`.
             environment = Environment { quic: Vec::new(), wireguard: Vec::new(), ..environment };
         }
-        self.images.set_manifest(&environment.manifest);
+        self.images.set_manifest(&environment.manifest, &environment.pieces);
         *self.environment.lock().await = environment.clone();
         if let Some(node) = self.node.lock().await.as_ref()
             && self.host.is_guest()
@@ -372,7 +372,7 @@ impl Controller {
                 ControlResponse::Failed("this machine belongs to another clan".to_owned())
             };
         }
-        self.images.set_manifest(&provision.environment.manifest);
+        self.images.set_manifest(&provision.environment.manifest, &provision.environment.pieces);
         if self.host.is_guest() {
             *self.environment.lock().await = provision.environment.clone();
         }

@@ -12,6 +12,7 @@ use clan_wire::{
     control::Redeem,
     image::{FileRole, ImageFile, Manifest},
     peer::{ALPN_IMAGE, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, MAX_MESSAGE},
+    pieces::PIECE,
 };
 use ed25519_dalek::SigningKey;
 use iroh::Endpoint;
@@ -460,7 +461,7 @@ async fn a_machine_that_was_away_catches_up() {
 #[tokio::test]
 async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
     let (founder, clan) = founded(1, tomorrow()).await;
-    let content: Vec<u8> = (0..3_000_000u32).map(|i| (i % 251) as u8).collect();
+    let content: Vec<u8> = (0..300_000u32).map(|i| (i % 251) as u8).collect();
     let root = founder.dir.path().join("root");
     std::fs::File::create(&root).unwrap().write_all(&content).unwrap();
     let file = |role, hash: u8, size: u64| ImageFile {
@@ -480,29 +481,38 @@ async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
             file(FileRole::Root, 3, content.len() as u64),
         ],
     };
-    founder.images.set_manifest(&manifest.encode().unwrap());
+    // One piece, one, and two.
+    founder.images.set_manifest(&manifest.encode().unwrap(), &[7; 4 * 32]);
 
     let stranger = key(40);
     let from = endpoint(&stranger).await;
     let connection = from.connect(net::endpoint_addr(&founder.addr(), &[]).unwrap(), ALPN_IMAGE).await.unwrap();
     let me = MachineId::from_bytes(stranger.verifying_key().to_bytes());
-    let request = async |proof: Option<InviteProof>, offset: u64| {
+    let request = async |proof: Option<InviteProof>, what: ImagePart| {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
-        let what = ImagePart::File { hash: FileHash::from_bytes([3; 32]), offset };
         send_message(&mut send, &ImageRequest { proof, what }, MAX_MESSAGE).await.unwrap();
         let response: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.unwrap();
         (response, recv.read_to_end(content.len()).await.unwrap())
     };
-    assert_eq!(request(None, 0).await.0, ImageResponse::Denied);
+    let piece = |file: u8, index| ImagePart::Piece { file: FileHash::from_bytes([file; 32]), index };
+    assert_eq!(request(None, piece(3, 0)).await.0, ImageResponse::Denied);
     assert_eq!(
-        request(Some(InviteProof::new(&key(41), &clan, &me)), 0).await.0,
+        request(Some(InviteProof::new(&key(41), &clan, &me)), piece(3, 0)).await.0,
         ImageResponse::Denied,
         "an invite of nobody's"
     );
-    let proof = InviteProof::new(&key(3), &clan, &me);
-    let (response, bytes) = request(Some(proof.clone()), 0).await;
-    assert_eq!(response, ImageResponse::Bytes(content.len() as u64));
-    assert!(bytes == content);
-    let (_, rest) = request(Some(proof), 2_999_000).await;
-    assert!(rest == content[2_999_000..], "a cut transfer goes on where it stopped");
+    let proof = Some(InviteProof::new(&key(3), &clan, &me));
+    let (response, bytes) = request(proof.clone(), piece(3, 0)).await;
+    assert_eq!(response, ImageResponse::Bytes(PIECE as u64));
+    assert!(bytes == content[..PIECE]);
+    assert!(request(proof.clone(), piece(3, 1)).await.1 == content[PIECE..]);
+    let (_, list) = request(proof.clone(), ImagePart::Pieces(FileHash::from_bytes([3; 32]))).await;
+    assert_eq!(list, [7; 64]);
+    for absent in [piece(9, 0), piece(2, 0)] {
+        assert_eq!(
+            request(proof.clone(), absent).await.0,
+            ImageResponse::NotFound,
+            "no such file, or none on the disk"
+        );
+    }
 }

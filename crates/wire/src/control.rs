@@ -169,6 +169,9 @@ pub struct Environment {
     /// The encoded [`crate::image::Manifest`] of the image that the machine runs, so that it can serve it to newcomers.
     /// Empty where there is no image.
     pub manifest: Vec<u8>,
+    /// The encoded [`crate::pieces::Pieces`] of the manifest's files, in its order, one after the other: making them takes
+    /// an emulated processor seconds. Empty where there is no image.
+    pub pieces: Vec<u8>,
 }
 
 /// From the controller.

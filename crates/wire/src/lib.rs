@@ -11,4 +11,5 @@ pub mod helm;
 pub mod image;
 pub mod mux;
 pub mod peer;
+pub mod pieces;
 pub mod words;

@@ -9,7 +9,7 @@ pub const ALPN_PEER: &[u8] = b"clan/peer/1";
 /// Newcomer to machine: one [`JoinRequest`] and one [`JoinResponse`] a stream; where the answer says so, [`EntryPage`]s.
 pub const ALPN_JOIN: &[u8] = b"clan/join/2";
 /// Anyone entitled to machine: one [`ImageRequest`], one [`ImageResponse`], then raw bytes, a stream.
-pub const ALPN_IMAGE: &[u8] = b"clan/image/1";
+pub const ALPN_IMAGE: &[u8] = b"clan/image/2";
 
 /// Largest message on any of these streams.
 pub const MAX_MESSAGE: usize = 4 << 20;
@@ -212,7 +212,7 @@ pub enum JoinRefusal {
     Denied,
 }
 
-/// On a `clan/image/1` stream, from the one who fetches.
+/// On a `clan/image/2` stream, from the one who fetches.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageRequest {
     /// Right to fetch, for endpoints that are not machines of the clan.
@@ -226,12 +226,14 @@ pub struct ImageRequest {
 pub enum ImagePart {
     /// The manifest, whose hash is the image's id.
     Manifest(ImageId),
-    /// A file of a manifest, from an offset on.
-    File {
-        /// Which.
-        hash: FileHash,
-        /// First byte wanted.
-        offset: u64,
+    /// The list of a file's pieces ([`crate::pieces::Pieces`]).
+    Pieces(FileHash),
+    /// One piece of a file.
+    Piece {
+        /// Of which file.
+        file: FileHash,
+        /// Which, from 0.
+        index: u32,
     },
 }
 

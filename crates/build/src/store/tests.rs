@@ -197,3 +197,37 @@ fn a_manifest_over_a_limit_is_refused() {
     no_kernel.files.remove(0);
     assert!(matches!(store.begin(no_kernel), Err(StoreError::Manifest(ManifestError::Incomplete(FileRole::Kernel)))));
 }
+
+#[test]
+fn the_pieces_of_an_image_lead_to_its_files_and_are_made_anew_if_they_do_not() {
+    let (_dir, store) = store();
+    let layer = vec![7; PIECE + 5];
+    let image = stored(&store, &layer);
+    let pieces = image.pieces().unwrap();
+    assert_eq!(pieces.len(), 5 * 32, "one each, and two of the layer");
+    let layer_file = image.manifest.file(FileRole::Layer).unwrap();
+    let list = Pieces::decode(&pieces[3 * 32..], layer_file.size.as_bytes(), &layer_file.hash).unwrap();
+    assert!(list.is_piece(1, &layer[PIECE..]));
+    for damage in [&pieces[1..], &[], &[&[!pieces[0]], &pieces[1..]].concat()] {
+        fs::write(image.dir.join(PIECES), damage).unwrap();
+        assert_eq!(image.pieces().unwrap(), pieces);
+        assert_eq!(fs::read(image.dir.join(PIECES)).unwrap(), pieces, "kept");
+    }
+    // Not of files that are damaged: nobody would take them.
+    fs::remove_file(image.dir.join(PIECES)).unwrap();
+    fs::write(image.path(FileRole::Layer), vec![8; PIECE + 5]).unwrap();
+    assert!(matches!(image.pieces(), Err(StoreError::Damaged { damage: Damage::Content, .. })));
+}
+
+#[test]
+fn what_does_not_belong_to_an_image_does_not_stay_with_it() {
+    let (_dir, store) = store();
+    let incoming = store.begin(manifest(b"layer")).unwrap();
+    fill(&incoming, b"layer");
+    let beginning = incoming.files()[0].path.with_extension("part");
+    fs::write(&beginning, b"half a ker").unwrap();
+    let image = incoming.finish().unwrap();
+    let mut names: Vec<_> = fs::read_dir(&image.dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+    names.sort();
+    assert_eq!(names, ["boot.img", "initramfs", "kernel", "layer.erofs", "manifest", "root.erofs"]);
+}

@@ -1,0 +1,104 @@
+//! The image, from every machine of the link at once.
+
+use std::time::Duration;
+
+use clan_api::{ApiProblem, ErrorCode};
+use clan_build::{ImageStore, StoreError, StoredImage};
+use clan_ledger::State;
+use clan_transfer::{Event, FetchError, Source, Wanted};
+use clan_types::ImageId;
+use clan_wire::image::Manifest;
+
+use super::{Fetcher, blocking};
+use crate::{problem, tasks::TaskHandle};
+
+impl Fetcher {
+    /// The machines of the link, by the names that the ledger has for them.
+    fn sources(&self, state: &State) -> Vec<Source> {
+        let peers = self.ordered();
+        let source = |peer| {
+            let peer: &clan_types::PeerAddr = peer;
+            let name = state.machines.get(&peer.machine).map(|m| m.name.to_string());
+            Some(Source { name: name.unwrap_or_else(|| peer.machine.short()), addr: self.addr(peer)? })
+        };
+        peers.iter().filter_map(source).collect()
+    }
+
+    /// The manifest of an image, from the first machine that has it.
+    pub(crate) async fn manifest(&self, state: &State, image: &ImageId) -> Result<Manifest, ApiProblem> {
+        let began = std::time::Instant::now();
+        let mut last = None;
+        for source in &self.sources(state) {
+            match clan_transfer::manifest(&self.endpoint, source, Some(self.proof()), image).await {
+                Ok(Ok(manifest)) => return Ok(manifest),
+                Ok(Err(error)) => {
+                    return Err(ApiProblem::new(ErrorCode::Untrusted, error.to_string())
+                        .hint("update Clan, or ask for a new link"));
+                }
+                Err(why) => last = Some(why),
+            }
+        }
+        Err(self.unreachable(began.elapsed(), last))
+    }
+
+    /// Fetches an image into the store, going on where an earlier attempt stopped.
+    pub(crate) async fn image(
+        &self,
+        store: &ImageStore,
+        state: &State,
+        manifest: &Manifest,
+        task: &TaskHandle,
+    ) -> Result<StoredImage, ApiProblem> {
+        let sources = self.sources(state);
+        if sources.is_empty() {
+            return Err(self.unreachable(Duration::ZERO, None));
+        }
+        // What was right when it arrived may be damaged on this disk: once more, then the disk is to blame.
+        for attempt in 0..2 {
+            let (images, manifest) = (store.clone(), manifest.clone());
+            let incoming = blocking(move || images.begin(manifest)).await?.map_err(|e| problem::store(&e))?;
+            let missing = incoming.files().into_iter().filter(|f| !f.is_complete());
+            let wanted: Vec<Wanted> = missing.map(|f| Wanted { hash: f.hash, size: f.size, place: f.path }).collect();
+            let report = |event| match event {
+                Event::Progress { here, total } => task.progress(here, Some(total)),
+                Event::Failed { name, why } => task.log(format!("{name} does not give the image: {why}")),
+                Event::Lied { name, what } => {
+                    task.log(format!("{name} gives a false image, and is not asked again: {what}"));
+                }
+            };
+            let taken = clan_transfer::fetch(&self.endpoint, &sources, Some(self.proof()), wanted, report).await;
+            let taken = taken.map_err(not_fetched)?;
+            for (name, pieces) in taken {
+                task.log(format!("{pieces} pieces of the image came from {name}"));
+            }
+            task.detail("checking the image");
+            match blocking(move || incoming.finish()).await? {
+                Ok(image) => return Ok(image),
+                Err(error @ StoreError::Damaged { .. }) if attempt == 0 => {
+                    task.log(format!("{error}: fetching it once more"));
+                }
+                Err(error) => return Err(problem::store(&error)),
+            }
+        }
+        Err(ApiProblem::new(ErrorCode::DamagedFile, "the image is damaged on this disk as soon as it is written"))
+    }
+}
+
+fn not_fetched(error: FetchError) -> ApiProblem {
+    const KEPT: &str = "try again: what is here already is kept";
+    match error {
+        FetchError::NoSource { liars, .. } if !liars.is_empty() => {
+            ApiProblem::new(ErrorCode::Untrusted, "the image that is offered is not the clan's")
+                .why(format!("a false one came from {}, and no other machine of the link gives it", liars.join(", ")))
+                .hint("tell whoever invited you, and ask for a link that another machine of the clan made")
+        }
+        FetchError::NoSource { last, .. } => {
+            let problem = ApiProblem::new(ErrorCode::Unreachable, "the image could not be downloaded").hint(KEPT);
+            match last {
+                Some(why) => problem.why(why),
+                None => problem,
+            }
+        }
+        FetchError::Io { path, source } => problem::store(&StoreError::on_write(path, source)),
+    }
+}
