@@ -118,3 +118,59 @@ impl Manifest {
         ByteSize::from_bytes(self.files.iter().map(|f| f.size.as_bytes()).fold(0, u64::saturating_add))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn manifest() -> Manifest {
+        let file = |(n, role)| ImageFile { role, size: ByteSize::from_mib(1), hash: FileHash::from_bytes([n; 32]) };
+        let roles = [FileRole::Kernel, FileRole::Initramfs, FileRole::Root, FileRole::Layer];
+        Manifest {
+            version: 1,
+            title: "Debian 12".into(),
+            architecture: "x86_64".into(),
+            inputs: FileHash::from_bytes([7; 32]),
+            memory_min: ByteSize::from_mib(256),
+            files: (1..).zip(roles).map(file).collect(),
+        }
+    }
+
+    #[test]
+    fn no_bit_of_a_manifest_can_be_changed_and_no_byte_left_out_or_added() {
+        let (bytes, id) = (manifest().encode().unwrap(), manifest().id().unwrap());
+        assert_eq!(Manifest::decode(&bytes, Some(&id)).unwrap(), manifest());
+        for at in 0..bytes.len() {
+            for bit in 0..8 {
+                let mut changed = bytes.clone();
+                changed[at] ^= 1 << bit;
+                assert_eq!(
+                    Manifest::decode(&changed, Some(&id)),
+                    Err(ManifestError::WrongImage),
+                    "bit {bit} of byte {at}"
+                );
+            }
+            assert_eq!(Manifest::decode(&bytes[..at], Some(&id)), Err(ManifestError::WrongImage));
+            assert!(Manifest::decode(&bytes[..at], None).is_err(), "cut after {at} bytes");
+        }
+        let longer = [bytes.as_slice(), &[0]].concat();
+        assert_eq!(Manifest::decode(&longer, Some(&id)), Err(ManifestError::WrongImage));
+        assert_eq!(Manifest::decode(&longer, None), Err(ManifestError::Malformed));
+    }
+
+    #[test]
+    fn a_manifest_with_files_of_a_tebibyte_or_without_end_is_refused() {
+        for size in [MAX_FILE + 1, 1 << 40, u64::MAX] {
+            let mut huge = manifest();
+            huge.files[2].size = ByteSize::from_bytes(size);
+            assert_eq!(Manifest::decode(&huge.encode().unwrap(), None), Err(ManifestError::Malformed));
+        }
+        let mut many = manifest();
+        many.files.extend(vec![many.files[3].clone(); MAX_FILES]);
+        assert_eq!(Manifest::decode(&many.encode().unwrap(), None), Err(ManifestError::Malformed));
+        assert_eq!(Manifest::decode(&vec![0; MAX_MANIFEST + 1], None), Err(ManifestError::Malformed));
+        let mut twice = manifest();
+        twice.files[2].role = FileRole::Kernel;
+        assert_eq!(Manifest::decode(&twice.encode().unwrap(), None), Err(ManifestError::Incomplete(FileRole::Kernel)));
+    }
+}
