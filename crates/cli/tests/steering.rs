@@ -1,4 +1,5 @@
 //! Steering machines, as the command line tells it.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod common;
 
