@@ -3,7 +3,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     process::Stdio,
 };
@@ -97,10 +97,29 @@ fn copy_sparse(from: &File, to: &File) -> io::Result<()> {
         let (mut read, mut write) = (data, data);
         while read < at {
             let length = usize::try_from(at - read).unwrap_or(usize::MAX);
-            if rustix::fs::copy_file_range(from, Some(&mut read), to, Some(&mut write), length)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            match rustix::fs::copy_file_range(from, Some(&mut read), to, Some(&mut write), length) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                // From one file system to another, not every kernel does it.
+                Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                    copy_through(from, to, read, at)?;
+                    (read, write) = (at, at);
+                }
+                Err(error) => return Err(error.into()),
             }
         }
+    }
+    Ok(())
+}
+
+fn copy_through(from: &File, to: &File, mut at: u64, end: u64) -> io::Result<()> {
+    let mut buffer = vec![0; 1 << 20];
+    while at < end {
+        let length = buffer.len().min(usize::try_from(end - at).unwrap_or(usize::MAX));
+        let chunk = &mut buffer[..length];
+        from.read_exact_at(chunk, at)?;
+        to.write_all_at(chunk, at)?;
+        at += length as u64;
     }
     Ok(())
 }
