@@ -493,6 +493,7 @@ impl Controller {
             port: ports.wireguard,
             names: self.host.names(&place.clan, &identity.machine()),
             names_may_fail: !self.host.is_guest(),
+            multicast: self.host.multicast(),
         };
         let mesh = match tun {
             Ok(tun) => Mesh::start(&identity, tun, &plan, &handle, &cancel).await,

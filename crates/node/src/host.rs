@@ -46,6 +46,8 @@ pub struct Computer {
     pub interface: Option<String>,
     /// How programs on the computer learn the clan's names.
     pub names: Names,
+    /// Whether multicast DNS is carried between programs on the computer and the clan.
+    pub multicast: bool,
 }
 
 /// How programs on a computer learn a clan's names.
@@ -156,6 +158,14 @@ impl Host {
                 let bind = at(mesh_address(clan, machine).into());
                 NamesPlan { bind, upstream: None, pointer: Pointer::Resolved { interface: self.interface(clan) } }
             }
+        }
+    }
+
+    /// Whether multicast DNS is carried.
+    pub(crate) fn multicast(&self) -> bool {
+        match self {
+            Self::Guest => true,
+            Self::Computer(computer) => computer.multicast,
         }
     }
 
@@ -272,7 +282,14 @@ mod tests {
     use super::*;
 
     fn computer() -> Computer {
-        Computer { socket: "/run/clan/test.sock".into(), user: 1000, port: None, interface: None, names: Names::Aside }
+        Computer {
+            socket: "/run/clan/test.sock".into(),
+            user: 1000,
+            port: None,
+            interface: None,
+            names: Names::Aside,
+            multicast: true,
+        }
     }
 
     #[test]

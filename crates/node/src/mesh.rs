@@ -111,6 +111,8 @@ pub(crate) struct MeshPlan {
     pub(crate) names: NamesPlan,
     /// Whether packets are worth having where names are not to be had.
     pub(crate) names_may_fail: bool,
+    /// Whether multicast DNS is carried.
+    pub(crate) multicast: bool,
 }
 
 impl Mesh {
@@ -168,7 +170,7 @@ impl Mesh {
 
         let mut tasks = JoinSet::new();
         let upstream = plan.names.upstream;
-        tasks.spawn(follow(core.clone(), wireguard.clone(), zone, upstream, cancel.clone()));
+        tasks.spawn(follow(core.clone(), wireguard.clone(), zone, upstream, plan.multicast, cancel.clone()));
         tasks.spawn(carry(core.clone(), wireguard.clone(), ends, cancel.clone()));
         Ok(Self { wireguard, names, tasks })
     }
@@ -192,11 +194,13 @@ async fn follow(
     wireguard: Arc<Wireguard>,
     zone: watch::Sender<Arc<Zone>>,
     upstream: Option<SocketAddr>,
+    multicast: bool,
     cancel: CancellationToken,
 ) {
     let mut views = core.watch();
     let mut current: Vec<WgPeer> = Vec::new();
     let mut policies = None;
+    let mut labels = None;
     // Answers the standard machines behind this one, which do not know our loopback address.
     let mut behind: Option<DnsServer> = None;
     let mut ipv4 = None;
@@ -208,6 +212,11 @@ async fn follow(
             let (own, behind) = wanted.clone();
             wireguard.set_policy(own, behind);
             policies = Some(wanted);
+        }
+        let held = multicast.then(|| labels_of(&view));
+        if labels != held {
+            wireguard.set_multicast(held.clone());
+            labels = held;
         }
         let own = view.state.machine_in_good_standing(&view.machine).and_then(|machine| second(machine.ipv4));
         if own != ipv4 {
@@ -302,6 +311,13 @@ pub(crate) fn peers_of(view: &View) -> Vec<WgPeer> {
         keepalive: Some(KEEPALIVE),
     });
     machines.chain(standard).collect()
+}
+
+/// Whose name it is, of all machines. For one behind another, that one speaks.
+fn labels_of(view: &View) -> BTreeMap<String, MachineId> {
+    let behind = view.state.good_peers().map(|(_, peer)| (peer.name.to_string(), peer.via));
+    let machines = view.state.good_machines().map(|(id, machine)| (machine.name.to_string(), *id));
+    behind.chain(machines).collect()
 }
 
 /// Machines by their names, services by theirs; a machine's name wins over a service's.

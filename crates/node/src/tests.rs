@@ -86,6 +86,7 @@ impl Machine {
             port: None,
             interface: None,
             names: crate::Names::Aside,
+            multicast: true,
         });
         let helm = Helm::load(dir.path(), &host, Possible::default(), handle.view().machine).unwrap();
         let helm = Arc::new(helm);

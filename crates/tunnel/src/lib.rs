@@ -8,6 +8,7 @@
 
 pub mod filter;
 pub mod ip;
+pub mod multicast;
 pub mod offload;
 mod paths;
 mod peer;

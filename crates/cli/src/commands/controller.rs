@@ -37,6 +37,9 @@ pub(crate) struct Args {
     /// How programs on this computer learn the clan's names
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Dns::None)]
     dns: Dns,
+    /// Carry no multicast DNS: what programs announce to their network is then neither told the clan nor heard from it
+    #[arg(long)]
+    no_mdns: bool,
     /// Install it as a service, and start it
     #[arg(long, group = "service")]
     install: bool,
@@ -51,7 +54,7 @@ pub(crate) struct Args {
     #[arg(long, group = "service")]
     print_unit: bool,
     /// Everything here is the clan's: set by images
-    #[arg(long, hide = true, conflicts_with_all = ["socket", "user", "port", "interface", "dns", "service"])]
+    #[arg(long, hide = true, conflicts_with_all = ["socket", "user", "port", "interface", "dns", "no_mdns", "service"])]
     guest: bool,
 }
 
@@ -138,6 +141,7 @@ fn serve(args: Args, printer: &Printer) -> Result<(), CliError> {
                 Dns::ResolvConf => Names::ResolvConf,
                 Dns::Resolved => Names::Resolved,
             },
+            multicast: !args.no_mdns,
         })
     };
     if let (Host::Computer(computer), true) = (&host, printer.stderr_is_terminal()) {

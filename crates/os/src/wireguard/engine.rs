@@ -5,6 +5,7 @@
 //! application ← TUN ◀─ inbound thread: receive many, open, check, join ─ UDP
 //!                   ◀─ carrier task: the same ─ the carrier's queue
 //! timers task: handshakes again, keepalives, sessions that end
+//! copies task: what applications say to the group of multicast DNS, to everybody bit by bit
 //! ```
 //!
 //! No task of the runtime is woken for a packet. Each peer's sessions are behind a lock of their own.
@@ -21,8 +22,11 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
-use clan_tunnel::filter::{Filter, Policy};
+use bytes::{Bytes, BytesMut};
+use clan_tunnel::{
+    filter::{Filter, Policy},
+    multicast::Multicast,
+};
 use clan_types::MachineId;
 use gotatun::{
     noise::{
@@ -49,6 +53,8 @@ use crate::tun::Tun;
 const TIMER_INTERVAL: Duration = Duration::from_millis(250);
 /// Handshakes from one address in a second before it must prove that it is there.
 const HANDSHAKES: u64 = 100;
+/// How old a session may be (section 6.1 of the paper): whoever was not met for longer is not there.
+const SESSION: Duration = Duration::from_secs(180);
 /// How long to wait for room to send before a packet is given up.
 const SEND_WITHIN: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 
@@ -127,6 +133,9 @@ pub(crate) struct Engine {
     outgoing: mpsc::Sender<(MachineId, Bytes)>,
     timing: Timing,
     filters: Mutex<Filters>,
+    multicast: Mutex<Multicast>,
+    /// Tells whoever sends copies of what is said to the group that there are more.
+    pub(crate) said: Notify,
     /// Tells the prober that its next moment may have come nearer.
     pub(crate) wake: Notify,
     /// UDP port whose packets have no business in the tunnel, beside the socket's own; 0: none.
@@ -154,6 +163,8 @@ impl Engine {
             indices: IndexTable::from_os_rng(),
             by_index: Mutex::default(),
             table: RwLock::default(),
+            multicast: Mutex::new(Multicast::new(local, tun.address())),
+            said: Notify::new(),
             mtu: MtuWatcher::new(u16::try_from(tun.mtu()).unwrap_or(u16::MAX)),
             tun,
             socket,
@@ -167,10 +178,10 @@ impl Engine {
         })
     }
 
-    /// Whether a packet that an application sent, as it seems, is really one that carries the tunnel.
-    pub(crate) fn is_carrier(&self, packet: &[u8]) -> bool {
+    /// Whether a packet that an application sent from this UDP port, as it seems, is really one that carries the tunnel.
+    pub(crate) fn is_carrier(&self, source_port: Option<u16>) -> bool {
         let outside = self.outside_port.load(Ordering::Relaxed);
-        clan_tunnel::ip::udp_source(packet).is_some_and(|port| port == outside)
+        source_port.is_some_and(|port| port == outside)
     }
 
     /// A peer without sessions.
@@ -202,6 +213,11 @@ impl Engine {
     /// INVARIANT: nothing else is locked while this is held.
     pub(crate) fn filters(&self) -> MutexGuard<'_, Filters> {
         self.filters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// INVARIANT: nothing else is locked while this is held.
+    pub(crate) fn multicast(&self) -> MutexGuard<'_, Multicast> {
+        self.multicast.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn by_index(&self) -> MutexGuard<'_, HashMap<u32, Arc<Member>>> {
@@ -339,6 +355,57 @@ impl Engine {
                     }
                     return;
                 }
+            }
+        }
+    }
+
+    /// Takes a packet that an application sends to the group of multicast DNS to everybody whom a session leads to.
+    pub(crate) fn say(&self, packet: &[u8]) {
+        let now = self.directory.now();
+        let Some(admitted) = self.multicast().outbound(packet, now) else {
+            trace!("what a program says to the group is not carried");
+            return;
+        };
+        // Standard peers have nobody who would judge what they hear.
+        let alive = |member: &Member| !member.standard && member.tunnel().stats().0.is_some_and(|age| age < SESSION);
+        let to = self.table().by_id.values().filter(|member| alive(member)).map(|member| member.id).collect();
+        self.multicast().say(admitted, to);
+        self.said.notify_one();
+    }
+
+    /// Notes a packet from the port of multicast DNS to one machine alone; false where none is carried.
+    ///
+    /// INVARIANT: an answer to somebody who was heard in the group begins no conversation in which they would reach anything here.
+    pub(crate) fn is_answer_to_group(&self, packet: &[u8], now: Duration) -> bool {
+        let mut multicast = self.multicast();
+        multicast.outbound_alone(packet, now);
+        multicast.is_on()
+    }
+
+    /// Sends the copies of what is said to the group, as fast as they may, until cancelled.
+    pub(crate) async fn copy(&self, cancel: CancellationToken) {
+        loop {
+            let next = loop {
+                let copy = self.multicast().poll(self.directory.now());
+                let Some((peer, packet)) = copy else { break self.multicast().poll_timeout() };
+                let Some(member) = self.table().by_id.get(&peer).cloned() else { continue };
+                let packet = Packet::from_bytes(BytesMut::from(&packet[..]));
+                let sealed = member.tunnel().handle_outgoing_packet(packet, None);
+                if let Some(sealed) = sealed {
+                    self.send(&member, sealed);
+                }
+            };
+            let due = async {
+                match next {
+                    Some(next) => tokio::time::sleep_until((self.directory.epoch() + next).into()).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = cancel.cancelled() => return,
+                () = self.said.notified() => {}
+                () = due => {}
             }
         }
     }

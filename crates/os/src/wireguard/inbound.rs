@@ -3,7 +3,7 @@
 use std::{io, net::IpAddr, os::fd::AsFd, sync::Arc, time::Duration};
 
 use bytes::{Bytes, BytesMut};
-use clan_tunnel::{ip, offload::Joiner};
+use clan_tunnel::{ip, multicast, offload::Joiner};
 use clan_types::MachineId;
 use gotatun::{
     noise::TunnResult,
@@ -96,6 +96,8 @@ struct Inbound<'a> {
     joiner: Joiner,
     /// Packets that came out, for this machine, not judged yet.
     opened: Vec<BytesMut>,
+    /// Of these, what may answer a question to the group.
+    answers: Vec<BytesMut>,
     /// The session that the last packet belonged to, and the address it came from inside.
     session: Option<(u32, Arc<Member>)>,
     inside: Option<IpAddr>,
@@ -110,6 +112,7 @@ impl<'a> Inbound<'a> {
             table: engine.table(),
             joiner: Joiner::default(),
             opened: Vec::new(),
+            answers: Vec::new(),
             session: None,
             inside: None,
             forwarded: Vec::new(),
@@ -136,8 +139,17 @@ impl<'a> Inbound<'a> {
             for packet in self.opened.drain(..) {
                 if filters.inbound(None, &packet, now) {
                     self.joiner.push(packet);
+                } else if ip::udp_source(&packet) == Some(multicast::PORT) {
+                    self.answers.push(packet);
                 } else {
                     trace!("a packet that no rule allows");
+                }
+            }
+            drop(filters);
+            for packet in self.answers.drain(..) {
+                match self.engine.multicast().inbound_alone(&packet, now) {
+                    Some(answer) => self.joiner.push(answer),
+                    None => trace!("an answer that nobody asked for"),
                 }
             }
         }
@@ -243,8 +255,23 @@ impl<'a> Inbound<'a> {
         // INVARIANT: only packets for this machine come out of the tunnel, so no member can use it as a way elsewhere.
         if self.engine.tun.is_own(addresses.destination) {
             self.opened.push(packet);
+        } else if multicast::is_group(addresses.destination) {
+            self.hear(&packet, member);
         } else {
             self.forward(packet, addresses.destination, member);
+        }
+    }
+
+    /// Hands on what a machine says to the group of multicast DNS, if it may say that.
+    fn hear(&mut self, packet: &[u8], member: &Arc<Member>) {
+        // Whom a standard peer's packets are from, nobody but the machine in front of it knows.
+        if member.standard {
+            return;
+        }
+        let now = self.engine.directory.now();
+        match self.engine.multicast().inbound(&member.id, packet, now) {
+            Some(heard) => self.joiner.push(heard),
+            None => trace!(peer = %member.id, "what was said to the group is not handed on"),
         }
     }
 

@@ -216,6 +216,8 @@ impl Wireguard {
         running.tasks.push(("prober", tokio::spawn(prober)));
         let (timed, cancel) = (engine.clone(), stop.clone());
         running.tasks.push(("timers", tokio::spawn(async move { timed.keep_time(cancel).await })));
+        let (copied, cancel) = (engine.clone(), stop.clone());
+        running.tasks.push(("copies", tokio::spawn(async move { copied.copy(cancel).await })));
         let carried = inbound::run_carrier(engine, carrier.incoming, stop.clone());
         running.tasks.push(("carrier", tokio::spawn(carried)));
         Ok(Self { running: Mutex::new(Some(running)), private_key, own_prefix, changes, stop, udp_port })
@@ -277,6 +279,8 @@ impl Wireguard {
         for (id, _) in running.peers.iter().filter(|(id, _)| wanted.get(*id).is_none_or(|peer| peer.standard)) {
             engine.directory.lock().remove_peer(*id);
         }
+        let others = table.by_address.iter().map(|(address, member)| (*address, member.id)).collect();
+        engine.multicast().set_others(others);
         engine.set_table(table);
         running.peers = wanted;
         engine.wake.notify_one();
@@ -291,10 +295,23 @@ impl Wireguard {
         }
     }
 
+    /// Carries multicast DNS from now on, among machines with these names, lower case, this one's included; `None` ends it. See
+    /// [`clan_tunnel::multicast`].
+    pub fn set_multicast(&self, names: Option<BTreeMap<String, MachineId>>) {
+        if let Some(running) = self.running().as_ref() {
+            running.engine.multicast().set_names(names);
+        }
+    }
+
     /// Gives the device a second address, or takes it away. Packets to it are for this machine; without it none go to the
     /// second addresses of others.
     pub async fn set_ipv4(&self, ipv4: Option<Ipv4Addr>) -> Result<(), WireguardError> {
-        self.running().as_mut().ok_or(WireguardError::Stopped)?.ipv4 = ipv4;
+        {
+            let mut running = self.running();
+            let running = running.as_mut().ok_or(WireguardError::Stopped)?;
+            running.ipv4 = ipv4;
+            running.engine.multicast().set_ipv4(ipv4);
+        }
         self.lead_here().await
     }
 

@@ -4,7 +4,7 @@ use std::{io, os::fd::AsFd, sync::Arc};
 
 use bytes::BytesMut;
 use clan_tunnel::{
-    ip,
+    ip, multicast,
     offload::{self, Offload},
 };
 use gotatun::packet::{Packet, WgKind};
@@ -52,11 +52,20 @@ struct Outbound<'a> {
 impl Outbound<'_> {
     fn take(&mut self, offload: Offload, packet: &mut [u8]) {
         let Some(destination) = ip::addresses(packet).map(|addresses| addresses.destination) else { return };
-        if self.engine.is_carrier(packet) {
+        let source_port = ip::udp_source(packet);
+        if self.engine.is_carrier(source_port) {
             return;
         }
-        let Some(member) = self.engine.table().by_address.get(&destination).cloned() else { return };
-        self.engine.filters().outbound(None, packet, self.engine.directory.now());
+        let Some(member) = self.engine.table().by_address.get(&destination).cloned() else {
+            if multicast::is_group(destination) {
+                self.engine.say(packet);
+            }
+            return;
+        };
+        let now = self.engine.directory.now();
+        if !(source_port == Some(multicast::PORT) && self.engine.is_answer_to_group(packet, now)) {
+            self.engine.filters().outbound(None, packet, now);
+        }
         if self.to.as_ref().is_none_or(|to| !Arc::ptr_eq(to, &member)) {
             self.flush();
         }

@@ -2,7 +2,7 @@
 
 /// A sum that is not folded yet.
 #[inline]
-pub(super) fn sum(bytes: &[u8]) -> u64 {
+pub(crate) fn sum(bytes: &[u8]) -> u64 {
     let mut chunks = bytes.chunks_exact(4);
     // Four bytes at a time cannot overflow 64 bits in any packet, and the compiler makes vector code of it.
     let mut total: u64 = chunks.by_ref().map(|c| u64::from(u32::from_ne_bytes([c[0], c[1], c[2], c[3]]))).sum();
@@ -15,7 +15,7 @@ pub(super) fn sum(bytes: &[u8]) -> u64 {
 
 /// Folds a sum to 16 bits, not yet complemented.
 #[inline]
-pub(super) fn fold(mut sum: u64) -> u16 {
+pub(crate) fn fold(mut sum: u64) -> u16 {
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -25,7 +25,7 @@ pub(super) fn fold(mut sum: u64) -> u16 {
 /// The sum over the pseudo-header (RFC 768, 793, 8200) of a transport segment of `length` bytes behind the IP header
 /// `ip`, which must be complete.
 #[inline]
-pub(super) fn pseudo_header(ip: &[u8], protocol: u8, length: usize) -> u64 {
+pub(crate) fn pseudo_header(ip: &[u8], protocol: u8, length: usize) -> u64 {
     let addresses = if ip[0] >> 4 == 4 { &ip[12..20] } else { &ip[8..40] };
     let length = u64::from(u16::from_ne_bytes((length as u16).to_be_bytes()));
     sum(addresses) + u64::from(u16::from_ne_bytes([0, protocol])) + length
@@ -33,7 +33,7 @@ pub(super) fn pseudo_header(ip: &[u8], protocol: u8, length: usize) -> u64 {
 
 /// Puts the checksum of an IPv4 header of these bytes into it.
 #[inline]
-pub(super) fn seal_ipv4(header: &mut [u8]) {
+pub(crate) fn seal_ipv4(header: &mut [u8]) {
     header[10..12].fill(0);
     let checksum = !fold(sum(header));
     header[10..12].copy_from_slice(&checksum.to_ne_bytes());

@@ -4,7 +4,7 @@
 //! application sees unchanged: every packet that is made, or taken apart again by the kernel, has the headers and
 //! checksums that it would have had without.
 
-mod checksum;
+pub(crate) mod checksum;
 mod join;
 mod split;
 

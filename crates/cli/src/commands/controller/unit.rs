@@ -117,6 +117,9 @@ fn text(args: &Args) -> Result<String, CliError> {
     if let Some(interface) = &args.interface {
         command.push_str(&format!(" --interface {interface}"));
     }
+    if args.no_mdns {
+        command.push_str(" --no-mdns");
+    }
     // Where the system's files are shut off, there is no resolv.conf to change.
     let system = match args.dns {
         Dns::None => "full",
