@@ -24,7 +24,7 @@ use clan_wire::{
         Request,
     },
 };
-use iroh::{Endpoint, endpoint::Connection};
+use iroh::{Endpoint, address_lookup::AddrFilter, endpoint::Connection};
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use tokio::{
     io::{AsyncRead, AsyncWrite, AsyncWriteExt, copy_bidirectional, join},
@@ -459,7 +459,8 @@ pub(crate) async fn keep_announcing(helm: Arc<Helm>, endpoint: Endpoint, cancel:
 
 /// How machines on the local network are found, and whether this one is.
 pub(crate) fn lookup(announce: bool) -> iroh_mdns_address_lookup::MdnsAddressLookupBuilder {
-    MdnsAddressLookup::builder().advertise(announce).discovery_cadence(net::DISCOVERY)
+    let outside = AddrFilter::new(net::outside);
+    MdnsAddressLookup::builder().advertise(announce).discovery_cadence(net::DISCOVERY).addr_filter(outside)
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! The QUIC endpoint, and who is let in where.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{borrow::Cow, net::SocketAddr, sync::Arc, time::Duration};
 
+use clan_os::addresses;
 use clan_relay::Names;
 use clan_types::{MachineId, PeerAddr};
 use clan_wire::{
@@ -45,6 +46,20 @@ pub(crate) async fn endpoint(
         builder = builder.external_addr(*addr);
     }
     builder.bind().await.map_err(|e| NodeError::network("the QUIC endpoint", e))
+}
+
+/// What a LAN is told. INVARIANT: addresses inside tunnels, the clan's and others', are nothing for those outside.
+#[allow(clippy::ptr_arg, clippy::owned_cow, reason = "as iroh has it")]
+pub(crate) fn outside(all: &Vec<TransportAddr>) -> Cow<'_, Vec<TransportAddr>> {
+    let inside = match addresses::point_to_point() {
+        Ok(inside) => inside,
+        Err(error) => {
+            tracing::warn!(%error, "this LAN is told no address");
+            return Cow::Owned(all.iter().filter(|addr| addr.is_relay()).cloned().collect());
+        }
+    };
+    let told = |addr: &&TransportAddr| !matches!(addr, TransportAddr::Ip(addr) if inside.contains(&addr.ip()));
+    Cow::Owned(all.iter().filter(told).cloned().collect())
 }
 
 /// An endpoint that asks nobody anything but machines and relays of the clan.

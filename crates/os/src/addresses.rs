@@ -1,7 +1,7 @@
 //! Addresses of this machine on the base network.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -37,6 +37,13 @@ pub async fn local() -> Result<Vec<IpAddr>, AddressesError> {
 pub async fn inside_tunnels() -> Result<Vec<IpAddr>, AddressesError> {
     let kernel = connect()?;
     Ok(sorted(by_interface(&kernel, true).await?))
+}
+
+/// Addresses of point-to-point devices, among which are all TUN devices, right now and without waiting.
+pub fn point_to_point() -> std::io::Result<BTreeSet<IpAddr>> {
+    let all = getifaddrs::getifaddrs()?;
+    let theirs = all.filter(|interface| interface.flags.contains(getifaddrs::InterfaceFlags::POINTTOPOINT));
+    Ok(theirs.filter_map(|interface| interface.address.ip_addr()).collect())
 }
 
 /// At most one IPv4 and one IPv6 address to bind to, in this order, such that nothing sent from there takes the clan's

@@ -14,7 +14,7 @@ fn id(n: usize) -> MachineId {
 }
 
 fn v6(n: usize) -> Ipv6Addr {
-    Ipv6Addr::from(0xfd00 << 112 | n as u128 + 1)
+    Ipv6Addr::from((0xfd00 << 112) | (n as u128 + 1))
 }
 
 fn v4(n: usize) -> Ipv4Addr {
