@@ -10,6 +10,7 @@
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 
 mod clan;
+mod multicast;
 mod mux;
 mod packet;
 mod seeds;
@@ -37,6 +38,7 @@ use clan_wire::{
 use data_encoding::BASE64URL_NOPAD;
 use serde::{Serialize, de::DeserializeOwned};
 
+pub use multicast::multicast;
 pub use mux::mux;
 pub use packet::packet;
 pub use seeds::seeds;
@@ -57,6 +59,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("dns", dns),
     ("probe", probe),
     ("packet", packet),
+    ("multicast", multicast),
     ("words", words),
     ("helm", helm),
 ];

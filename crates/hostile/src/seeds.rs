@@ -104,6 +104,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(("packet", framed(&[&[0x40, 1, 1, 54, 0, 20, 0, 20, 0, 16, 0, 0x45], &[0; 80][..]].concat())));
     let channel = Words::from_entropy([7; 6]).channel();
     let (begin, tag) = (WordsRequest::Begin { channel, share: vec![0x41; 33] }, WordsRequest::Confirm { tag: [1; 32] });
+    seeds.extend(crate::multicast::seeds().into_iter().map(|seed| ("multicast", seed)));
     seeds.push(("words", [&[0], announcement(&[channel]).as_bytes()].concat()));
     seeds.push(("words", [&[1], Words::from_entropy([7; 6]).to_string().as_bytes()].concat()));
     seeds.push(("words", with(2, &WordsResponse::Refused(WordsRefusal::Busy))));
