@@ -21,10 +21,10 @@ use crate::{
     AddDevice, AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery,
     CreateClan, CreateInvite, CreatedClan, DecideAdmission, DeleteQuery, DeviceInfo, DeviceOffer, FindInvitation,
     FindRecovery, FoundInvitation, GroupInfo, ImageGc, ImageInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery,
-    LogSource, Login, MachineInfo, MakeLogin, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, RelayChange,
-    RelayInfo, RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm, Revocation, Revoke,
-    RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status, TaskEvent, TaskId,
-    TaskInfo, UpdateVm, VmInfo, VmSize, VmStats, WireguardMachine,
+    LogSource, Login, MachineInfo, MakeLogin, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, Publication,
+    PublishImage, RelayChange, RelayInfo, RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm,
+    Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status,
+    TaskEvent, TaskId, TaskInfo, UpdateVm, VmInfo, VmSize, VmStats, WireguardMachine,
 };
 
 /// Largest answer that is read into memory.
@@ -390,6 +390,11 @@ impl ManagerClient {
     /// Compares an image with its name, which is an id or a unique beginning of one.
     pub async fn verify_image(&self, image: &str) -> Result<TaskInfo, ClientError> {
         self.post(&format!("/images/{}/verify", segment(image)), &serde_json::json!({})).await
+    }
+
+    /// Makes an image what newcomers to a clan run, or finds out what would change.
+    pub async fn publish_image(&self, clan: &str, request: &PublishImage) -> Result<Publication, ClientError> {
+        self.post(&format!("/clans/{}/image", segment(clan)), request).await
     }
 
     /// Removes the images that no VM here runs, or finds out which.

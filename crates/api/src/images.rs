@@ -44,3 +44,54 @@ pub struct ImageGc {
     #[schema(value_type = u64)]
     pub freed: ByteSize,
 }
+
+/// Which image newcomers to a clan are to run, and how large their VMs are to be. What is left out stays as it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct PublishImage {
+    /// Id of an image on this computer, or its beginning.
+    pub image: String,
+    /// Memory of a VM.
+    #[schema(value_type = Option<u64>)]
+    pub memory: Option<ByteSize>,
+    /// Processors of a VM.
+    pub cpus: Option<u32>,
+    /// Largest size of a VM's disk.
+    #[schema(value_type = Option<u64>)]
+    pub disk: Option<ByteSize>,
+    /// Only say what would change.
+    #[serde(default)]
+    pub dry_run: bool,
+}
+
+/// What newcomers to a clan ran, and run or would run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Publication {
+    /// The clan.
+    #[schema(value_type = String)]
+    pub clan: ClanName,
+    /// What they ran so far, if the clan says.
+    pub before: Option<PublishedVm>,
+    /// What they run from now on, or would run.
+    pub after: PublishedVm,
+    /// Entries that were signed; none if it was only asked, or is in force already.
+    pub entries: u32,
+}
+
+/// A VM as a clan's ledger describes it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PublishedVm {
+    /// What boots.
+    #[schema(value_type = String)]
+    pub image: ImageId,
+    /// One line for people.
+    pub title: String,
+    /// Memory.
+    #[schema(value_type = u64)]
+    pub memory: ByteSize,
+    /// Processors.
+    pub cpus: u32,
+    /// Largest size of the disk.
+    #[schema(value_type = u64)]
+    pub disk: ByteSize,
+}

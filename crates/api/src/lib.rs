@@ -29,7 +29,7 @@ pub use helm::{
     ChangeSetting, ControlChange, ControlSuggestion, MachineChange, MachineDeed, MachineEntry, MachineReport,
     MachineSetting, RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery,
 };
-pub use images::{ImageGc, ImageGcQuery, ImageInfo};
+pub use images::{ImageGc, ImageGcQuery, ImageInfo, Publication, PublishImage, PublishedVm};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};
 pub use openapi::openapi;
 pub use ping::Pong;

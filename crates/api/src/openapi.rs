@@ -20,7 +20,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         machine_report, machine_log, machine_journal, change_setting, revert_change, restart_machine, machine_terminal, set_control, suggest_control,
-        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, login
+        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, publish_image, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
     modifiers(&Security),
@@ -301,6 +301,10 @@ fn build_image() {}
 /// Compare an image with its name
 #[utoipa::path(post, path = "/api/v1/images/{image}/verify", params(("image" = String, Path)), responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn verify_image() {}
+
+/// Make an image what newcomers to a clan run
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/image", params(("clan" = String, Path)), request_body = PublishImage, responses((status = 201, body = Publication, description = "Done"), (status = 200, body = Publication, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn publish_image() {}
 
 /// Remove the images that no VM here runs
 #[utoipa::path(delete, path = "/api/v1/images", params(ImageGcQuery), responses((status = 200, body = ImageGc), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

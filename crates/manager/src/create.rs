@@ -28,7 +28,7 @@ use crate::{
 
 pub(crate) const DEFAULT_MEMORY: ByteSize = ByteSize::from_mib(512);
 pub(crate) const DEFAULT_DISK: ByteSize = ByteSize::from_mib(2048);
-const LEAST_DISK: ByteSize = ByteSize::from_mib(64);
+pub(crate) const LEAST_DISK: ByteSize = ByteSize::from_mib(64);
 /// What the base OS keeps for itself.
 const HOST_RESERVE: ByteSize = ByteSize::from_mib(128);
 /// Being admitted may take several machines of the clan.
@@ -338,11 +338,16 @@ pub(crate) fn enrol(
 }
 
 fn describe(record: &ClanRecord, image: clan_types::ImageId, manifest: &Manifest) -> Result<VmDescription, ApiProblem> {
-    let line: String = manifest.title.chars().filter(|c| !c.is_control()).take(100).collect();
-    let title = line
-        .parse::<Title>()
-        .map_err(|e| ApiProblem::new(ErrorCode::Internal, "the image has no usable title").why(e.to_string()))?;
+    let title = title(manifest)?;
     Ok(VmDescription { image, title, memory: record.memory, cpus: record.cpus, disk: record.disk })
+}
+
+/// What an image is called in the ledger.
+pub(crate) fn title(manifest: &Manifest) -> Result<Title, ApiProblem> {
+    let line: String = manifest.title.chars().filter(|c| !c.is_control()).take(100).collect();
+    line.parse().map_err(|e: clan_ledger::TitleError| {
+        ApiProblem::new(ErrorCode::Internal, "the image has no usable title").why(e.to_string())
+    })
 }
 
 /// Gives the machine its place. Safe to repeat, so that a controller that restarts meanwhile does no harm.

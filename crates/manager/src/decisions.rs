@@ -42,7 +42,7 @@ pub(crate) async fn decide_admission(clan: &Clan, request: &DecideAdmission) -> 
     Ok(decision)
 }
 
-async fn decide<T>(
+pub(crate) async fn decide<T>(
     clan: &Clan,
     dry_run: bool,
     decision: impl FnOnce(&Ledger) -> Result<(T, Vec<Body>), ApiProblem>,
@@ -54,7 +54,7 @@ async fn decide<T>(
     Ok((outcome, u32::try_from(entries.len()).unwrap_or(u32::MAX)))
 }
 
-fn own_role(state: &State, author: &PersonId) -> Result<Role, ApiProblem> {
+pub(crate) fn own_role(state: &State, author: &PersonId) -> Result<Role, ApiProblem> {
     state.role_of(author).ok_or_else(|| {
         ApiProblem::new(ErrorCode::NotAllowed, "you are not in the clan any more")
             .why("somebody has put you out, or you have left")

@@ -5,7 +5,11 @@ use std::sync::{Arc, PoisonError};
 use clan_api::{ApiProblem, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan};
 use clan_ledger::{Body, State, VmDescription};
 use clan_types::{ByteSize, DEVICE_LINK_LIFETIME, InviteLink, MachineName, PersonName, Purpose, Role, Timestamp};
-use clan_wire::{control::Redeem, image::Manifest, peer::InviteProof};
+use clan_wire::{
+    control::Redeem,
+    image::{FileRole, Manifest},
+    peer::InviteProof,
+};
 use ed25519_dalek::SigningKey;
 
 use crate::{
@@ -17,7 +21,7 @@ use crate::{
     fetch::{Fetcher, Found, blocking},
     guest, integrated,
     manager::Shared,
-    problem,
+    problem, publish,
     record::{ClanRecord, PersonLog, Phase, Staging},
     sign,
     tasks::{Task, TaskHandle, now},
@@ -242,7 +246,9 @@ async fn begin_by(
             Home::integrated(shared, socket, sized).await?
         }
         (None, Some(description)) => {
-            Home::vm(shared, size(shared, description, request.memory, request.disk, request.cpus)?)?
+            let size = size(shared, description, request.memory, request.disk, request.cpus)?;
+            publish::check_disk(size.disk, crate::status::host(&shared.paths).disk_available)?;
+            Home::vm(shared, size)?
         }
         (None, None) => return Err(no_image()),
     };
@@ -396,7 +402,7 @@ async fn prepare(
             task.skip();
         } else {
             let manifest = fetcher.manifest(found.ledger.state(), &image).await?;
-            check_image(&manifest, clan)?;
+            check_image(&manifest, missing(shared, &manifest), clan)?;
             let _one = shared.building.lock().await;
             if shared.images.get(&image).is_none() {
                 fetcher.image(&shared.images, found.ledger.state(), &manifest, task).await?;
@@ -407,7 +413,8 @@ async fn prepare(
     Ok(found.ledger.entries().map(clan_ledger::Entry::encode).collect())
 }
 
-fn check_image(manifest: &Manifest, clan: &Clan) -> Result<(), ApiProblem> {
+/// `missing` is what of the image has yet to come.
+fn check_image(manifest: &Manifest, missing: ByteSize, clan: &Clan) -> Result<(), ApiProblem> {
     let record = clan.record.get();
     if manifest.architecture != std::env::consts::ARCH {
         return Err(ApiProblem::new(
@@ -419,10 +426,13 @@ fn check_image(manifest: &Manifest, clan: &Clan) -> Result<(), ApiProblem> {
         return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", manifest.memory_min))
             .hint("give the VM more with `--memory`"));
     }
+    // Kernel and initramfs are there twice: on the boot disk, too.
+    let boot = [FileRole::Kernel, FileRole::Initramfs].into_iter().filter_map(|role| manifest.file(role).ok());
+    let needed = boot.map(|f| f.size.as_bytes()).fold(missing.as_bytes(), u64::saturating_add);
     match problem::available(&record_dir(clan)) {
-        Some(free) if free < manifest.total_size() => {
+        Some(free) if free.as_bytes() < needed => {
             Err(ApiProblem::new(ErrorCode::DiskFull, "there is no room for the image")
-                .why(format!("it takes {}, {free} are free", manifest.total_size()))
+                .why(format!("it takes {} more, {free} are free", ByteSize::from_bytes(needed)))
                 .hint("free some space, or use another data folder with `--data`"))
         }
         _ => Ok(()),

@@ -40,6 +40,7 @@ mod memory;
 mod mesh;
 mod paths;
 mod problem;
+mod publish;
 mod record;
 mod recover;
 mod relay;

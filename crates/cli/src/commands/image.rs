@@ -1,6 +1,6 @@
 //! `clan image`: what VMs boot from.
 
-use clan_api::ImageInfo;
+use clan_api::{ImageInfo, Publication, PublishImage, PublishedVm};
 use clan_types::ByteSize;
 
 use crate::{context::Context, error::CliError, printer::harmless, progress, table::Table, words};
@@ -17,6 +17,30 @@ pub(crate) enum Verb {
     Verify {
         /// Id, or its beginning, as `clan image list` shows it [default: all]
         image: Option<String>,
+    },
+    /// Make an image on this computer what newcomers to a clan run
+    #[command(
+        after_help = "Admins only. The clan's machine here is started with the image first: it gives it to newcomers. \
+Machines that others have already stay as they are."
+    )]
+    Publish {
+        /// Id, or its beginning, as `clan image list` shows it
+        image: String,
+        /// Which clan, if you are in several
+        #[arg(long)]
+        clan: Option<String>,
+        /// Memory of a newcomer's machine, such as 512M [default: as it is]
+        #[arg(long, value_name = "SIZE")]
+        memory: Option<ByteSize>,
+        /// Processors of a newcomer's machine [default: as it is]
+        #[arg(long, value_name = "COUNT")]
+        cpus: Option<u32>,
+        /// Largest disk of a newcomer's machine, such as 4G [default: as it is]
+        #[arg(long, value_name = "SIZE")]
+        disk: Option<ByteSize>,
+        /// Only say what would change
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Remove the images that no machine here runs
     Gc {
@@ -35,6 +59,9 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             if context.printer.is_json() { context.printer.json(&task) } else { Ok(()) }
         }
         Verb::Verify { image } => verify(image, context).await,
+        Verb::Publish { image, clan, memory, cpus, disk, dry_run } => {
+            publish(clan, PublishImage { image, memory, cpus, disk, dry_run }, context).await
+        }
         Verb::Gc { dry_run } => gc(dry_run, context).await,
     }
 }
@@ -105,4 +132,63 @@ async fn gc(dry_run: bool, context: &Context) -> Result<(), CliError> {
     }
     context.printer.talk(&tell("Removed", done.removed.len(), done.freed));
     Ok(())
+}
+
+async fn publish(clan: Option<String>, request: PublishImage, context: &Context) -> Result<(), CliError> {
+    let clan = context.clan(clan).await?;
+    // Whoever may not is told before they are asked whether they want to.
+    let ask = PublishImage { dry_run: true, ..request.clone() };
+    let plan = context.ask(context.client.publish_image(&clan, &ask)).await?;
+    let printer = &context.printer;
+    let same = plan.before.as_ref() == Some(&plan.after);
+    if (request.dry_run || same) && printer.is_json() {
+        return printer.json(&plan);
+    }
+    if same {
+        printer.talk("Newcomers run exactly this already.");
+        return Ok(());
+    }
+    for line in changes(&plan) {
+        printer.talk(&line);
+    }
+    if request.dry_run {
+        return Ok(());
+    }
+    context.confirm(
+        &format!("Have newcomers to {} run this?", harmless(plan.clan.as_str())),
+        "publish an image without being asked",
+    )?;
+    // What was shown is what is signed, whatever others have published meanwhile.
+    let PublishedVm { image, memory, cpus, disk, .. } = plan.after;
+    let shown = PublishImage {
+        image: image.to_string(),
+        memory: Some(memory),
+        cpus: Some(cpus),
+        disk: Some(disk),
+        dry_run: false,
+    };
+    let done = context.ask(context.client.publish_image(&clan, &shown)).await?;
+    if printer.is_json() {
+        return printer.json(&done);
+    }
+    printer.talk(&format!("Newcomers to {} run it from now on.", harmless(done.clan.as_str())));
+    Ok(())
+}
+
+/// What changes for newcomers, a line each.
+fn changes(plan: &Publication) -> Vec<String> {
+    let facts = |vm: &PublishedVm| {
+        [
+            ("Image", format!("{} ({})", harmless(&vm.title), vm.image.short())),
+            ("Memory", vm.memory.to_string()),
+            ("Processors", vm.cpus.to_string()),
+            ("Disk", format!("up to {}", vm.disk)),
+        ]
+    };
+    let before = plan.before.as_ref().map(facts);
+    let line = |(i, (what, now)): (usize, (&str, String))| match before.as_ref().map(|before| &before[i].1) {
+        Some(was) if *was != now => format!("{what:<10}  {now}, so far {was}"),
+        _ => format!("{what:<10}  {now}"),
+    };
+    facts(&plan.after).into_iter().enumerate().map(line).collect()
 }

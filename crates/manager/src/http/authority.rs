@@ -66,7 +66,7 @@ pub(super) async fn decide_admission(
     Ok(Json(created(decision.entries), decision))
 }
 
-fn created(entries: u32) -> StatusCode {
+pub(super) fn created(entries: u32) -> StatusCode {
     if entries > 0 { StatusCode::CREATED } else { StatusCode::OK }
 }
 

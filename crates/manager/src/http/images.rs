@@ -1,18 +1,20 @@
-//! Images: list, build, verify, remove.
+//! Images: list, build, verify, publish, remove.
 
 use std::sync::Arc;
 
 use axum::{
+    body::Bytes,
     extract::{Path, Query, State, rejection::QueryRejection},
     http::StatusCode,
 };
-use clan_api::{ImageGc, ImageGcQuery, ImageInfo, TaskInfo};
+use clan_api::{ImageGc, ImageGcQuery, ImageInfo, Publication, PublishImage, TaskInfo};
 
 use super::{
-    problems::{Answer, Json},
+    authority::created,
+    problems::{Answer, Json, parse},
     vms::understood,
 };
-use crate::{images, manager::Shared};
+use crate::{images, manager::Shared, publish};
 
 pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Answer<Json<Vec<ImageInfo>>> {
     Ok(Json(StatusCode::OK, images::list(&shared).await?))
@@ -32,4 +34,14 @@ pub(super) async fn gc(
 ) -> Answer<Json<ImageGc>> {
     let query = understood(query)?;
     Ok(Json(StatusCode::OK, images::gc(&shared, query.dry_run).await?))
+}
+
+pub(super) async fn publish(
+    State(shared): State<Arc<Shared>>,
+    Path(clan): Path<String>,
+    body: Bytes,
+) -> Answer<Json<Publication>> {
+    let request: PublishImage = parse(&body)?;
+    let publication = publish::publish(&shared, &*shared.find(&clan)?, &request).await?;
+    Ok(Json(created(publication.entries), publication))
 }

@@ -353,6 +353,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/clans/{clan}/services", get(clans::services))
         .route("/clans/{clan}/leave", post(clans::leave))
         .route("/clans/{clan}/services/{name}/open", post(clans::open))
+        .route("/clans/{clan}/image", post(images::publish))
         .route("/images", get(images::list).post(images::build).delete(images::gc))
         .route("/images/{image}/verify", post(images::verify))
         .route("/vms", get(vms::list))
