@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     fs,
-    process::Stdio,
+    process::{Child, Stdio},
     time::{Duration, Instant},
 };
 
@@ -122,23 +122,29 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     screen.heading("Who is put out loses their terminal");
     until(LIMIT, "eve reaching ben again", || ping_once(fleet.computer("eve"), "ben"))?;
     let mut eves = fleet.computer("eve").place().command("clan")?;
-    let mut open = eves
-        .args(["machine", "terminal", "ben", "--", "sleep", SLEEP])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    eves.args(["machine", "terminal", "ben", "--", "sleep", SLEEP]);
+    eves.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let mut open = Running(eves.spawn().unwrap());
     until(LIMIT, "what eve runs on ben", || Ok(sleeps().then_some(())))?;
     fleet.computer("ada").clan(&["revoke", "person", "eve", "--yes"])?.success()?;
     let began = Instant::now();
     until(CUT_OFF, "the end of what eve runs on ben", || Ok((!sleeps()).then_some(())))?;
     screen.seen("an admin who was put out has nothing left running", began.elapsed());
-    let ended = open.wait().unwrap();
+    let ended = open.0.wait().unwrap();
     demand(!ended.success(), "eve's terminal ended as if all were well")?;
     let again = fleet.computer("eve").clan_quietly(&["machine", "stats", "ben"])?;
     demand(again.success().is_err(), "eve still steers")?;
     Ok(())
+}
+
+/// A command that ends, at the latest, when this is dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 /// Runs a command that must be refused with all of these words.

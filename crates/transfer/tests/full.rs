@@ -1,4 +1,5 @@
 //! A disk that fills up while an image arrives: a small file system in a namespace of the test's own.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod common;
 

@@ -1,4 +1,5 @@
 //! Images from several members, over real endpoints on loopback and real files: with members that die, lie, or say nothing.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod common;
 
