@@ -74,7 +74,8 @@ impl Folded {
             && !effective.devices.contains_key(&author)
             && !effective.machines.contains_key(&author)
             && self.run.state.person_of(&author).is_none_or(|person| !effective.demotions.contains_key(&person))
-            && self.brings_in(entry).is_none_or(|keys| keys.iter().all(|key| !self.subjects.contains(key)));
+            && self.brings_in(entry).is_none_or(|keys| keys.iter().all(|key| !self.subjects.contains(key)))
+            && !self.brings_claims(entry);
         if !simple {
             return false;
         }
@@ -93,6 +94,17 @@ impl Folded {
             // With the newcomer comes what they wrote before.
             Body::Countersign { admission } | Body::Approve { admission } => Some(self.run.newcomers_keys(admission)),
             _ => None,
+        }
+    }
+
+    /// Whether somebody who claimed something before comes in, or would but for the claims that count by now: they may have
+    /// been weighed after it.
+    fn brings_claims(&self, entry: &Entry) -> bool {
+        match entry.body() {
+            Body::Countersign { admission } | Body::Approve { admission } => {
+                self.run.newcomers_entries(admission).iter().any(|entry| subject(entry.body()).is_some())
+            }
+            _ => false,
         }
     }
 

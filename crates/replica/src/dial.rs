@@ -9,6 +9,8 @@ use clan_types::MachineId;
 
 /// The machine with the greater key leaves dialling to the other one for this long, so that two connections do not cross.
 const COURTESY: Duration = Duration::from_secs(6);
+/// The same right after the start: whoever thinks that an earlier connection still lives will not dial.
+const COURTESY_AT_FIRST: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(2);
 const RETRY_MAX: Duration = Duration::from_secs(30);
 
@@ -18,6 +20,8 @@ pub(crate) struct Dialer {
     waiting: BTreeMap<MachineId, Backoff>,
     /// An attempt, or the connection that it led to, is under way.
     running: BTreeSet<MachineId>,
+    /// Whether there was anybody to dial yet.
+    begun: bool,
 }
 
 struct Backoff {
@@ -26,8 +30,8 @@ struct Backoff {
 }
 
 impl Backoff {
-    fn new(at: Duration, ours_to_dial: bool) -> Self {
-        Self { due: if ours_to_dial { at } else { at + COURTESY }, delay: RETRY }
+    fn new(due: Duration) -> Self {
+        Self { due, delay: RETRY }
     }
 
     fn failed(&mut self, at: Duration) {
@@ -46,12 +50,17 @@ impl Dialer {
         linked: impl Fn(&MachineId) -> bool,
     ) -> Vec<MachineId> {
         self.waiting.retain(|machine, _| wanted.contains(machine) && !linked(machine));
+        let courtesy = if self.begun { COURTESY } else { COURTESY_AT_FIRST };
+        self.begun |= wanted.iter().any(|machine| machine != this);
         let mut due = Vec::new();
         for machine in wanted {
             if machine == this || linked(machine) || self.running.contains(machine) {
                 continue;
             }
-            let backoff = self.waiting.entry(*machine).or_insert_with(|| Backoff::new(at, this < machine));
+            let backoff = self
+                .waiting
+                .entry(*machine)
+                .or_insert_with(|| Backoff::new(if this < machine { at } else { at + courtesy }));
             if backoff.due <= at {
                 backoff.failed(at);
                 self.running.insert(*machine);
@@ -63,7 +72,7 @@ impl Dialer {
 
     /// An attempt is due now, even if it is the other one's turn.
     pub(crate) fn hurry(&mut self, machine: MachineId, at: Duration) {
-        self.waiting.insert(machine, Backoff::new(at, true));
+        self.waiting.insert(machine, Backoff::new(at));
     }
 
     pub(crate) fn ended(&mut self, machine: &MachineId) {
@@ -93,8 +102,12 @@ mod tests {
         let (mut low, mut high) = (Dialer::default(), Dialer::default());
         assert_eq!(poll(&mut low, 0, LOW, false), [HIGH]);
         assert_eq!(poll(&mut high, 0, HIGH, false), []);
-        assert_eq!(high.next(), Some(COURTESY));
-        assert_eq!(poll(&mut high, 6, HIGH, false), [LOW]);
+        assert_eq!(high.next(), Some(COURTESY_AT_FIRST), "the other one may think that they are linked");
+        assert_eq!(poll(&mut high, 1, HIGH, false), [LOW]);
+        high.ended(&LOW);
+        assert_eq!(poll(&mut high, 2, HIGH, true), []);
+        assert_eq!(poll(&mut high, 10, HIGH, false), []);
+        assert_eq!(high.next(), Some(Duration::from_secs(10) + COURTESY));
     }
 
     #[test]

@@ -112,13 +112,18 @@ impl Run {
     /// The keys that come in with a newcomer.
     pub(crate) fn newcomers_keys(&self, admission: &EntryId) -> Vec<AuthorId> {
         let Some(person) = self.admissions.get(admission) else { return Vec::new() };
-        let later = self.newcomers.get(person).map_or(&[][..], |newcomer| &newcomer.later);
-        let theirs = later.iter().filter_map(|entry| match entry.body() {
+        let theirs = self.newcomers_entries(admission).iter().filter_map(|entry| match entry.body() {
             Body::Enrol { machine, .. } => Some((*machine).into()),
             Body::AddDevice { device, .. } => Some((*device).into()),
             _ => None,
         });
         theirs.chain([(*person).into()]).collect()
+    }
+
+    /// What a newcomer who is not in yet has written since they asked.
+    pub(crate) fn newcomers_entries(&self, admission: &EntryId) -> &[Entry] {
+        let newcomer = self.admissions.get(admission).and_then(|person| self.newcomers.get(person));
+        newcomer.map_or(&[], |newcomer| &newcomer.later)
     }
 
     /// What a newcomer wrote before they were in takes effect once they are.

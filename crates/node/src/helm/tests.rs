@@ -172,7 +172,7 @@ async fn an_admin_has_a_terminal_with_its_size_ctrl_c_and_exit_status() {
     shell.type_in(&Input::Data(b"stty size\n".to_vec())).await;
     shell.until("24 80").await;
     shell.type_in(&Input::Resize(Size { rows: 50, columns: 100 })).await;
-    shell.type_in(&Input::Data(b"stty size; echo $((40 + 2)); sleep 1000\n".to_vec())).await;
+    shell.type_in(&Input::Data(b"stty size; sh -c 'echo $((40 + 2)); exec sleep 1000'\n".to_vec())).await;
     let seen = shell.until("42").await;
     assert!(seen.contains("50 100"), "{seen}");
     shell.type_in(&Input::Data(vec![3])).await;
