@@ -53,9 +53,7 @@ fn echo(to: Ipv6Addr, limit: Duration) -> io::Result<Option<Duration>> {
     getrandom::fill(&mut nonce).map_err(|e| io::Error::other(e.to_string()))?;
     let socket = open()?;
     let began = Instant::now();
-    // The kernel fills in the checksum and, where it opens sockets for echoes, the identifier.
-    let mut request = vec![REQUEST, 0, 0, 0, 0, 0, 0, 1];
-    request.extend_from_slice(&nonce);
+    let request = request(&nonce);
     match sendto(&socket, &request, SendFlags::empty(), &SocketAddrV6::new(to, 0, 0, 0)) {
         Ok(_) => {}
         // The device is there, and has no way to the machine.
@@ -79,6 +77,13 @@ fn echo(to: Ipv6Addr, limit: Duration) -> io::Result<Option<Duration>> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// The kernel fills in the checksum and, where it opens sockets for echoes, the identifier. On a raw socket it is what we say:
+/// one of its own for each echo, as by it and the addresses firewalls tell our echoes from those that come to us.
+fn request(nonce: &[u8; NONCE]) -> [u8; HEADER + NONCE] {
+    let [a, b, c, d, e, f, g, h] = *nonce;
+    [REQUEST, 0, 0, 0, a, b, 0, 1, a, b, c, d, e, f, g, h]
 }
 
 /// What the system allows: a socket for echoes; or, as root where those are not allowed to anybody, a raw one.
@@ -106,6 +111,15 @@ mod tests {
                 "{error}"
             ),
         }
+    }
+
+    #[test]
+    fn echoes_are_told_apart_by_their_identifiers() {
+        let [one, other] = [[1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 3, 4, 5, 6, 7, 8]].map(|nonce| request(&nonce));
+        assert_ne!(one[4..6], other[4..6]);
+        let mut answer = one;
+        answer[0] = REPLY;
+        assert!(answers(&answer, &[1, 2, 3, 4, 5, 6, 7, 8]) && !answers(&answer, &[2, 1, 3, 4, 5, 6, 7, 8]));
     }
 
     #[test]
