@@ -613,7 +613,7 @@ mod tests {
             r#"{"type":"urn:clan:problem:invite_used","code":"invite_used","message":"this invite has been used already","hints":["ask for a new one"],"status":410}"#
         ))
         .await;
-        let question = PreviewJoin { link: "clan://join/x".into(), integrate: None };
+        let question = PreviewJoin { link: "clan://join/x".into(), integrate: None, container: false };
         let Err(ClientError::Problem(problem)) = client.preview_join(&question).await else {
             panic!("a problem was expected")
         };

@@ -36,8 +36,9 @@ pub use ping::Pong;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use relays::{RelayChange, RelayInfo, SetRelay};
 pub use requests::{
-    CreateClan, CreateInvite, CreatedClan, DeleteQuery, FindInvitation, FindRecovery, FoundInvitation, IntegratedPlan,
-    Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, MakeLogin, OpenedService, PreviewJoin, Transfer, VmPlan,
+    ContainerPlan, CreateClan, CreateInvite, CreatedClan, DeleteQuery, FindInvitation, FindRecovery, FoundInvitation,
+    IntegratedPlan, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, MakeLogin, OpenedService, PreviewJoin,
+    Transfer, VmPlan,
 };
 pub use status::{
     AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,

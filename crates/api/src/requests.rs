@@ -36,6 +36,9 @@ pub struct CreateClan {
     /// Who may steer this computer's machine; default the local user.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<ControlMode>,
+    /// Whether the machine is a container, instead of a VM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub container: bool,
     /// Makes a recovery phrase for the owner, which the answer tells once.
     #[serde(default)]
     pub recovery: bool,
@@ -50,6 +53,9 @@ pub struct PreviewJoin {
     /// Socket of a controller on this computer, which then is the machine itself; absent for a VM.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub integrate: Option<String>,
+    /// Whether the machine is a container, instead of a VM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub container: bool,
 }
 
 /// Looks for an invitation in what a person pasted or typed.
@@ -131,6 +137,20 @@ pub struct VmPlan {
     pub accelerator: AcceleratorInfo,
 }
 
+/// A container that is to become a machine of a clan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ContainerPlan {
+    /// The image that will run.
+    #[schema(value_type = String)]
+    pub image: ImageId,
+    /// Its title.
+    pub image_title: String,
+    /// What must be downloaded.
+    pub download: Transfer,
+    /// Why there can be none here now, and what to do; absent if there can.
+    pub problem: Option<ApiProblem>,
+}
+
 /// A computer that is to become a machine of a clan itself.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct IntegratedPlan {
@@ -172,6 +192,9 @@ pub struct JoinPreview {
     pub machines: Vec<MachineName>,
     /// The VM that will run; absent where this computer itself is to be the machine, or the clan names no image.
     pub vm: Option<VmPlan>,
+    /// The container that will run, if that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub container: Option<ContainerPlan>,
     /// How this computer itself will be the machine, if that was asked for.
     pub integrated: Option<IntegratedPlan>,
     /// Who is to steer it, as the clan suggests.
@@ -209,6 +232,9 @@ pub struct JoinClan {
     /// Who may steer this computer's machine; default the local user, whatever the clan suggests.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub control: Option<ControlMode>,
+    /// Whether the machine is a container, instead of a VM.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub container: bool,
 }
 
 /// Makes an invite.

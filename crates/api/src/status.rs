@@ -289,11 +289,13 @@ pub enum Flavour {
     /// A virtual machine.
     #[default]
     Vm,
+    /// A container.
+    Container,
     /// The computer itself, by a controller that runs on it.
     Integrated,
 }
 
-/// A clan's machine on this computer: mostly a VM. Of an integrated one memory, disk, processors, image and ports are
+/// A clan's machine on this computer: mostly a VM. Of a container memory, disk and processors bound nothing. Of an integrated one memory, disk, processors, image and ports are
 /// those of no VM: zero, and absent.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct VmInfo {

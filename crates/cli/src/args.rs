@@ -134,6 +134,14 @@ pub(crate) enum Command {
     Manager(commands::manager::Args),
     /// Run the controller: makes a computer a clan's machine without a virtual one
     Controller(commands::controller::Args),
+    /// A step on the way into a container: run by the manager
+    #[cfg(feature = "manager")]
+    #[command(hide = true)]
+    Contain {
+        /// Which, and what it needs to know
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        words: Vec<std::ffi::OsString>,
+    },
     /// Print completions for a shell
     Completions(commands::completions::Args),
 }

@@ -43,6 +43,8 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
     match cli.command {
         Command::Completions(args) => return completions::run(&args, printer),
         Command::Controller(args) => return controller::run(args, printer),
+        #[cfg(feature = "manager")]
+        Command::Contain { words } => return manager::contain(words),
         Command::Manager(args) => return manager::run(args, &cli.global, printer),
         _ => {}
     }
@@ -76,6 +78,8 @@ fn run(cli: Cli, printer: &Printer) -> Result<(), CliError> {
             Command::Web(args) => web::run(args, &context).await,
             Command::Leave(args) => leave::run(args, &context).await,
             Command::Completions(_) | Command::Controller(_) | Command::Manager(_) => Ok(()),
+            #[cfg(feature = "manager")]
+            Command::Contain { .. } => Ok(()),
         }
     })
 }

@@ -102,6 +102,7 @@ pub(crate) fn vm_state(state: VmState) -> (Tone, &'static str) {
 pub(crate) fn flavour(flavour: Flavour) -> &'static str {
     match flavour {
         Flavour::Vm => "VM",
+        Flavour::Container => "container",
         Flavour::Integrated => "integrated",
     }
 }

@@ -32,6 +32,7 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     let screen = fleet.screen().clone();
     let step = |what: &str, began: Instant| screen.seen(what, began.elapsed());
 
+    let untouched = traces(fleet.computer("host"))?;
     let began = Instant::now();
     let resolv = fleet.computer("host").place().etc().join("resolv.conf");
     let before = fs::read_to_string(&resolv).unwrap();
@@ -105,6 +106,12 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     }
     let clans = fs::read_dir(fleet.computer("host").place().data().join("clans")).unwrap().count();
     demand(clans == 0, "the manager remembers a clan")?;
+    // The kernel takes a moment to forget what belonged to a device.
+    let left = || Ok((traces(fleet.computer("host"))? == untouched).then_some(()));
+    if let Err(error) = until(SHORT, "the computer being as it was", left) {
+        let now = traces(fleet.computer("host"))?;
+        return Err(LabError::Promise(format!("{}: it was\n{untouched}and is\n{now}", error.chain())));
+    }
     let socket = fleet.computer("host").place().socket();
     create(fleet.computer("host"), "again", &socket)?;
     step("leaving removes every trace, and the controller takes another clan", began);
@@ -118,6 +125,26 @@ fn create(computer: &Computer, clan: &str, socket: &Path) -> Result<(), LabError
         .clan(&["create", clan, "--person", &name, "--machine", &name, "--integrate", "--socket", socket])?
         .success()
         .map(drop)
+}
+
+/// What leaving has to put back as it was: addresses, routes, rules, sockets that others can reach, and the names of the
+/// controller's files.
+fn traces(computer: &Computer) -> Result<String, LabError> {
+    let mut text = String::new();
+    for (program, arguments) in [
+        ("ip", &["-brief", "address"][..]),
+        ("ip", &["-4", "route", "show", "table", "all"]),
+        ("ip", &["-6", "route", "show", "table", "all"]),
+        ("ip", &["-4", "rule"]),
+        ("ip", &["-6", "rule"]),
+        ("ss", &["-Hlnt"]),
+    ] {
+        text += &computer.run_as_root(program, arguments, SHORT)?.success()?.stdout;
+    }
+    let files = fs::read_dir(computer.place().controller_state()).into_iter().flatten().flatten();
+    let mut names: Vec<_> = files.map(|file| file.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    Ok(format!("{text}{names:?}\n"))
 }
 
 /// How many clans have a network device.

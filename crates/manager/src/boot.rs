@@ -18,7 +18,7 @@ use crate::{
     logs,
     manager::Shared,
     problem,
-    record::Fresh,
+    record::{Flavour, Fresh},
     tasks::TaskHandle,
     template::Kind,
 };
@@ -27,8 +27,14 @@ const AGENT: Duration = Duration::from_secs(60);
 const CONTROLLER: Duration = Duration::from_secs(120);
 const CONSOLE_LINES: usize = 15;
 
-/// Makes the data disk, unless it is there: from a template if there is one, so that the VM need not boot.
+/// Makes the data disk, unless it is there: from a template if there is one, so that the VM need not boot. A container has
+/// none, and needs its image unpacked.
 pub(crate) async fn data_disk(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
+    if clan.record.get().is_container() {
+        let image = clan.record.get().image.and_then(|id| shared.images.get(&id));
+        let image = image.ok_or_else(|| ApiProblem::new(ErrorCode::Conflict, "the container has no image yet"))?;
+        return shared.trees.layers(&image).await.map(drop);
+    }
     let path = clan.record.paths().data_disk();
     if path.exists() {
         task.skip();
@@ -54,15 +60,15 @@ pub(crate) async fn data_disk(shared: &Shared, clan: &Clan, task: &TaskHandle) -
     create_data_disk(&path, record.disk).await.map_err(|e| problem::vm(&e))
 }
 
-/// Starts the VM and waits for its agent, then, in the next step, for its controller. Of an integrated machine there is the
-/// controller only, and it is not for us to start.
+/// Starts the VM and waits for its agent, then, in the next step, for its controller. In a container there is the controller
+/// only; that of an integrated machine is not for us to start.
 pub(crate) async fn bring_up(
     clan: &Clan,
     task: &TaskHandle,
     controller_step: usize,
 ) -> Result<(Channel, Identity), ApiProblem> {
     clan.keeper.want(true).await?;
-    if !clan.record.get().is_integrated() {
+    if clan.record.get().flavour == Flavour::Vm {
         wait(clan, clan.keeper.watch_agent(), "agent", AGENT).await?;
     }
     task.begin(controller_step);
@@ -149,7 +155,7 @@ fn silent(clan: &Clan, who: &str, limit: Duration) -> ApiProblem {
     }
     let mut problem = ApiProblem::new(
         ErrorCode::TimedOut,
-        format!("the {who} in the VM did not answer within {} s", limit.as_secs()),
+        format!("the {who} in the {} did not answer within {} s", clan.record.get().what(), limit.as_secs()),
     );
     if let Ok(console) = logs::tail(&clan.record.paths().console_log(), CONSOLE_LINES)
         && !console.trim().is_empty()

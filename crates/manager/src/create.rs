@@ -46,6 +46,8 @@ const STEPS: [&str; 5] = [
     "Wait for its controller",
     "Found the clan",
 ];
+const CONTAINER_STEPS: [&str; 5] =
+    ["Prepare the image", "Unpack the image", "Start the container", "Wait for its controller", "Found the clan"];
 const INTEGRATED_STEPS: [&str; 2] = ["Reach the controller", "Found the clan"];
 
 /// Memory, disk and processors of a new VM.
@@ -95,7 +97,9 @@ pub(crate) async fn begin(
 ) -> Result<(Arc<Task>, Option<RecoveryPhrase>), ApiProblem> {
     let sizes = [request.memory.is_some(), request.disk.is_some(), request.cpus.is_some()];
     let home = match &request.integrate {
+        Some(_) if request.container => return Err(one_or_the_other()),
         Some(socket) => Home::integrated(shared, socket, sizes.contains(&true)).await?,
+        None if request.container => Home::container(shared, sizes.contains(&true))?,
         None => {
             let cpus = match request.cpus {
                 None => default_cpus(shared),
@@ -137,6 +141,18 @@ impl Home {
     pub(crate) fn vm(shared: &Shared, size: Size) -> Result<Self, ApiProblem> {
         check_computer(shared, size)?;
         Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()?, control: ControlMode::Local })
+    }
+
+    /// A container. What it has of memory, disk and processors is what a VM of the clan would have by default: the clan's
+    /// description says it to others, and nothing bounds a container.
+    pub(crate) fn container(shared: &Shared, sized: bool) -> Result<Self, ApiProblem> {
+        if sized {
+            return Err(ApiProblem::new(ErrorCode::BadRequest, "memory, disk and processors are for a VM")
+                .why("a container takes of this computer's what it needs, and nothing bounds it"));
+        }
+        clan_vm::container::check().map_err(|missing| problem::vm(&clan_vm::VmError::Missing(missing)))?;
+        let size = Size { memory: DEFAULT_MEMORY, disk: DEFAULT_DISK, cpus: default_cpus(shared) };
+        Ok(Self { flavour: Flavour::Container, size, ports: free_ports()?, control: ControlMode::Local })
     }
 
     /// The computer itself, by a controller that runs, obeys us and is free.
@@ -208,6 +224,12 @@ impl Home {
     }
 }
 
+/// A machine is a container or the computer itself.
+pub(crate) fn one_or_the_other() -> ApiProblem {
+    ApiProblem::new(ErrorCode::BadRequest, "a machine is a container or the computer itself, not both")
+        .hint("leave out `--container` or `--integrate`")
+}
+
 fn free_ports() -> Result<Ports, ApiProblem> {
     keeper::free_ports()
         .map_err(|e| ApiProblem::new(ErrorCode::PortBusy, "no free UDP port was found").why(e.to_string()))
@@ -246,8 +268,13 @@ fn found(
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    let integrated = clan.record.get().is_integrated();
-    let steps: &[&str] = if integrated { &INTEGRATED_STEPS } else { &STEPS };
+    let record = clan.record.get();
+    let integrated = record.is_integrated();
+    let steps: &[&str] = match record.flavour {
+        Flavour::Vm => &STEPS,
+        Flavour::Container => &CONTAINER_STEPS,
+        Flavour::Integrated { .. } => &INTEGRATED_STEPS,
+    };
     shared.tasks.spawn(
         TaskKind::CreateClan,
         format!("Create the clan {name}"),
@@ -291,7 +318,7 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         }
         None => image::default_image(shared, task).await?,
     };
-    if clan.record.get().memory < image.manifest.memory_min {
+    if !clan.record.get().is_container() && clan.record.get().memory < image.manifest.memory_min {
         return Err(ApiProblem::new(
             ErrorCode::TooSmall,
             format!("the image needs {} of memory", image.manifest.memory_min),

@@ -216,6 +216,7 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Journal { .. } => "give its journal",
         ControlRequest::Farewell { .. } => "say farewell",
         ControlRequest::Forget => "forget the clan",
+        ControlRequest::Stop => "stop",
         ControlRequest::OpenWords { .. } => "wait for the words of an invitation",
         ControlRequest::Ping { .. } => "send an echo",
         ControlRequest::Consent { .. } => "agree to be added to the clan",

@@ -114,6 +114,9 @@ pub(crate) async fn gc(shared: &Arc<Shared>, dry_run: bool) -> Result<ImageGc, A
     }
     let keep: Vec<ImageId> = users(shared).into_keys().collect();
     let (images, templates) = (shared.images.clone(), shared.templates.clone());
+    if !dry_run {
+        shared.keep_trees().await;
+    }
     blocking(move || {
         let (kept, doomed): (Vec<_>, Vec<_>) = images.list().into_iter().partition(|image| keep.contains(&image.id));
         let shared_files: BTreeSet<_> = kept.iter().flat_map(|i| files(&i.dir).into_keys()).collect();

@@ -2,7 +2,10 @@
 
 use std::sync::{Arc, PoisonError};
 
-use clan_api::{ApiProblem, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, TaskKind, TaskResult, Transfer, VmPlan};
+use clan_api::{
+    ApiProblem, ContainerPlan, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, PreviewJoin, TaskKind, TaskResult,
+    Transfer, VmPlan,
+};
 use clan_ledger::{Body, State, VmDescription};
 use clan_types::{ByteSize, DEVICE_LINK_LIFETIME, InviteLink, MachineName, PersonName, Purpose, Role, Timestamp};
 use clan_wire::{
@@ -22,7 +25,7 @@ use crate::{
     guest, integrated,
     manager::Shared,
     problem, publish,
-    record::{ClanRecord, PersonLog, Phase, Staging},
+    record::{ClanRecord, Flavour, PersonLog, Phase, Staging},
     sign,
     tasks::{Task, TaskHandle, now},
 };
@@ -35,7 +38,22 @@ const STEPS: [&str; 6] = [
     "Wait for its controller",
     "Be admitted to the clan",
 ];
+const CONTAINER_STEPS: [&str; 6] = [
+    "Ask the clan",
+    "Get the image",
+    "Unpack the image",
+    "Start the container",
+    "Wait for its controller",
+    "Be admitted to the clan",
+];
 const INTEGRATED_STEPS: [&str; 3] = ["Ask the clan", "Reach the controller", "Be admitted to the clan"];
+
+/// How much larger an image is when it is unpacked, about.
+const UNPACKED: u64 = 2;
+/// What a container is not.
+const CONTAINER_WARNING: &str = "A container shares this computer's kernel: it keeps less apart than a virtual machine. \
+     A fault in the kernel that the clan's machine makes use of opens this computer to it, with your rights at least, and \
+     nothing bounds the memory, the disk and the processors that it takes. Choose it for clans whose admins you trust.";
 
 fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
     let link: InviteLink = link.parse().map_err(|e| problem::link(&e))?;
@@ -64,18 +82,21 @@ fn close(shared: &Shared, fetcher: Fetcher) {
 }
 
 /// Fetches and checks what a link leads to.
-pub(crate) async fn preview(shared: &Shared, link: &str, integrate: Option<&str>) -> Result<JoinPreview, ApiProblem> {
-    let link = parse(shared, link)?;
-    if let Some(socket) = integrate {
+pub(crate) async fn preview(shared: &Shared, question: &PreviewJoin) -> Result<JoinPreview, ApiProblem> {
+    let link = parse(shared, &question.link)?;
+    if let Some(socket) = &question.integrate {
         integrated::socket_path(socket)?;
+        if question.container {
+            return Err(create::one_or_the_other());
+        }
     }
     let fetcher = open(shared, link, None).await?;
-    let outcome = look(shared, &fetcher, integrate).await;
+    let outcome = look(shared, &fetcher, question).await;
     close(shared, fetcher);
     outcome
 }
 
-async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Result<JoinPreview, ApiProblem> {
+async fn look(shared: &Shared, fetcher: &Fetcher, question: &PreviewJoin) -> Result<JoinPreview, ApiProblem> {
     let found = fetcher.preview().await?;
     let state = found.ledger.state();
     let (Some(offer), Some(clan_name)) = (Offer::of(fetcher, state), &state.clan_name) else {
@@ -86,8 +107,13 @@ async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Re
         warnings
             .push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
     }
-    let (vm, integrated) = match (integrate, &found.description) {
+    let mut container = None;
+    let (vm, integrated) = match (question.integrate.as_deref(), &found.description) {
         (Some(socket), _) => (None, Some(integrated_plan(shared, socket, &mut warnings).await)),
+        (None, Some(description)) if question.container => {
+            container = Some(container_plan(shared, fetcher, state, description, &mut warnings).await?);
+            (None, None)
+        }
         (None, Some(description)) => (Some(vm_plan(shared, fetcher, state, description, &mut warnings).await?), None),
         (None, None) => {
             warnings.push(
@@ -107,6 +133,7 @@ async fn look(shared: &Shared, fetcher: &Fetcher, integrate: Option<&str>) -> Re
         people: state.people.keys().filter_map(|id| state.person(id)).map(|p| p.name.clone()).collect(),
         machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
         vm,
+        container,
         integrated,
         control_mode: state.suggested_control.into(),
         warnings,
@@ -185,6 +212,28 @@ async fn vm_plan(
     })
 }
 
+async fn container_plan(
+    shared: &Shared,
+    fetcher: &Fetcher,
+    state: &State,
+    description: &VmDescription,
+    warnings: &mut Vec<String>,
+) -> Result<ContainerPlan, ApiProblem> {
+    let manifest = manifest(shared, fetcher, state, description).await?;
+    let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
+    let host = crate::status::host(&shared.paths);
+    // It is kept as it came, and unpacked beside.
+    let unpacked = manifest.files.iter().filter(|f| matches!(f.role, FileRole::Root | FileRole::Layer));
+    let unpacked = unpacked.map(|f| f.size.as_bytes()).fold(0, u64::saturating_add).saturating_mul(UNPACKED);
+    let disk_needed = ByteSize::from_bytes(download.missing.as_bytes().saturating_add(unpacked));
+    if host.disk_available < disk_needed {
+        warnings.push(format!("The container takes some {disk_needed} of disk; {} are free now.", host.disk_available));
+    }
+    warnings.push(CONTAINER_WARNING.into());
+    let problem = Home::container(shared, false).err();
+    Ok(ContainerPlan { image: description.image, image_title: description.title.to_string(), download, problem })
+}
+
 async fn manifest(
     shared: &Shared,
     fetcher: &Fetcher,
@@ -241,9 +290,14 @@ async fn begin_by(
 ) -> Result<Arc<Task>, ApiProblem> {
     let found = fetcher.preview().await?;
     let home = match (&request.integrate, &found.description) {
+        (Some(_), _) if request.container => return Err(create::one_or_the_other()),
         (Some(socket), _) => {
             let sized = request.memory.is_some() || request.disk.is_some() || request.cpus.is_some();
             Home::integrated(shared, socket, sized).await?
+        }
+        (None, Some(_)) if request.container => {
+            let sized = request.memory.is_some() || request.disk.is_some() || request.cpus.is_some();
+            Home::container(shared, sized)?
         }
         (None, Some(description)) => {
             let size = size(shared, description, request.memory, request.disk, request.cpus)?;
@@ -323,7 +377,11 @@ fn put(
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    let steps: &[&str] = if clan.record.get().is_integrated() { &INTEGRATED_STEPS } else { &STEPS };
+    let steps: &[&str] = match clan.record.get().flavour {
+        Flavour::Vm => &STEPS,
+        Flavour::Container => &CONTAINER_STEPS,
+        Flavour::Integrated { .. } => &INTEGRATED_STEPS,
+    };
     shared.tasks.spawn(TaskKind::JoinClan, format!("Join the clan {name}"), Some(name), steps, move |task| async move {
         let outcome = task.unless_cancelled(run(&shared_, &clan, &task)).await;
         shared_.settle(&clan, outcome).await
@@ -384,8 +442,9 @@ async fn prepare(
     fetcher: &Fetcher,
 ) -> Result<Vec<Vec<u8>>, ApiProblem> {
     let record = clan.record.get();
-    let machine_may_be_in =
-        record.is_integrated() || (record.image.is_some() && clan.record.paths().data_disk().exists());
+    let paths = clan.record.paths();
+    let has_run = if record.is_container() { paths.data() } else { paths.data_disk() };
+    let machine_may_be_in = record.is_integrated() || (record.image.is_some() && has_run.exists());
     let found = match fetcher.preview().await {
         Ok(found) => found,
         // After a restart: the invite may be used, by us.
@@ -422,7 +481,7 @@ fn check_image(manifest: &Manifest, missing: ByteSize, clan: &Clan) -> Result<()
             format!("the image is for {} computers, this one is {}", manifest.architecture, std::env::consts::ARCH),
         ));
     }
-    if record.memory < manifest.memory_min {
+    if !record.is_container() && record.memory < manifest.memory_min {
         return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", manifest.memory_min))
             .hint("give the VM more with `--memory`"));
     }

@@ -27,7 +27,7 @@ use clan_api::{ApiProblem, ErrorCode, VmState};
 use clan_build::ImageStore;
 use clan_os::channel::Channel;
 use clan_types::Timestamp;
-use clan_vm::{AccelKind, Qemu, Vm, network::Exposure};
+use clan_vm::{AccelKind, Qemu, Vm, container::Container, network::Exposure};
 use tokio::{
     sync::{mpsc, oneshot, watch},
     task::JoinHandle,
@@ -36,16 +36,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     clan::RecordCell,
+    contained::Contained,
     integrated::Integrated,
     link::{Outlets, Stats, Told},
     record::Flavour,
     tasks::now,
     template::Templates,
+    trees::Trees,
 };
 
-use owner::{Loop, Restarts};
+use owner::Loop;
+pub(crate) use owner::Restarts;
 pub(crate) use silence::Patience;
-pub(crate) use start::free_ports;
+pub(crate) use start::{GUEST_QUIC, GUEST_WIREGUARD, free_ports};
 pub(crate) use turns::Turns;
 
 /// What a VM does now.
@@ -88,6 +91,9 @@ pub(crate) struct KeeperConfig {
     pub(crate) turns: Turns,
     pub(crate) cache: PathBuf,
     pub(crate) qemu: Qemu,
+    pub(crate) trees: Trees,
+    /// This executable, by which containers are started.
+    pub(crate) program: PathBuf,
     /// Whether VMs go on when the manager stops.
     pub(crate) keep_vms: bool,
     pub(crate) patience: Patience,
@@ -109,6 +115,7 @@ pub(crate) struct Keeper {
     commands: mpsc::Sender<Command>,
     view: watch::Receiver<VmView>,
     vm: watch::Receiver<Option<Vm>>,
+    container: watch::Receiver<Option<Container>>,
     out: Outlets,
     task: Mutex<Option<JoinHandle<()>>>,
 }
@@ -120,11 +127,18 @@ impl Keeper {
         let view = VmView::without_vm(VmState::Stopped);
         let (publish, view) = watch::channel(view);
         let (vm_publish, vm) = watch::channel(None);
+        let (container_publish, container) = watch::channel(None);
         let out = Outlets::new();
+        if record.get().is_container() {
+            let owner =
+                Contained { record, config, commands, publish, container: container_publish, out: out.clone(), cancel };
+            let task = tokio::spawn(owner.run());
+            return Self { commands: sender, view, vm, container, out, task: Mutex::new(Some(task)) };
+        }
         if let Flavour::Integrated { socket } = record.get().flavour {
             let owner = Integrated { record, socket, commands, publish, out: out.clone(), cancel };
             let task = tokio::spawn(owner.run());
-            return Self { commands: sender, view, vm, out, task: Mutex::new(Some(task)) };
+            return Self { commands: sender, view, vm, container, out, task: Mutex::new(Some(task)) };
         }
         let owner = Loop {
             record,
@@ -145,7 +159,7 @@ impl Keeper {
             cancel,
         };
         let task = tokio::spawn(owner.run());
-        Self { commands: sender, view, vm, out, task: Mutex::new(Some(task)) }
+        Self { commands: sender, view, vm, container, out, task: Mutex::new(Some(task)) }
     }
 
     /// What the VM does now.
@@ -161,6 +175,11 @@ impl Keeper {
     /// The VM, while one runs.
     pub(crate) fn vm(&self) -> Option<Vm> {
         self.vm.borrow().clone()
+    }
+
+    /// The container, while one runs.
+    pub(crate) fn container(&self) -> Option<Container> {
+        self.container.borrow().clone()
     }
 
     /// The channel to the agent; wakes when it comes or goes.

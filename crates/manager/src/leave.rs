@@ -9,7 +9,7 @@ use clan_wire::control::ControlRequest;
 use crate::{
     boot,
     clan::Clan,
-    guest,
+    contained, guest,
     manager::Shared,
     problem,
     record::{Flavour, Phase},
@@ -19,6 +19,7 @@ use crate::{
 };
 
 const FAREWELL_STEPS: [&str; 3] = ["Tell the clan", "Stop the virtual machine", "Remove its files"];
+const CONTAINER_STEPS: [&str; 3] = ["Tell the clan", "Stop the container", "Remove its files"];
 const INTEGRATED_STEPS: [&str; 2] = ["Tell the clan", "Forget it on this computer"];
 const STARTED: Duration = Duration::from_secs(180);
 const STOPPED: Duration = Duration::from_secs(180);
@@ -42,8 +43,13 @@ pub(crate) fn begin(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, 
 pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
     let name = clan.name();
     let shared_ = shared.clone();
-    let integrated = clan.record.get().is_integrated();
-    let steps: &[&str] = if integrated { &INTEGRATED_STEPS } else { &FAREWELL_STEPS };
+    let record = clan.record.get();
+    let integrated = record.is_integrated();
+    let steps: &[&str] = match record.flavour {
+        Flavour::Vm => &FAREWELL_STEPS,
+        Flavour::Container => &CONTAINER_STEPS,
+        Flavour::Integrated { .. } => &INTEGRATED_STEPS,
+    };
     shared.tasks.spawn(
         TaskKind::LeaveClan,
         format!("Leave the clan {name}"),
@@ -105,7 +111,9 @@ pub(crate) async fn stop(clan: &Clan) -> Result<(), ApiProblem> {
     match tokio::time::timeout(STOPPED, stopped).await {
         Ok(_) => Ok(()),
         Err(_) => {
-            Err(ApiProblem::new(ErrorCode::TimedOut, "the VM did not stop").hint("delete it, or restart this computer"))
+            let what = clan.record.get().what();
+            Err(ApiProblem::new(ErrorCode::TimedOut, format!("the {what} did not stop"))
+                .hint("delete it, or restart this computer"))
         }
     }
 }
@@ -116,10 +124,18 @@ pub(crate) async fn start(clan: &Clan) -> Result<(), ApiProblem> {
     boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await.map(drop)
 }
 
-/// Only a VM is for the manager to start and to stop.
+/// Only a VM can be paused, resized and copied.
 pub(crate) fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
     match clan.record.get().flavour {
-        Flavour::Vm => Ok(()),
+        Flavour::Container => Err(contained::no_vm()),
+        _ => is_kept(clan, verb),
+    }
+}
+
+/// Only a VM or a container is for the manager to start and to stop.
+pub(crate) fn is_kept(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
+    match clan.record.get().flavour {
+        Flavour::Vm | Flavour::Container => Ok(()),
         Flavour::Integrated { socket } => {
             let problem =
                 ApiProblem::new(ErrorCode::Conflict, format!("the clan `{}` has no virtual machine here", clan.name()))
@@ -134,9 +150,10 @@ pub(crate) fn is_vm(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
 
 /// Starts a VM, as a task.
 pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
-    is_vm(&clan, "start")?;
+    is_kept(&clan, "start")?;
     let shared_ = shared.clone();
-    vm_task(shared, clan, TaskKind::StartVm, "Start", &["Start the virtual machine"], move |clan, task| async move {
+    let step = format!("Start the {}", clan.record.get().what());
+    vm_task(shared, clan, TaskKind::StartVm, "Start", &[&step], move |clan, task| async move {
         if clan.record.get().trial.is_some() {
             return update::judge(&shared_, &clan, &task).await;
         }
@@ -146,8 +163,9 @@ pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Ta
 
 /// Stops a VM, as a task.
 pub(crate) fn stop_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
-    is_vm(&clan, "stop")?;
-    vm_task(shared, clan, TaskKind::StopVm, "Stop", &["Stop the virtual machine"], |clan, task| async move {
+    is_kept(&clan, "stop")?;
+    let step = format!("Stop the {}", clan.record.get().what());
+    vm_task(shared, clan, TaskKind::StopVm, "Stop", &[&step], |clan, task| async move {
         task.unless_cancelled(stop(&clan)).await
     })
 }
@@ -162,10 +180,10 @@ pub(crate) fn delete_task(shared: &Arc<Shared>, clan: Arc<Clan>, force: bool) ->
             .hint("or delete it all the same with `--force`"));
     }
     let shared_ = shared.clone();
-    let step = if clan.record.get().is_integrated() {
-        "Forget the clan on this computer"
-    } else {
-        "Delete the virtual machine and its disk"
+    let step = match clan.record.get().flavour {
+        Flavour::Vm => "Delete the virtual machine and its disk",
+        Flavour::Container => "Delete the container and its files",
+        Flavour::Integrated { .. } => "Forget the clan on this computer",
     };
     vm_task(shared, clan, TaskKind::DeleteVm, "Delete", &[step], move |clan, _task| async move {
         shared_.discard(&clan).await
@@ -186,7 +204,7 @@ where
 {
     shared.check_idle(&clan)?;
     let name = clan.name();
-    let what = if clan.record.get().is_integrated() { "machine" } else { "VM" };
+    let what = clan.record.get().what();
     let task = shared.tasks.spawn(kind, format!("{verb} the {what} of {name}"), Some(name), steps, move |task| {
         task.begin(0);
         let work = work(clan, task);

@@ -17,6 +17,7 @@ mod audit;
 mod authority;
 mod boot;
 mod clan;
+mod contained;
 mod create;
 mod decisions;
 mod devices;
@@ -49,8 +50,10 @@ mod snapshots;
 mod status;
 mod tasks;
 mod template;
+mod trees;
 mod update;
 mod words;
 
+pub use clan_vm::container::Stage;
 pub use manager::{Manager, ManagerError, Options};
 pub use paths::Paths;

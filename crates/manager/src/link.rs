@@ -120,15 +120,17 @@ pub(crate) async fn keep_agent(vm: Vm, out: Outlets, first: Option<(Staging, Pat
 }
 
 /// Keeps the channel to the controller, and watches it, until cancelled.
-pub(crate) async fn keep_control(
-    vm: Vm,
+pub(crate) async fn keep_control<C>(
+    connect: impl Fn() -> C,
     record: Arc<RecordCell>,
     images: ImageStore,
     out: Outlets,
     cancel: CancellationToken,
-) {
+) where
+    C: Future<Output = Result<UnixStream, VmError>>,
+{
     let serve = |channel| serve_control(channel, record.clone(), images.clone(), out.clone());
-    keep("controller", || vm.connect_control(), serve, &out.control, &cancel).await;
+    keep("controller", connect, serve, &out.control, &cancel).await;
 }
 
 async fn keep<C, S>(

@@ -12,7 +12,7 @@ use crate::{
     clan::Clan,
     create::{self, Size},
     guest::{self, GuestError},
-    leave::{is_vm, start, stop, vm_task},
+    leave::{is_kept, is_vm, start, stop, vm_task},
     manager::Shared,
     problem,
     record::Phase,
@@ -22,7 +22,6 @@ use crate::{
 /// For a guest to hear that its disk has grown.
 const HEARD: Duration = Duration::from_secs(10);
 const ASK_AGAIN: Duration = Duration::from_millis(100);
-const STOP_AND_START: [&str; 2] = ["Stop the virtual machine", "Start the virtual machine"];
 
 /// Halts a VM's processors, as a task.
 pub(crate) fn pause_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
@@ -40,8 +39,10 @@ pub(crate) fn resume_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<T
 
 /// Stops a VM in good order and starts it again, as a task. Cancelled in between, it starts all the same.
 pub(crate) fn restart_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
-    is_vm(&clan, "restart")?;
-    vm_task(shared, clan, TaskKind::RestartVm, "Restart", &STOP_AND_START, |clan, task| async move {
+    is_kept(&clan, "restart")?;
+    let what = clan.record.get().what();
+    let steps = [format!("Stop the {what}"), format!("Start the {what}")];
+    vm_task(shared, clan, TaskKind::RestartVm, "Restart", &[&steps[0], &steps[1]], |clan, task| async move {
         // A manager that is killed meanwhile starts it: what the person wants does not change.
         clan.keeper.restart().await?;
         let mut view = clan.keeper.watch();

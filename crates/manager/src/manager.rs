@@ -30,6 +30,7 @@ use crate::{
     snapshots,
     tasks::Tasks,
     template::Templates,
+    trees::Trees,
     update,
 };
 
@@ -158,6 +159,7 @@ pub(crate) struct Shared {
     pub(crate) options: Options,
     pub(crate) images: ImageStore,
     pub(crate) templates: Templates,
+    pub(crate) trees: Trees,
     turns: Turns,
     pub(crate) tasks: Tasks,
     pub(crate) auth: Auth,
@@ -257,6 +259,7 @@ impl Shared {
         Ok(Self {
             images,
             templates,
+            trees: Trees::open(paths.trees()),
             turns: Turns::for_this_computer(),
             tasks: Tasks::open(&paths.tasks(), stop.clone()),
             auth: Auth::open(&paths.token())?,
@@ -379,6 +382,8 @@ impl Shared {
             turns: self.turns.clone(),
             cache: self.paths.cache(),
             qemu: self.options.qemu.clone(),
+            trees: self.trees.clone(),
+            program: self.options.clan_executable.clone(),
             keep_vms: self.options.keep_vms,
             patience: Patience::default(),
         };
@@ -433,8 +438,18 @@ impl Shared {
         let (paths, id) = (self.paths.clone(), clan.id());
         crate::fetch::blocking(move || record::remove(&paths, &id)).await?.map_err(|e| problem::disk(&e))?;
         self.clans.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if clan.record.get().is_container() {
+            self.keep_trees().await;
+        }
         tracing::info!(clan = %clan.name(), "removed the clan from this computer");
         Ok(())
+    }
+
+    /// Removes unpacked images that no container here uses.
+    pub(crate) async fn keep_trees(&self) {
+        let records = self.clans().into_iter().map(|clan| clan.record.get()).filter(ClanRecord::is_container);
+        let images: Vec<_> = records.filter_map(|record| self.images.get(&record.image?)).collect();
+        self.trees.keep(&images).await;
     }
 
     /// What went wrong with the data directory.

@@ -56,6 +56,11 @@ impl Paths {
         self.cache().join("templates")
     }
 
+    /// Images, unpacked for containers.
+    pub(crate) fn trees(&self) -> PathBuf {
+        self.cache().join("trees")
+    }
+
     /// Finished tasks.
     pub fn tasks(&self) -> PathBuf {
         self.root.join("tasks")
@@ -109,6 +114,11 @@ impl ClanPaths {
 
     pub(crate) fn data_disk(&self) -> PathBuf {
         self.dir.join("data.ext4")
+    }
+
+    /// Everything that a container writes.
+    pub(crate) fn data(&self) -> PathBuf {
+        self.dir.join("data")
     }
 
     pub(crate) fn vm(&self) -> PathBuf {

@@ -97,6 +97,10 @@ pub(crate) fn vm(error: &VmError) -> ApiProblem {
         VmError::MissingTool { tool, package } => {
             ApiProblem::new(ErrorCode::MissingProgram, format!("`{tool}` is not installed")).hint(install(package))
         }
+        VmError::Missing(missing) => ApiProblem::new(ErrorCode::MissingProgram, "containers cannot be run here")
+            .why(missing.why.clone())
+            .hint(missing.remedy.clone())
+            .hint("or take a virtual machine: leave out `--container`"),
         VmError::MissingFile { .. } => plain(ErrorCode::DamagedFile, error),
         VmError::AlreadyRunning { .. } | VmError::Locked { .. } => {
             plain(ErrorCode::Conflict, error).hint("another manager may own it: stop that one")

@@ -44,6 +44,8 @@ pub(crate) enum Flavour {
     /// A VM.
     #[default]
     Vm,
+    /// A container.
+    Container,
     /// The computer itself.
     Integrated {
         /// Where its controller is found.
@@ -124,7 +126,20 @@ pub(crate) struct ClanRecord {
 
 impl ClanRecord {
     pub(crate) fn is_integrated(&self) -> bool {
-        self.flavour != Flavour::Vm
+        matches!(self.flavour, Flavour::Integrated { .. })
+    }
+
+    pub(crate) fn is_container(&self) -> bool {
+        self.flavour == Flavour::Container
+    }
+
+    /// What it is called in sentences.
+    pub(crate) fn what(&self) -> &'static str {
+        match self.flavour {
+            Flavour::Vm => "VM",
+            Flavour::Container => "container",
+            Flavour::Integrated { .. } => "machine",
+        }
     }
 
     pub(crate) fn load(paths: &ClanPaths) -> Result<Self, DiskError> {

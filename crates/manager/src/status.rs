@@ -297,9 +297,13 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmIn
         task: shared.tasks.running_on(&record.name).map(|t| t.id),
         clan: record.name,
         machine: record.machine,
-        flavour: if matches!(record.flavour, record::Flavour::Vm) { Flavour::Vm } else { Flavour::Integrated },
+        flavour: match record.flavour {
+            record::Flavour::Vm => Flavour::Vm,
+            record::Flavour::Container => Flavour::Container,
+            record::Flavour::Integrated { .. } => Flavour::Integrated,
+        },
         socket: match record.flavour {
-            record::Flavour::Vm => None,
+            record::Flavour::Vm | record::Flavour::Container => None,
             record::Flavour::Integrated { socket } => Some(socket.display().to_string()),
         },
         state: view.state,

@@ -76,7 +76,7 @@ fn problem<T: std::fmt::Debug>(outcome: Result<T, ClientError>) -> clan_api::Api
 }
 
 fn preview(link: &str) -> PreviewJoin {
-    PreviewJoin { link: link.to_owned(), integrate: None }
+    PreviewJoin { link: link.to_owned(), integrate: None, container: false }
 }
 
 fn create() -> CreateClan {
@@ -89,6 +89,7 @@ fn create() -> CreateClan {
         cpus: None,
         integrate: None,
         control: None,
+        container: false,
         recovery: false,
     }
 }
@@ -188,6 +189,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
         cpus: None,
         integrate: None,
         control: None,
+        container: false,
     };
     let problem = problem(timeout(LIMIT, manager.client.join(&join)).await.expect("an answer in time"));
     assert_eq!(problem.code, ErrorCode::Unreachable);

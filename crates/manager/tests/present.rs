@@ -163,6 +163,7 @@ async fn right_after_founding_every_verb_knows_the_clan() {
         memory: None,
         disk: None,
         cpus: None,
+        container: false,
         integrate: Some(socket.display().to_string()),
         recovery: false,
     };

@@ -379,10 +379,10 @@ function askJoin(text = "") {
     title: "Join a clan",
     text: "You will see where the link leads before anything happens.",
     verb: "Go on",
-    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" }, text)), homeField()],
-    done: async ({ text, integrate }) => {
+    fields: () => [field("Invitation link, or four words", h("textarea", { name: "text", rows: "5", required: true, placeholder: "clan://join/…", spellcheck: "false" }, text)), homeFields()],
+    done: async ({ text, integrate, container }) => {
       const { link } = await call("POST", "/joins/invitation", { text });
-      const home = integrate ? { integrate } : {};
+      const home = homeOf(integrate, container);
       const preview = await call("POST", "/joins/preview", { link, ...home });
       setTimeout(() => confirmJoin(link, preview, home));
     },
@@ -400,10 +400,18 @@ function takeOpened() {
   askJoin(text);
 }
 
-/** Where the machine will be: a virtual one, unless a controller on this computer is named. */
-function homeField() {
-  return field("To make this computer itself the machine, without a virtual one: socket of its controller",
-    h("input", { name: "integrate", placeholder: "/run/clan/controller.sock", pattern: "/.+", title: "A path that begins with /", spellcheck: "false" }));
+/** Where the machine will be: a virtual one, unless a container is asked for, or a controller on this computer is named. */
+function homeFields() {
+  return [
+    field("A container instead of a virtual machine: needs less of this computer, and keeps less apart from it",
+      h("input", { name: "container", type: "checkbox" })),
+    field("To make this computer itself the machine, without a virtual one: socket of its controller",
+      h("input", { name: "integrate", placeholder: "/run/clan/controller.sock", pattern: "/.+", title: "A path that begins with /", spellcheck: "false" })),
+  ];
+}
+
+function homeOf(integrate, container) {
+  return { ...(integrate && { integrate }), ...(container && { container: true }) };
 }
 
 /** This computer's name, as far as it may be a machine's and is free. */
@@ -425,10 +433,11 @@ function confirmJoin(link, p, home) {
     fields: () => [
       h("dl", { class: "facts panel" }, facts([
         ["Fingerprint", h("code", null, p.fingerprint)],
-        ["Will run", p.vm ? p.vm.image_title : p.integrated && "No virtual machine: this computer itself becomes the clan’s machine"],
+        ["Will run", p.vm ? p.vm.image_title : p.container ? `A container: ${p.container.image_title}` : p.integrated && "No virtual machine: this computer itself becomes the clan’s machine"],
+        ["Not now", p.container?.problem && [p.container.problem.why ?? p.container.problem.message, ...p.container.problem.hints.slice(0, 1)].join("; ")],
         ["Controller", p.integrated && `${p.integrated.socket}: ${p.integrated.problem ? p.integrated.problem.message : "it runs, and is free"}`],
         ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk`],
-        ["Download", p.vm && (p.vm.download.missing ? bytes(p.vm.download.missing) : "nothing, it is here already")],
+        ["Download", (p.vm ?? p.container) && ((p.vm ?? p.container).download.missing ? bytes((p.vm ?? p.container).download.missing) : "nothing, it is here already")],
         ["Runs by", p.vm && `${ACCELERATOR_WORD[p.vm.accelerator.kind]}: ${p.vm.accelerator.reason}`],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
@@ -444,17 +453,23 @@ function confirmJoin(link, p, home) {
 function askCreate() {
   ask({
     title: "Found a clan",
-    text: "A small virtual machine on this computer becomes its first machine, or this computer itself.",
+    text: "A small virtual machine on this computer becomes its first machine, or a container, or this computer itself.",
     verb: "Found it",
     fields: () => [
       field("Name of the clan", h("input", { name: "name", required: true, pattern: NAME, title: NAME_HELP, placeholder: "family" })),
       field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, placeholder: "laptop" })),
-      homeField(),
+      homeFields(),
     ],
-    done: ({ integrate, ...values }) => call("POST", "/clans", integrate ? { ...values, integrate } : values).then(() => undefined),
+    done: ({ integrate, container, ...values }) => call("POST", "/clans", { ...values, ...homeOf(integrate, container) }).then(() => undefined),
   });
 }
+
+const KIND_WORD = {
+  vm: () => "A virtual machine",
+  container: () => "A container",
+  integrated: (vm) => `This computer itself, by the controller at ${vm.socket}`,
+};
 
 const NAME = "[A-Za-z0-9]([A-Za-z0-9\\-]*[A-Za-z0-9])?";
 const NAME_HELP = "Letters a to z, digits and inner hyphens";
@@ -714,9 +729,9 @@ function machinePage(clan, machine) {
         ["Last heard of", !machine.this && (machine.last_seen ? ago(machine.last_seen) : "never")],
         ["Version", machine.version],
         ["Runs by", vm && vm.accelerator && `${ACCELERATOR_WORD[vm.accelerator]}: ${state.status.accelerator.reason}`],
-        ["Kind", vm && (vm.flavour === "integrated" ? `This computer itself, by the controller at ${vm.socket}` : "A virtual machine")],
-        ["Memory", vm && vm.flavour !== "integrated" && bytes(vm.memory)],
-        ["Disk", vm && vm.flavour !== "integrated" && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
+        ["Kind", vm && (KIND_WORD[vm.flavour](vm))],
+        ["Memory", vm && vm.flavour === "vm" && bytes(vm.memory)],
+        ["Disk", vm && vm.flavour === "vm" && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
         ["Control", vm && CONTROL_WORD[vm.control_mode]],
         ["Restarts", vm && vm.restarts > 0 && String(vm.restarts)],
         ["System units", units.length > 0 && units.map((u) => `${u.name}: ${u.state}`).join(", ")],

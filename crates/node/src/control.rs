@@ -69,11 +69,9 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
     clan_store::create_private_dir(&options.state_dir)?;
     let _lock = host::lock(&options.state_dir)?;
     // Before anything takes its time: a manager that connects meanwhile waits, instead of finding nobody.
-    let door = match &options.host {
-        Host::Guest => None,
-        Host::Computer(computer) => {
-            Some(LocalListener::bind(&computer.socket, computer.user).map_err(NodeError::Socket)?)
-        }
+    let door = match options.host.socket() {
+        None => None,
+        Some((path, user)) => Some(LocalListener::bind(path, user).map_err(NodeError::Socket)?),
     };
     let identity = Identity::load_or_create(&options.state_dir)?;
     tracing::info!(machine = %identity.machine(), "controller starts");
@@ -247,6 +245,7 @@ impl Controller {
                 ControlResponse::Done
             }
             ControlRequest::Forget => self.forget().await,
+            ControlRequest::Stop => self.end(),
             other => match self.access().await {
                 Some(access) => return self.converse_as_member(stream, other, access).await,
                 None => ControlResponse::Failed("this machine has no place in a clan yet".to_owned()),
@@ -291,11 +290,22 @@ impl Controller {
             | ControlRequest::Consent { .. }
             | ControlRequest::Provision(_)
             | ControlRequest::SetEnvironment(_)
-            | ControlRequest::Forget => ControlResponse::Failed("handled elsewhere".to_owned()),
+            | ControlRequest::Forget
+            | ControlRequest::Stop => ControlResponse::Failed("handled elsewhere".to_owned()),
         };
         if send_message(&mut stream, &response, MAX_MESSAGE).await.is_ok() {
             streams::finish(stream).await;
         }
+    }
+
+    /// Ends the controller in good order, and with it its container.
+    fn end(&self) -> ControlResponse {
+        if !matches!(self.host, Host::Container(_)) {
+            return ControlResponse::Failed("it is not for its manager to stop this controller".to_owned());
+        }
+        tracing::info!("the manager stops this container");
+        self.cancel.cancel();
+        ControlResponse::Done
     }
 
     async fn identify(&self) -> ControlResponse {
@@ -533,7 +543,7 @@ impl Controller {
         tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
         tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
-        tasks.spawn(services::run(helm.clone(), handle.clone(), cancel.clone()));
+        tasks.spawn(services::run(helm.clone(), handle.clone(), self.host.starter(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, words, helm, mesh, tasks, cancel })
     }
 

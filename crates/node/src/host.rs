@@ -1,4 +1,4 @@
-//! What the controller runs on: a clan's own VM, or a computer that has other business too.
+//! What the controller runs on: a clan's own VM or container, or a computer that has other business too.
 
 use std::{
     fs::File,
@@ -19,7 +19,7 @@ use crate::{NodeError, image::Disks, report::chain, state::StateError, stats::Me
 pub const DEFAULT_PORT: u16 = 41640;
 /// Where a computer that was told no port looks for a free pair, from [`DEFAULT_PORT`] on.
 const PORTS_TO_TRY: u16 = 128;
-/// The name server of QEMU's user-mode network.
+/// The name server of QEMU's user-mode network, and of a container's.
 const GUEST_UPSTREAM: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(10, 0, 2, 3)), 53);
 pub(crate) const DNS_PORT: u16 = 53;
 pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
@@ -29,8 +29,19 @@ pub(crate) const RESOLV_CONF: &str = "/etc/resolv.conf";
 pub enum Host {
     /// A clan's own VM: everything in it is the clan's.
     Guest,
+    /// A clan's own container, which differs from a VM as there are neither disks nor systemd in it; its manager finds the
+    /// controller at this socket.
+    Container(PathBuf),
     /// A computer of its own standing, on which the controller takes no more room than it needs.
     Computer(Computer),
+}
+
+/// Who starts services.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Starter {
+    Systemd,
+    /// The controller, as its children.
+    Controller,
 }
 
 /// How a controller lives on a computer.
@@ -90,14 +101,33 @@ pub(crate) enum Pointer {
 }
 
 impl Host {
+    /// Whether it is the clan's own: a VM or a container.
     pub(crate) fn is_guest(&self) -> bool {
-        *self == Self::Guest
+        !matches!(self, Self::Computer(_))
+    }
+
+    /// Where the manager finds the controller, and who may steer it; it is by a port of the VM else.
+    pub(crate) fn socket(&self) -> Option<(&Path, u32)> {
+        match self {
+            Self::Guest => None,
+            // The user of the base OS is root in the container.
+            Self::Container(socket) => Some((socket, 0)),
+            Self::Computer(computer) => Some((&computer.socket, computer.user)),
+        }
+    }
+
+    /// Who starts services.
+    pub(crate) fn starter(&self) -> Starter {
+        match self {
+            Self::Container(_) => Starter::Controller,
+            Self::Guest | Self::Computer(_) => Starter::Systemd,
+        }
     }
 
     /// The name of the network device.
     pub(crate) fn interface(&self, clan: &ClanId) -> String {
         match self {
-            Self::Guest => "clan0".to_owned(),
+            Self::Guest | Self::Container(_) => "clan0".to_owned(),
             // Linux takes 15 bytes.
             Self::Computer(computer) => computer.interface.clone().unwrap_or_else(|| format!("clan-{}", clan.short())),
         }
@@ -107,7 +137,7 @@ impl Host {
     pub(crate) fn ports(&self, dir: &Path) -> Result<Ports, NodeError> {
         let pair = |quic: u16| Ports { quic, wireguard: quic + 1 };
         let computer = match self {
-            Self::Guest => return Ok(pair(DEFAULT_PORT)),
+            Self::Guest | Self::Container(_) => return Ok(pair(DEFAULT_PORT)),
             Self::Computer(computer) => computer,
         };
         let busy = |port, source| NodeError::Udp { port, source };
@@ -139,7 +169,7 @@ impl Host {
     pub(crate) fn names(&self, clan: &ClanId, machine: &MachineId) -> NamesPlan {
         let at = |ip: IpAddr| SocketAddr::new(ip, DNS_PORT);
         let computer = match self {
-            Self::Guest => {
+            Self::Guest | Self::Container(_) => {
                 let pointer = Pointer::File { path: RESOLV_CONF.into(), short: true };
                 return NamesPlan { bind: at(Ipv4Addr::LOCALHOST.into()), upstream: Some(GUEST_UPSTREAM), pointer };
             }
@@ -164,23 +194,30 @@ impl Host {
     /// Whether multicast DNS is carried.
     pub(crate) fn multicast(&self) -> bool {
         match self {
-            Self::Guest => true,
+            Self::Guest | Self::Container(_) => true,
             Self::Computer(computer) => computer.multicast,
         }
     }
 
     /// The disks that hold the image the machine booted from.
     ///
-    /// INVARIANT: only a clan's own VM has any: what is on a computer's disks is nobody else's business.
+    /// INVARIANT: only a clan's own VM or container has any: what is on a computer's disks is nobody else's business.
     pub(crate) fn disks(&self) -> Option<Disks> {
-        self.is_guest().then(Disks::of_this_machine)
+        match self {
+            Self::Guest => Some(Disks::of_this_machine()),
+            Self::Container(_) => Some(Disks::of_this_container()),
+            Self::Computer(_) => None,
+        }
     }
 
     /// What statistics are taken of.
     pub(crate) fn measured(&self, dir: &Path) -> Measured {
         match self {
-            Self::Guest => Measured { disk: "/data".into(), units: &["clan-controller.service", "nginx.service"] },
-            Self::Computer(_) => Measured { disk: dir.to_owned(), units: &[] },
+            Self::Guest => {
+                Measured { disk: "/data".into(), units: &["clan-controller.service", "nginx.service"], shared: false }
+            }
+            Self::Container(_) => Measured { disk: dir.to_owned(), units: &[], shared: true },
+            Self::Computer(_) => Measured { disk: dir.to_owned(), units: &[], shared: false },
         }
     }
 
@@ -317,7 +354,7 @@ mod tests {
     #[test]
     fn a_computer_serves_none_of_its_disks() {
         assert!(Host::Computer(computer()).disks().is_none());
-        assert!(Host::Guest.disks().is_some());
+        assert!(Host::Guest.disks().is_some() && Host::Container("/run/clan/control.sock".into()).disks().is_some());
     }
 
     #[test]

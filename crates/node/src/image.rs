@@ -1,9 +1,7 @@
 //! Serves the image that this machine booted from to newcomers: the files are on its own read-only disks.
 
-#[cfg(test)]
-use std::path::Path;
 use std::{
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
 };
 
@@ -34,7 +32,11 @@ impl Disks {
         Self { root: "/dev/vda".into(), layer: "/dev/vdb".into(), boot: "/dev/vdd".into() }
     }
 
-    #[cfg(test)]
+    /// As the manager shows them to a container.
+    pub(crate) fn of_this_container() -> Self {
+        Self::at(Path::new("/run/image/root"), Path::new("/run/image/layer"), Path::new("/run/image/boot"))
+    }
+
     pub(crate) fn at(root: &Path, layer: &Path, boot: &Path) -> Self {
         Self { root: root.into(), layer: layer.into(), boot: boot.into() }
     }

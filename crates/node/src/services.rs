@@ -1,22 +1,26 @@
 //! The services that this machine runs for its clan: started here, checked here, announced in the beacon.
 
 use std::{
+    collections::HashMap,
     path::{Path, PathBuf},
+    process::Stdio,
     sync::Arc,
     time::Duration,
 };
 
 use clan_types::ServiceName;
 use clan_wire::beacon::{ServiceKind, ServiceOffer};
+use rustix::process::{Pid, Signal};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
-    process::Command,
+    process::{Child, Command},
+    task::JoinHandle,
     time::timeout,
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{core::CoreHandle, helm::Helm};
+use crate::{core::CoreHandle, helm::Helm, host::Starter};
 
 const CHECK_LIMIT: Duration = Duration::from_secs(5);
 const CHECK_HEALTHY: Duration = Duration::from_secs(5);
@@ -27,12 +31,22 @@ struct Known {
     name: &'static str,
     title: &'static str,
     unit: &'static str,
+    /// The same, where there is no systemd.
+    program: &'static [&'static str],
     kind: ServiceKind,
     port: u16,
 }
 
-const KNOWN: [Known; 1] =
-    [Known { name: "web", title: "Welcome page", unit: "nginx.service", kind: ServiceKind::Http, port: 80 }];
+const KNOWN: [Known; 1] = [Known {
+    name: "web",
+    title: "Welcome page",
+    unit: "nginx.service",
+    program: &["nginx", "-g", "daemon off;"],
+    kind: ServiceKind::Http,
+    port: 80,
+}];
+/// Before a program that ended is started again, and for one to end that was told to.
+const PAUSE: Duration = Duration::from_secs(1);
 const WEB_ROOT: &str = "/var/lib/clan/www";
 
 /// The services that the image has.
@@ -41,14 +55,24 @@ pub(crate) fn known() -> Vec<ServiceName> {
 }
 
 /// Runs the services that are wanted, and no others, and keeps the beacon true about them.
-pub(crate) async fn run(helm: Arc<Helm>, core: CoreHandle, cancel: CancellationToken) {
+pub(crate) async fn run(helm: Arc<Helm>, core: CoreHandle, starter: Starter, cancel: CancellationToken) {
+    let mut hands = match starter {
+        Starter::Systemd => Hands::Systemd,
+        Starter::Controller => Hands::Own(HashMap::new()),
+    };
+    serve(&helm, &core, &mut hands, &cancel).await;
+    hands.let_go().await;
+}
+
+/// Until cancelled.
+async fn serve(helm: &Helm, core: &CoreHandle, hands: &mut Hands, cancel: &CancellationToken) {
     let (mut changed, mut running) = (helm.watch(), Vec::new());
     loop {
         changed.mark_unchanged();
         let wanted = helm.services();
         let known = find(&wanted);
         if running != wanted {
-            switch(&find(&running), &known, &core).await;
+            switch(&find(&running), &known, core, hands).await;
             running = wanted;
         }
         if known.is_empty() {
@@ -91,10 +115,15 @@ fn find(wanted: &[ServiceName]) -> Vec<(ServiceName, &'static Known)> {
 }
 
 /// Stops what is wanted no more, and starts what is wanted now.
-async fn switch(before: &[(ServiceName, &Known)], after: &[(ServiceName, &Known)], core: &CoreHandle) {
+async fn switch(
+    before: &[(ServiceName, &Known)],
+    after: &[(ServiceName, &Known)],
+    core: &CoreHandle,
+    hands: &mut Hands,
+) {
     let lacks = |all: &[(ServiceName, &Known)], name: &ServiceName| all.iter().all(|(other, _)| other != name);
     for (_, service) in before.iter().filter(|(name, _)| lacks(after, name)) {
-        systemctl("stop", service.unit).await;
+        hands.stop(service).await;
     }
     if after.is_empty() {
         return;
@@ -103,8 +132,75 @@ async fn switch(before: &[(ServiceName, &Known)], after: &[(ServiceName, &Known)
         tracing::error!(%error, "the welcome page could not be written");
     }
     for (_, service) in after.iter().filter(|(name, _)| lacks(before, name)) {
-        systemctl("start", service.unit).await;
+        hands.start(service).await;
     }
+}
+
+/// What starts and stops services.
+enum Hands {
+    Systemd,
+    /// Programs that run, by the names of their services, each with what ends it.
+    Own(HashMap<&'static str, (CancellationToken, JoinHandle<()>)>),
+}
+
+impl Hands {
+    async fn start(&mut self, service: &Known) {
+        match self {
+            Self::Systemd => systemctl("start", service.unit).await,
+            Self::Own(programs) => {
+                let over = CancellationToken::new();
+                let program = tokio::spawn(keep(service.program, over.clone()));
+                programs.insert(service.name, (over, program));
+            }
+        }
+    }
+
+    async fn stop(&mut self, service: &Known) {
+        match self {
+            Self::Systemd => systemctl("stop", service.unit).await,
+            Self::Own(programs) => {
+                if let Some((over, program)) = programs.remove(service.name) {
+                    over.cancel();
+                    let _ = program.await;
+                }
+            }
+        }
+    }
+
+    /// Ends what would not go on by itself.
+    async fn let_go(self) {
+        let Self::Own(programs) = self else { return };
+        for (over, program) in programs.into_values() {
+            over.cancel();
+            let _ = program.await;
+        }
+    }
+}
+
+/// Keeps a program running until cancelled, and ends it then.
+async fn keep(program: &'static [&'static str], over: CancellationToken) {
+    let Some((name, args)) = program.split_first() else { return };
+    loop {
+        match Command::new(name).args(args).stdin(Stdio::null()).kill_on_drop(true).spawn() {
+            Ok(mut child) => tokio::select! {
+                () = over.cancelled() => return end(child).await,
+                ended = child.wait() => tracing::warn!(name, ?ended, "a service ended"),
+            },
+            Err(error) => tracing::error!(name, %error, "a service could not be started"),
+        }
+        tokio::select! {
+            () = over.cancelled() => return,
+            () = tokio::time::sleep(PAUSE) => {}
+        }
+    }
+}
+
+async fn end(mut child: Child) {
+    if let Some(pid) = child.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+        // It may have ended by itself.
+        let _ = rustix::process::kill_process(pid, Signal::TERM);
+    }
+    let _ = timeout(PAUSE, child.wait()).await;
 }
 
 async fn systemctl(verb: &str, unit: &str) {

@@ -57,7 +57,8 @@ pub enum StateError {
 }
 
 /// Files that make a machine the one it is in its clan; the place first, as without it the rest says nothing.
-const TRACES: [&str; 6] = ["place.json", "helm.json", "ledger.redb", "machine.key", "wireguard.key", "relay.key"];
+const TRACES: [&str; 7] =
+    ["place.json", "helm.json", "ledger.redb", "machine.key", "wireguard.key", "relay.key", "ports.json"];
 
 /// Removes everything that a machine knows of its clan, and its keys with it.
 pub(crate) fn forget(dir: &Path) -> Result<(), StateError> {

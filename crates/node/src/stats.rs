@@ -8,6 +8,8 @@ use tokio::{process::Command, time::Instant};
 
 use crate::core::now;
 
+/// As the kernel shows times to programs, on all processors that Clan runs on.
+const TICKS_PER_SECOND: u64 = 100;
 /// Asking systemd costs a process; units change seldom.
 const UNITS_EVERY: Duration = Duration::from_secs(15);
 
@@ -18,6 +20,8 @@ pub(crate) struct Measured {
     pub(crate) disk: PathBuf,
     /// Systemd units of interest.
     pub(crate) units: &'static [&'static str],
+    /// Whether the kernel counts for others, too: what is used is then what the processes use that are seen.
+    pub(crate) shared: bool,
 }
 
 /// Takes measurements; keeps what is needed to tell the share of busy time between two of them.
@@ -35,7 +39,9 @@ impl Sampler {
     }
 
     pub(crate) async fn sample(&mut self) -> GuestStats {
-        let (busy, total) = parse_cpu(&read("/proc/stat"));
+        let (all_busy, total) = parse_cpu(&read("/proc/stat"));
+        let own = self.measured.shared.then(own_processes);
+        let busy = own.map_or(all_busy, |own| own.ticks);
         let cpu_permille = share(busy.saturating_sub(self.busy), total.saturating_sub(self.total));
         (self.busy, self.total) = (busy, total);
         if self.units_at.is_none_or(|at| at.elapsed() >= UNITS_EVERY) {
@@ -44,20 +50,56 @@ impl Sampler {
         }
         let (memory_total, memory_available) = parse_memory(&read("/proc/meminfo"));
         let (disk_total, disk_used) = disk(&self.measured.disk);
+        let uptime: u64 = read("/proc/uptime").split('.').next().and_then(|s| s.parse().ok()).unwrap_or(0);
         let (net_received, net_sent) = parse_net(&read("/proc/net/dev"));
         GuestStats {
             at: now(),
             cpu_permille,
             memory_total,
-            memory_used: ByteSize::from_bytes(memory_total.as_bytes().saturating_sub(memory_available.as_bytes())),
+            memory_used: own.map_or_else(
+                || ByteSize::from_bytes(memory_total.as_bytes().saturating_sub(memory_available.as_bytes())),
+                |own| own.memory,
+            ),
             disk_total,
             disk_used,
             net_received,
             net_sent,
-            uptime_s: read("/proc/uptime").split('.').next().and_then(|s| s.parse().ok()).unwrap_or(0),
+            uptime_s: uptime.saturating_sub(own.map_or(0, |own| own.began_s)),
             units: self.units.clone(),
         }
     }
+}
+
+/// What all processes that are seen use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+struct Own {
+    ticks: u64,
+    memory: ByteSize,
+    /// When the first of them began, in seconds after the kernel did.
+    began_s: u64,
+}
+
+fn own_processes() -> Own {
+    let mut own = Own::default();
+    for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Some(process) = parse_process(&read(&format!("/proc/{pid}/stat"))) else { continue };
+        own.ticks = own.ticks.saturating_add(process.ticks);
+        own.memory = ByteSize::from_bytes(own.memory.as_bytes().saturating_add(process.memory.as_bytes()));
+        if pid == 1 {
+            own.began_s = process.began_s;
+        }
+    }
+    own
+}
+
+/// One process (proc(5), `/proc/pid/stat`), whose name in parentheses may hold anything.
+fn parse_process(text: &str) -> Option<Own> {
+    let fields: Vec<&str> = text.rsplit_once(')')?.1.split_whitespace().collect();
+    // The manual counts from 1, and the first one here is its third.
+    let number = |n: usize| fields.get(n - 3)?.parse::<u64>().ok();
+    let memory = ByteSize::from_bytes(number(24)?.saturating_mul(rustix::param::page_size() as u64));
+    Some(Own { ticks: number(14)?.saturating_add(number(15)?), memory, began_s: number(22)? / TICKS_PER_SECOND })
 }
 
 fn read(path: &str) -> String {
@@ -138,6 +180,16 @@ mod tests {
     fn network_counts_leave_out_loopback_and_the_mesh() {
         let text = "Inter-|   Receive\n face |bytes\n    lo: 9 0 0 0 0 0 0 0 9 0\n  eth0: 100 1 0 0 0 0 0 0 50 1\n clan0: 7 0 0 0 0 0 0 0 7 0\n";
         assert_eq!(parse_net(text), (ByteSize::from_bytes(100), ByteSize::from_bytes(50)));
+    }
+
+    #[test]
+    fn what_a_process_uses_is_found_behind_its_name() {
+        let text = "7 (a) b) S 1 7 7 0 -1 0 0 0 0 0 30 12 0 0 20 0 1 0 4500 1000 5 0";
+        let page = rustix::param::page_size() as u64;
+        let expected = Own { ticks: 42, memory: ByteSize::from_bytes(5 * page), began_s: 45 };
+        assert_eq!(parse_process(text), Some(expected));
+        assert_eq!(parse_process("7 (a) S 1"), None);
+        assert!(own_processes().memory > ByteSize::from_mib(1));
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use clan_types::ByteSize;
 
-use crate::QmpError;
+use crate::{QmpError, container::Missing};
 
 /// Why a virtual machine does not do what it was asked to.
 #[derive(Debug, thiserror::Error)]
@@ -23,6 +23,9 @@ pub enum VmError {
         /// The package that has it.
         package: &'static str,
     },
+    /// Something that a container needs is not there.
+    #[error("containers cannot be run here")]
+    Missing(#[source] Missing),
     /// A file of the virtual machine is missing or unreadable.
     #[error("cannot use the virtual machine's file {}", path.display())]
     MissingFile {

@@ -39,6 +39,30 @@ pub(crate) fn stats(pid: u32) -> io::Result<HostStats> {
     })
 }
 
+/// All that descend from a process, as far as it can be seen now.
+pub(crate) fn descendants(pid: u32) -> Vec<u32> {
+    let parents: Vec<(u32, u32)> =
+        processes().filter_map(|process| Some((process, Stat::of(process).ok()?.parent))).collect();
+    let mut found = vec![pid];
+    let mut next = 0;
+    while let Some(parent) = found.get(next).copied() {
+        next += 1;
+        found.extend(parents.iter().filter(|(_, of)| *of == parent).map(|(process, _)| *process));
+    }
+    found.split_off(1)
+}
+
+/// The first child of a process.
+pub(crate) fn child_of(pid: u32) -> io::Result<u32> {
+    processes().find(|&p| Stat::of(p).is_ok_and(|s| s.parent == pid)).ok_or_else(|| io::ErrorKind::NotFound.into())
+}
+
+/// All processes.
+pub(crate) fn processes() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+}
+
 /// Memory that can be given to programs without swapping.
 pub(crate) fn memory_available() -> Option<ByteSize> {
     let kib = field(&fs::read_to_string("/proc/meminfo").ok()?, "MemAvailable:")?;

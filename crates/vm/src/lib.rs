@@ -1,5 +1,5 @@
 //! One QEMU virtual machine: is there an accelerator, the process, its network, its disks,
-//! its sockets, its monitor (QMP).
+//! its sockets, its monitor (QMP). And a container, which is the same without a machine of its own.
 //!
 //! A virtual machine outlives the program that started it: [`Vm::start`] detaches QEMU, [`Vm::adopt`] finds it again.
 //! At most one QEMU runs for a directory; a lock that QEMU itself holds sees to that. Everything runs as an ordinary
@@ -7,6 +7,7 @@
 
 mod args;
 mod console;
+pub mod container;
 mod disk;
 mod error;
 mod fence;

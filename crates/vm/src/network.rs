@@ -45,7 +45,7 @@ use tokio::{
 
 use crate::{
     UdpForward, console, file,
-    host::Stat,
+    host::{Stat, processes},
     process::{self, Dir},
     tool,
 };
@@ -60,9 +60,9 @@ pub(crate) const RESOLVER: &str = "dns";
 
 /// The namespace has the addresses of the network that QEMU shows to its guest: these the guest cannot use for anything
 /// else anyway. They are given rather than taken from the base OS, so that pasta needs no network there to start with.
-const ADDRESS: &str = "10.0.2.15";
-const GATEWAY: &str = "10.0.2.2";
-const GATEWAY_MAC: &str = "52:55:0a:00:02:02";
+pub(crate) const ADDRESS: &str = "10.0.2.15";
+pub(crate) const GATEWAY: &str = "10.0.2.2";
+pub(crate) const GATEWAY_MAC: &str = "52:55:0a:00:02:02";
 /// Where QEMU finds the base OS's name server if that one listens on the base OS's loopback.
 const NAME_SERVER: &str = "10.0.2.3";
 
@@ -370,14 +370,20 @@ fn name_server(resolv_conf: &str) -> Option<Ipv4Addr> {
 
 /// pasta and `cat`.
 fn programs() -> Result<(PathBuf, PathBuf), Exposure> {
+    let pasta = pasta()?;
+    let Some(cat) = tool::find(&["cat"]) else {
+        return Err(Exposure::new("there is no `cat`", "Install the package `coreutils`, then stop and start the VM."));
+    };
+    Ok((pasta, cat))
+}
+
+/// pasta, where it can make its device.
+pub(crate) fn pasta() -> Result<PathBuf, Exposure> {
     let Some(pasta) = tool::find(&[PROGRAM]) else {
         return Err(Exposure::new(
             "pasta is not installed",
             format!("Install the package `{PACKAGE}` (`sudo apt install {PACKAGE}`), then stop and start the VM."),
         ));
-    };
-    let Some(cat) = tool::find(&["cat"]) else {
-        return Err(Exposure::new("there is no `cat`", "Install the package `coreutils`, then stop and start the VM."));
     };
     if let Err(error) = File::options().read(true).write(true).open(TUN) {
         return Err(Exposure::new(
@@ -388,12 +394,39 @@ fn programs() -> Result<(PathBuf, PathBuf), Exposure> {
             ),
         ));
     }
-    Ok((pasta, cat))
+    Ok(pasta)
+}
+
+/// What pasta is told for a container, in whose user namespace it is root. A port is named as it is on the base OS, then as
+/// it is in the container.
+pub(crate) fn container_arguments(ports: &[(u16, u16)]) -> Vec<OsString> {
+    let mut arguments = common_arguments(true);
+    arguments.extend(["--netns-only", "--runas", "0:0"].map(str::to_owned));
+    arguments.extend(ports.iter().flat_map(|(host, inside)| ["-u".to_owned(), format!("{host}:{inside}")]));
+    arguments.into_iter().map(OsString::from).collect()
 }
 
 /// IPv4 only, as the guest's network. Nothing of the base OS's loopback is offered in the namespace, except the name
 /// server's UDP port where `name_server` asks for it.
 fn arguments(forwards: &[UdpForward], name_server: bool) -> Vec<OsString> {
+    let mut arguments = common_arguments(name_server);
+    if rustix::process::geteuid().is_root() {
+        // Else it becomes another user, whose namespaces it may not set up.
+        let ids = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+        arguments.extend(["--runas".to_owned(), ids]);
+    }
+    if forwards.is_empty() {
+        arguments.extend(["-u".to_owned(), "none".to_owned()]);
+    }
+    for UdpForward { host, .. } in forwards {
+        let port = host.port();
+        let spec = if host.ip().is_unspecified() { port.to_string() } else { format!("{}/{port}", host.ip()) };
+        arguments.extend(["-u".to_owned(), spec]);
+    }
+    arguments.into_iter().map(OsString::from).collect()
+}
+
+fn common_arguments(name_server: bool) -> Vec<String> {
     let mut arguments: Vec<String> = ["-f", "-4", "--config-net", "--no-map-gw"].map(str::to_owned).into();
     // Of the interface pasta takes nothing, as all that it would take is given. There always is a loopback.
     for (option, value) in [
@@ -412,20 +445,7 @@ fn arguments(forwards: &[UdpForward], name_server: bool) -> Vec<OsString> {
     if name_server {
         arguments.extend(["--dns-forward".to_owned(), NAME_SERVER.to_owned()]);
     }
-    if rustix::process::geteuid().is_root() {
-        // Else it becomes another user, whose namespaces it may not set up.
-        let ids = format!("{}:{}", rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-        arguments.extend(["--runas".to_owned(), ids]);
-    }
-    if forwards.is_empty() {
-        arguments.extend(["-u".to_owned(), "none".to_owned()]);
-    }
-    for UdpForward { host, .. } in forwards {
-        let port = host.port();
-        let spec = if host.ip().is_unspecified() { port.to_string() } else { format!("{}/{port}", host.ip()) };
-        arguments.extend(["-u".to_owned(), spec]);
-    }
-    arguments.into_iter().map(OsString::from).collect()
+    arguments
 }
 
 fn register(handle: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
@@ -440,11 +460,6 @@ fn end_session(child: &mut Child) {
         let _ = rustix::process::kill_process_group(session, Signal::KILL);
     }
     let _ = child.wait();
-}
-
-fn processes() -> impl Iterator<Item = u32> {
-    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     io,
     os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::{fs::OpenOptionsExt, process::CommandExt},
     },
     path::{Path, PathBuf},
@@ -25,6 +25,8 @@ use crate::{VmError, args, console, fence::Fence, file, host::Stat, network::Ent
 const LOCK: &str = "lock";
 const PID: &str = "pid.json";
 const PID_VERSION: u32 = 1;
+/// What runs a virtual machine, and what stands for a container.
+const PROGRAMS: [&str; 2] = ["qemu", "unshare"];
 pub(crate) const QEMU_LOG: &str = "qemu.log";
 
 /// A virtual machine's directory, held open: the paths of its sockets may be longer than a socket address can be.
@@ -130,17 +132,25 @@ impl Dir {
     }
 }
 
+impl Lock {
+    pub(crate) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Identity {
     pub(crate) fn of(pid: u32) -> io::Result<Self> {
         Ok(Self { version: PID_VERSION, pid, start_time: Stat::of(pid)?.start_time, boot_id: file::boot_id()? })
     }
 
-    /// Whether it still is that process, and is QEMU.
+    /// Whether it still is that process, and is what runs a machine.
     fn lives(&self) -> bool {
         let same = Stat::of(self.pid).is_ok_and(|s| s.start_time == self.start_time && !s.zombie);
         let program = fs::read_link(format!("/proc/{}/exe", self.pid));
         same && file::boot_id().is_ok_and(|id| id == self.boot_id)
-            && program.is_ok_and(|p| p.file_name().is_some_and(|name| name.to_string_lossy().contains("qemu")))
+            && program.is_ok_and(|p| {
+                p.file_name().is_some_and(|name| PROGRAMS.iter().any(|known| name.to_string_lossy().contains(known)))
+            })
     }
 
     /// A handle to the process; `None` if it has ended.

@@ -1,5 +1,5 @@
 //! What the manager says to its controller, in streams of [`crate::mux`]: over the virtio-serial port [`PORT`] of a VM, or
-//! over a Unix socket, where the controller runs on the base OS itself.
+//! over a Unix socket, where the controller runs on the base OS itself or in a container.
 //!
 //! Each stream carries one length-prefixed [`ControlRequest`], then one or more length-prefixed [`ControlResponse`]s;
 //! after [`ControlResponse::Connected`] and [`ControlResponse::Raw`] the stream carries raw bytes. A ledger may be of any
@@ -105,6 +105,9 @@ pub enum ControlRequest {
         /// The machine.
         machine: MachineId,
     },
+    /// Ends the controller in good order, and so the container that it is in; a VM is switched off by its agent. Answered by
+    /// [`ControlResponse::Done`].
+    Stop,
 }
 
 /// Text that is not to be logged.

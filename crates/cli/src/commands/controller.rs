@@ -6,6 +6,10 @@ use std::path::PathBuf;
 
 use crate::{error::CliError, printer::Printer};
 
+/// Where a container's manager looks for it.
+#[cfg(feature = "controller")]
+const CONTAINER_SOCKET: &str = "/run/clan/control.sock";
+
 /// Arguments of `clan controller`.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
@@ -56,6 +60,9 @@ pub(crate) struct Args {
     /// Everything here is the clan's: set by images
     #[arg(long, hide = true, conflicts_with_all = ["socket", "user", "port", "interface", "dns", "no_mdns", "service"])]
     guest: bool,
+    /// The same, in a container: set by the manager
+    #[arg(long, hide = true, conflicts_with_all = ["guest", "socket", "user", "port", "interface", "dns", "service"])]
+    container: bool,
 }
 
 /// How programs learn the clan's names.
@@ -130,6 +137,8 @@ fn serve(args: Args, printer: &Printer) -> Result<(), CliError> {
     };
     let host = if args.guest {
         Host::Guest
+    } else if args.container {
+        Host::Container(CONTAINER_SOCKET.into())
     } else {
         Host::Computer(Computer {
             socket: absolute(args.socket())?,

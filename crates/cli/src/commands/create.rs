@@ -18,6 +18,7 @@ use crate::{
 #[command(after_help = "\
 Examples:
   clan create family --person anna --machine laptop --memory 1G
+  clan create family --container        without a virtual machine: a container, which needs less of a computer
   clan create family --integrate        this computer itself, without a virtual machine: see `clan controller --help`")]
 pub(crate) struct Args {
     /// Name of the clan: a-z, 0-9 and inner hyphens
@@ -34,6 +35,8 @@ pub(crate) struct Args {
     integrate: Integrate,
     #[command(flatten)]
     control: Control,
+    #[command(flatten)]
+    contain: Contain,
 }
 
 /// Who may steer this computer's machine.
@@ -64,6 +67,15 @@ impl Control {
             "{what}, change its settings and see its log; all is written down, and `clan vm control local` ends it."
         ))
     }
+}
+
+/// Whether a container is to be the machine.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct Contain {
+    /// Make the clan's machine a container instead of a virtual one: for weak computers, as it shares this one's kernel,
+    /// and keeps less apart
+    #[arg(long, conflicts_with_all = ["integrate", "memory", "disk", "cpus"])]
+    pub(crate) container: bool,
 }
 
 /// Whether this computer itself is to be the machine.
@@ -116,7 +128,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     }
     // A phrase that nobody reads would be a key that nobody has.
     let recovery = printer.is_json() || printer.stderr_is_terminal();
-    let request = CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate, control, recovery };
+    let container = args.contain.container;
+    let request =
+        CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate, control, container, recovery };
     let CreatedClan { task, recovery_phrase } = context.ask(context.client.create_clan(&request)).await?;
     let followed = progress::follow(context, task).await;
     if printer.is_json() {

@@ -1,10 +1,10 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
-use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPlan};
+use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, Transfer, VmPlan};
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
-    commands::create::{Control, Integrate, Size},
+    commands::create::{Contain, Control, Integrate, Size},
     context::Context,
     error::CliError,
     invitation::{self, Given},
@@ -54,6 +54,8 @@ pub(crate) struct Place {
     integrate: Integrate,
     #[command(flatten)]
     control: Control,
+    #[command(flatten)]
+    contain: Contain,
 }
 
 /// Joins and waits until this computer's machine is in the clan.
@@ -108,9 +110,9 @@ async fn go(
     context: &Context,
 ) -> Result<Option<ClanName>, CliError> {
     let printer = &context.printer;
-    let Place { machine, size, integrate, control } = place;
+    let Place { machine, size, integrate, control, contain: Contain { container } } = place;
     let integrate = integrate.controller()?;
-    let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone() };
+    let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone(), container };
     let mut preview =
         progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&question))).await?;
     // INVARIANT: what is shown and agreed to is what is asked for.
@@ -139,8 +141,9 @@ async fn go(
     };
     context.confirm(&question, "join without being asked; `--dry-run` shows where the link leads")?;
     let Size { memory, disk, cpus } = size;
+    let control = Some(mode);
     let request =
-        JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate, control: Some(mode) };
+        JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate, control, container };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {
@@ -169,9 +172,12 @@ fn show(preview: &JoinPreview, size: &Size, printer: &Printer) {
     for warning in &preview.warnings {
         printer.talk(&format!("{} {}", printer.err_style(Tone::Warn, "warning:"), harmless(warning)));
     }
-    printer.talk(match preview.integrated {
-        None => "Compare the fingerprint with what the inviter sees. The virtual machine has no access to your files.",
-        Some(_) => {
+    printer.talk(match (&preview.integrated, &preview.container) {
+        (None, None) => {
+            "Compare the fingerprint with what the inviter sees. The virtual machine has no access to your files."
+        }
+        (None, Some(_)) => "Compare the fingerprint with what the inviter sees. The container is not shown your files.",
+        (Some(_), _) => {
             "Compare the fingerprint with what the inviter sees. This computer itself will be in the clan's network."
         }
     });
@@ -191,6 +197,22 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
     ];
     if let Some(vm) = &preview.vm {
         vm_facts(vm, size, &mut facts);
+    }
+    if let Some(container) = &preview.container {
+        facts.extend([
+            ("Will run", format!("a container: {}", container.image_title)),
+            ("Image", container.image.short()),
+            (
+                "Apart",
+                "less than a virtual machine: it shares this computer's kernel, and nothing bounds it".to_owned(),
+            ),
+            ("Download", download(&container.download)),
+        ]);
+        if let Some(problem) = &container.problem {
+            let why = problem.why.as_deref().unwrap_or(&problem.message);
+            let hint = problem.hints.first().map_or_else(String::new, |hint| format!("; {hint}"));
+            facts.push(("Not now", format!("{why}{hint}")));
+        }
     }
     if let Some(integrated) = &preview.integrated {
         facts.push(("Will run", "no virtual machine: this computer itself becomes the clan's machine".to_owned()));
@@ -212,11 +234,6 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
 }
 
 fn vm_facts(vm: &VmPlan, size: &Size, facts: &mut Vec<(&'static str, String)>) {
-    let download = match vm.download.missing.as_bytes() {
-        0 => format!("nothing: its {} are here already", vm.download.total),
-        missing if missing == vm.download.total.as_bytes() => vm.download.missing.to_string(),
-        _ => format!("{} of {}; the rest is here", vm.download.missing, vm.download.total),
-    };
     let cpus = size.cpus.unwrap_or(vm.cpus) as usize;
     facts.extend([
         ("Will run", format!("a virtual machine: {}", vm.image_title)),
@@ -224,8 +241,16 @@ fn vm_facts(vm: &VmPlan, size: &Size, facts: &mut Vec<(&'static str, String)>) {
         ("Memory", size.memory.unwrap_or(vm.memory).to_string()),
         ("Disk", format!("up to {}", size.disk.unwrap_or(vm.disk))),
         ("Processors", cpus.to_string()),
-        ("Download", download),
+        ("Download", download(&vm.download)),
     ]);
+}
+
+fn download(transfer: &Transfer) -> String {
+    match transfer.missing.as_bytes() {
+        0 => format!("nothing: its {} are here already", transfer.total),
+        missing if missing == transfer.total.as_bytes() => transfer.missing.to_string(),
+        _ => format!("{} of {}; the rest is here", transfer.missing, transfer.total),
+    }
 }
 
 /// Names to take where none was given.

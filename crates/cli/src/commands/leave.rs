@@ -21,12 +21,13 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         .find(|c| c.name.as_str() == named || c.id.to_string() == named)
         .map_or(named.as_str(), |c| c.name.as_str());
     let vms = context.ask(context.client.vms()).await?;
-    let integrated =
-        vms.iter().any(|v| (v.clan.as_str() == named || v.id.to_string() == named) && v.flavour == Flavour::Integrated);
-    let loss = if integrated {
-        "This computer forgets it, with its keys; the controller on it then waits for another clan."
-    } else {
-        "Its virtual machine and everything on it will be deleted."
+    let vm = vms.iter().find(|v| v.clan.as_str() == named || v.id.to_string() == named);
+    let loss = match vm.map(|v| v.flavour) {
+        Some(Flavour::Integrated) => {
+            "This computer forgets it, with its keys; the controller on it then waits for another clan."
+        }
+        Some(Flavour::Container) => "Its container and everything in it will be deleted.",
+        Some(Flavour::Vm) | None => "Its virtual machine and everything on it will be deleted.",
     };
     context.confirm(&format!("Leave {shown}? {loss}"), "leave without being asked")?;
     let task = context.ask(context.client.leave(&named)).await?;

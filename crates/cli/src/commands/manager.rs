@@ -50,6 +50,13 @@ pub(crate) fn run(args: Args, global: &Global, printer: &Printer) -> Result<(), 
     serve(args, global, printer)
 }
 
+/// A step on the way into a container. Comes back only if it fails.
+#[cfg(feature = "manager")]
+pub(crate) fn contain(words: Vec<std::ffi::OsString>) -> Result<(), CliError> {
+    let error = clan_manager::Stage::new(words).run();
+    Err(CliError::refused("container", "the container cannot be started").why(error))
+}
+
 #[cfg(feature = "manager")]
 fn serve(args: Args, global: &Global, printer: &Printer) -> Result<(), CliError> {
     use clan_manager::{Manager, ManagerError, Options};

@@ -81,7 +81,7 @@ pub(crate) enum Verb {
         #[arg(long)]
         console: bool,
     },
-    /// Attach the terminal to its console; Ctrl-] detaches
+    /// Attach the terminal to its console, or to a shell in a container; Ctrl-] detaches
     Console(Which),
     /// Delete one and its disk
     Delete {
@@ -152,6 +152,7 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
                 Some(Flavour::Integrated) => {
                     format!("Have this computer forget that it is {shown}, with its keys in the clan?")
                 }
+                Some(Flavour::Container) => format!("Delete the container {shown} and everything in it?"),
                 _ => format!("Delete the virtual machine {shown} and everything on its disk?"),
             };
             if dry_run {
@@ -197,11 +198,11 @@ async fn list(context: &Context) -> Result<(), CliError> {
             match (stats, vm.flavour) {
                 (Some(stats), _) => format!("{} / {}", stats.memory_used, stats.memory_total).into(),
                 (None, Flavour::Vm) => vm.memory.to_string().into(),
-                (None, Flavour::Integrated) => "".into(),
+                (None, Flavour::Container | Flavour::Integrated) => "".into(),
             },
             match vm.flavour {
                 Flavour::Vm => vm.disk_used.to_string().into(),
-                Flavour::Integrated => "".into(),
+                Flavour::Container | Flavour::Integrated => "".into(),
             },
             vm.reason.as_deref().unwrap_or_default().into(),
         ]);

@@ -47,7 +47,7 @@ pub(super) async fn invitation(body: Bytes) -> Answer<Json<FoundInvitation>> {
 
 pub(super) async fn preview(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<JoinPreview>> {
     let request: PreviewJoin = parse(&body)?;
-    Ok(Json(StatusCode::OK, joins::preview(&shared, &request.link, request.integrate.as_deref()).await?))
+    Ok(Json(StatusCode::OK, joins::preview(&shared, &request).await?))
 }
 
 pub(super) async fn join(State(shared): State<Arc<Shared>>, body: Bytes) -> Answer<Json<TaskInfo>> {

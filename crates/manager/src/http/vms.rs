@@ -14,7 +14,7 @@ use clan_api::{
 };
 use clan_wire::control::{ControlRequest, ControlResponse};
 use hyper_util::rt::TokioIo;
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncRead, AsyncWrite, copy_bidirectional};
 use tokio_util::io::ReaderStream;
 
 use super::{
@@ -22,6 +22,7 @@ use super::{
     streamed,
 };
 use crate::{
+    clan::Clan,
     guest::{self, GuestError},
     leave, logs, machine,
     manager::Shared,
@@ -141,6 +142,17 @@ fn no_console() -> ApiProblem {
         .hint("its controller's log: `clan vm logs`")
 }
 
+async fn console_log(clan: &Clan, lines: u32, follow: bool) -> Answer<Body> {
+    let (path, lines) = (clan.record.paths().console_log(), usize::try_from(lines).unwrap_or(usize::MAX));
+    if follow {
+        return Ok(streamed(logs::follow(path, lines)));
+    }
+    let text = crate::fetch::blocking(move || logs::tail(&path, lines)).await?;
+    let unread =
+        |e: std::io::Error| ApiProblem::new(ErrorCode::Internal, "the console's log cannot be read").why(e.to_string());
+    Ok(Body::from(text.map_err(unread)?))
+}
+
 pub(super) async fn logs(
     State(shared): State<Arc<Shared>>,
     Path(vm): Path<String>,
@@ -151,17 +163,9 @@ pub(super) async fn logs(
     let clan = shared.find(&vm)?;
     let body = match query.source {
         LogSource::Console if clan.record.get().is_integrated() => return Err(no_console().into()),
-        LogSource::Console => {
-            let (path, lines) = (clan.record.paths().console_log(), usize::try_from(lines).unwrap_or(usize::MAX));
-            if query.follow {
-                streamed(logs::follow(path, lines))
-            } else {
-                let text = crate::fetch::blocking(move || logs::tail(&path, lines)).await?;
-                Body::from(text.map_err(|e| {
-                    ApiProblem::new(ErrorCode::Internal, "the console's log cannot be read").why(e.to_string())
-                })?)
-            }
-        }
+        // In a container everything is in one log.
+        _ if clan.record.get().is_container() => console_log(&clan, lines, query.follow).await?,
+        LogSource::Console => console_log(&clan, lines, query.follow).await?,
         LogSource::Journal => {
             let integrated = clan.record.get().is_integrated();
             let hint = |e: GuestError| match problem::guest(&e) {
@@ -185,6 +189,11 @@ pub(super) async fn logs(
     Ok(response)
 }
 
+/// What a console is of.
+trait Terminal: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Terminal for T {}
+
 pub(super) async fn console(
     State(shared): State<Arc<Shared>>,
     Path(vm): Path<String>,
@@ -205,11 +214,18 @@ pub(super) async fn console(
     if clan.record.get().is_integrated() {
         return Err(no_console().into());
     }
-    let running = clan.keeper.vm().ok_or_else(|| {
-        ApiProblem::new(ErrorCode::VmNotReady, "the VM does not run").hint("start it: `clan vm start`")
-    })?;
-    let mut port =
-        running.connect_console().await.map_err(|e| problem::vm(&e).hint("only one console can be open at a time"))?;
+    let not_running = || {
+        let message = format!("the {} does not run", clan.record.get().what());
+        ApiProblem::new(ErrorCode::VmNotReady, message).hint("start it: `clan vm start`")
+    };
+    let mut port: Box<dyn Terminal> = if clan.record.get().is_container() {
+        let running = clan.keeper.container().ok_or_else(not_running)?;
+        Box::new(running.shell(&shared.options.clan_executable).map_err(|e| problem::vm(&e))?)
+    } else {
+        let running = clan.keeper.vm().ok_or_else(not_running)?;
+        let port = running.connect_console().await;
+        Box::new(port.map_err(|e| problem::vm(&e).hint("only one console can be open at a time"))?)
+    };
     let upgrade = hyper::upgrade::on(&mut request);
     let cancel = shared.stop_token();
     tokio::spawn(async move {
@@ -218,7 +234,7 @@ pub(super) async fn console(
         tokio::select! {
             () = cancel.cancelled() => {}
             // Either side may just hang up.
-            _ = copy_bidirectional(&mut terminal, &mut port) => {}
+            _ = copy_bidirectional(&mut terminal, &mut *port) => {}
         }
     });
     let headers = [(header::CONNECTION, "upgrade"), (header::UPGRADE, CONSOLE_UPGRADE)];

@@ -36,18 +36,22 @@ const CONSOLE_LINES: usize = 12;
 
 /// How often a VM died of late.
 #[derive(Debug, Default)]
-pub(super) struct Restarts {
+pub(crate) struct Restarts {
     count: u32,
 }
 
 impl Restarts {
     /// A VM died after `uptime`: when to start it again, unless it is to be given up.
-    fn after(&mut self, uptime: Duration) -> Option<Duration> {
+    pub(crate) fn after(&mut self, uptime: Duration) -> Option<Duration> {
         if uptime >= STABLE {
             self.count = 0;
         }
         self.count += 1;
         (self.count <= MAX_RESTARTS).then(|| Duration::from_secs(1 << (self.count - 1)))
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.count
     }
 }
 

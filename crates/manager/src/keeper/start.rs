@@ -20,8 +20,8 @@ use crate::{
 
 const PORT_ATTEMPTS: u32 = 8;
 /// UDP ports in the guest.
-const GUEST_QUIC: u16 = 41640;
-const GUEST_WIREGUARD: u16 = 41641;
+pub(crate) const GUEST_QUIC: u16 = 41640;
+pub(crate) const GUEST_WIREGUARD: u16 = 41641;
 
 impl Loop {
     pub(super) async fn start(&mut self) {
@@ -158,8 +158,13 @@ impl Loop {
         let (links, tracker) = (CancellationToken::new(), TaskTracker::new());
         let first = staging.map(|staging| (staging, self.record.paths().data_disk()));
         tracker.spawn(link::keep_agent(vm.clone(), self.out.clone(), first, links.clone()));
+        let controller = vm.clone();
+        let connect = move || {
+            let vm = controller.clone();
+            async move { vm.connect_control().await }
+        };
         tracker.spawn(link::keep_control(
-            vm.clone(),
+            connect,
             self.record.clone(),
             self.config.images.clone(),
             self.out.clone(),

@@ -96,6 +96,8 @@ impl Site {
             turns: Turns::for_this_computer(),
             cache: paths.cache(),
             qemu: Qemu::Search,
+            trees: crate::trees::Trees::open(folder.path().join("trees")),
+            program: "/nonexistent/clan".into(),
             keep_vms: false,
             patience: Patience {
                 template: Duration::from_millis(500),

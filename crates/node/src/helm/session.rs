@@ -73,7 +73,7 @@ impl Helm {
             command: open.command,
             // INVARIANT: a computer's user gives away what is theirs, and no right of the controller's.
             user: match &self.host {
-                Host::Guest => None,
+                Host::Guest | Host::Container(_) => None,
                 Host::Computer(computer) => Some(computer.user),
             },
         };
