@@ -423,6 +423,12 @@ function machineName(taken) {
   }
 }
 
+/** How the machine would run, with the reason unless a warning gives it. */
+function runsBy({ vm, warnings }) {
+  const word = ACCELERATOR_WORD[vm.accelerator.kind];
+  return warnings.some((warning) => warning.includes(vm.accelerator.reason)) ? word : `${word}: ${vm.accelerator.reason}`;
+}
+
 function confirmJoin(link, p, home) {
   ask({
     title: p.device_of ? `Make this computer yours in ${p.clan_name}?` : `Join ${p.clan_name}?`,
@@ -438,7 +444,7 @@ function confirmJoin(link, p, home) {
         ["Controller", p.integrated && `${p.integrated.socket}: ${p.integrated.problem ? p.integrated.problem.message : "it runs, and is free"}`],
         ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk`],
         ["Download", (p.vm ?? p.container) && ((p.vm ?? p.container).download.missing ? bytes((p.vm ?? p.container).download.missing) : "nothing, it is here already")],
-        ["Runs by", p.vm && `${ACCELERATOR_WORD[p.vm.accelerator.kind]}: ${p.vm.accelerator.reason}`],
+        ["Runs by", p.vm && runsBy(p)],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
       field("Who may steer this computer’s machine, with a terminal on it", h("select", { name: "control" },
