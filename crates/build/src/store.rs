@@ -6,6 +6,8 @@ use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    process,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use clan_types::{ByteSize, FileHash, ImageId};
@@ -164,9 +166,22 @@ impl StoredImage {
             // Whoever asked for the image would be given something else.
             check_files(&self.id, &self.manifest, &self.dir)?;
         }
-        let new = self.dir.join(format!("{PIECES}.new"));
-        fs::write(&new, &pieces).and_then(|()| fs::rename(&new, &path)).map_err(io_error("write", &path))?;
+        if let Err(error) = self.keep_pieces(&pieces) {
+            tracing::warn!(%error, image = %self.id.short(), "the hashes of the image's pieces are made anew each time");
+        }
         Ok(pieces)
+    }
+
+    /// Several may do this at once: they write the same.
+    fn keep_pieces(&self, pieces: &[u8]) -> Result<(), StoreError> {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        let count = COUNTER.fetch_add(1, Ordering::Relaxed);
+        let path = self.dir.join(PIECES);
+        let new = self.dir.join(format!("{PIECES}.new-{}-{count}", process::id()));
+        fs::write(&new, pieces).and_then(|()| fs::rename(&new, &path)).map_err(|error| {
+            let _ = fs::remove_file(&new);
+            io_error("write", &path)(error)
+        })
     }
 
     fn are_pieces(&self, bytes: &[u8]) -> bool {

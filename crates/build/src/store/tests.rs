@@ -220,6 +220,27 @@ fn the_pieces_of_an_image_lead_to_its_files_and_are_made_anew_if_they_do_not() {
 }
 
 #[test]
+fn several_may_ask_for_the_pieces_of_a_new_image_at_once_and_a_disk_that_refuses_them_keeps_nobody_waiting() {
+    let (_dir, store) = store();
+    let image = stored(&store, &vec![7; 3 * PIECE]);
+    let expected = image.pieces().unwrap();
+    for _ in 0..50 {
+        fs::remove_file(image.dir.join(PIECES)).unwrap();
+        std::thread::scope(|scope| {
+            let all: Vec<_> = (0..4).map(|_| scope.spawn(|| image.pieces())).collect();
+            for pieces in all {
+                assert_eq!(pieces.join().unwrap().unwrap(), expected);
+            }
+        });
+        assert_eq!(fs::read(image.dir.join(PIECES)).unwrap(), expected, "kept");
+    }
+    fs::remove_file(image.dir.join(PIECES)).unwrap();
+    fs::create_dir(image.dir.join(PIECES)).unwrap();
+    assert_eq!(image.pieces().unwrap(), expected);
+    assert!(fs::read_dir(&image.dir).unwrap().flatten().all(|e| !e.file_name().to_string_lossy().contains(".new")));
+}
+
+#[test]
 fn what_does_not_belong_to_an_image_does_not_stay_with_it() {
     let (_dir, store) = store();
     let incoming = store.begin(manifest(b"layer")).unwrap();
