@@ -171,6 +171,12 @@ pub enum TaskResult {
         #[schema(value_type = String)]
         id: ImageId,
     },
+    /// This computer is out of a clan.
+    Left {
+        /// Whether another machine of the clan has heard it. If not, the clan keeps showing the machine until somebody
+        /// removes it.
+        heard: bool,
+    },
     /// Nothing to tell.
     Nothing,
 }

@@ -17,7 +17,6 @@ use clan_types::{
     DEVICE_LINK, DEVICE_LINK_LIFETIME, DeviceId, DeviceName, InviteLink, InviteSecret, MachineId, PersonId, Purpose,
     RecoveryPhrase,
 };
-use clan_wire::control::ControlRequest;
 use ed25519_dalek::SigningKey;
 use zeroize::Zeroizing;
 
@@ -87,7 +86,7 @@ pub(crate) async fn add(shared: &Arc<Shared>, clan: Arc<Clan>, request: &AddDevi
             phrase = Some(made);
             Ok(body)
         };
-        sign::decide(&clan, body, ControlRequest::Append).await?;
+        sign::decide(&clan, body).await?;
         tracing::info!(clan = %offer.clan_name, "made a recovery phrase");
         offer.recovery_phrase = phrase.map(|phrase| phrase.words());
         return Ok(offer);
@@ -99,7 +98,7 @@ pub(crate) async fn add(shared: &Arc<Shared>, clan: Arc<Clan>, request: &AddDevi
     let control = clan.control().map_err(|e| problem::guest(&e))?;
     let (peers, relays) = invite::ways(shared, &clan, &control).await?;
     let body = Body::add_device(&key, &clan.id(), &clan.author(), name, DeviceKind::Recovery);
-    sign::decide(&clan, |_| Ok(body), ControlRequest::Append).await?;
+    sign::decide(&clan, |_| Ok(body)).await?;
     let secret = InviteSecret::from_bytes(*secret);
     let link = InviteLink { purpose: Purpose::Device, clan: clan.id(), secret, peers, relays };
     offer.words = words::open(&control, &link).await.map(|(words, _)| words.to_string());

@@ -100,6 +100,16 @@ pub(crate) async fn tell(channel: &Channel, request: &ControlRequest) -> Result<
     }
 }
 
+/// Says that the machine leaves. Whether another machine of the clan has heard it.
+pub(crate) async fn farewell(channel: &Channel, entry: Vec<u8>) -> Result<bool, GuestError> {
+    let request = ControlRequest::Farewell { entry };
+    match open(channel, &request, PATIENCE).await?.1 {
+        ControlResponse::Done => Ok(true),
+        ControlResponse::Unheard => Ok(false),
+        _ => Err(GuestError::Unexpected { what: name(&request) }),
+    }
+}
+
 /// Who the guest's machine is.
 pub(crate) async fn identify(channel: &Channel) -> Result<Identity, GuestError> {
     match open(channel, &ControlRequest::Identify, PATIENCE).await?.1 {

@@ -50,7 +50,7 @@ pub(crate) async fn make(shared: &Shared, clan: &Clan, request: &CreateInvite) -
     let key = SigningKey::from_bytes(&secret);
     let invite = InviteId::from_bytes(key.verifying_key().to_bytes());
     let expires = now().plus(expires_in);
-    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires, approval }), ControlRequest::Append).await?;
+    sign::decide(clan, |_| Ok(Body::Invite { invite, role, uses, expires, approval })).await?;
     let record = clan.record.get();
     let (peers, relays) = ways(shared, clan, &control).await?;
     let secret = InviteSecret::from_bytes(*secret);

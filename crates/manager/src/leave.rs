@@ -4,7 +4,6 @@ use std::{sync::Arc, time::Duration};
 
 use clan_api::{ApiProblem, ErrorCode, TaskKind, TaskResult, VmState};
 use clan_ledger::Body;
-use clan_wire::control::ControlRequest;
 
 use crate::{
     boot,
@@ -57,14 +56,15 @@ pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
         steps,
         move |task| async move {
             task.begin(0);
-            if let Err(problem) = task.unless_cancelled(farewell(&clan)).await {
-                if shared_.is_stopping() {
-                    // Gone on with by the next manager.
+            let heard = match task.unless_cancelled(farewell(&clan)).await {
+                Ok(heard) => heard,
+                // Gone on with by the next manager.
+                Err(problem) if shared_.is_stopping() => return Err(problem),
+                Err(problem) => {
+                    clan.record.update(|r| r.phase = Phase::Ready).map_err(|e| problem::disk(&e))?;
                     return Err(problem);
                 }
-                clan.record.update(|r| r.phase = Phase::Ready).map_err(|e| problem::disk(&e))?;
-                return Err(problem);
-            }
+            };
             // The clan knows: from here on there is no way back, and a restart only removes.
             clan.record.update(|r| r.phase = Phase::Removing).map_err(|e| problem::disk(&e))?;
             task.begin(1);
@@ -73,12 +73,13 @@ pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
                 task.begin(2);
             }
             shared_.discard(&clan).await?;
-            Ok(TaskResult::Nothing)
+            Ok(TaskResult::Left { heard })
         },
     )
 }
 
-async fn farewell(clan: &Clan) -> Result<(), ApiProblem> {
+/// Whether another machine of the clan has heard it.
+async fn farewell(clan: &Clan) -> Result<bool, ApiProblem> {
     clan.keeper.want(true).await?;
     let control = boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await?;
     let identity = guest::identify(&control).await.map_err(|e| problem::guest(&e))?;
@@ -95,11 +96,10 @@ async fn farewell(clan: &Clan) -> Result<(), ApiProblem> {
         }
         Ok(if others { Body::Remove { machine: identity.machine } } else { Body::Leave })
     };
-    match sign::decide(clan, body, |entry| ControlRequest::Farewell { entry }).await {
-        Ok(_) => Ok(()),
+    match sign::bid_farewell(clan, body).await {
         // Removed by somebody else, or by an earlier attempt.
-        Err(_) if gone => Ok(()),
-        Err(problem) => Err(problem),
+        Err(_) if gone => Ok(true),
+        told => told,
     }
 }
 

@@ -125,19 +125,27 @@ pub(crate) async fn decide_all<T>(
     Ok((outcome, entries))
 }
 
-/// Signs an entry and hands it to the clan's machine here, as what `request` says: mostly [`ControlRequest::Append`].
+/// Signs an entry and hands it to the clan's machine here.
 pub(crate) async fn decide(
     clan: &Clan,
     body: impl FnOnce(&Ledger) -> Result<Body, ApiProblem>,
-    request: impl FnOnce(Vec<u8>) -> ControlRequest,
 ) -> Result<Entry, ApiProblem> {
+    let decision = |ledger: &Ledger| Ok(((), vec![body(ledger)?]));
+    let ((), entries) = decide_all(clan, decision).await?;
+    entries.into_iter().next().ok_or_else(|| ApiProblem::new(ErrorCode::Internal, "nothing was signed"))
+}
+
+/// Signs the entry by which this machine goes, and says it to the others. Whether one of them has heard it.
+pub(crate) async fn bid_farewell(
+    clan: &Clan,
+    body: impl FnOnce(&Ledger) -> Result<Body, ApiProblem>,
+) -> Result<bool, ApiProblem> {
     let control = clan.control().map_err(|e| problem::guest(&e))?;
     let mut log = clan.log.lock().await;
     let mut ledger = present(clan, &control, &log).await?;
     let body = body(&ledger)?;
     let entry = sign(clan.record.paths(), &clan.key, &mut log, &mut ledger, body)?;
-    guest::tell(&control, &request(entry.encode())).await.map_err(|e| problem::guest(&e))?;
-    Ok(entry)
+    guest::farewell(&control, entry.encode()).await.map_err(|e| problem::guest(&e))
 }
 
 #[cfg(test)]

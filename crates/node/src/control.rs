@@ -59,8 +59,8 @@ const DOUBT: Duration = Duration::from_secs(60);
 /// How long the manager may take for a page of entries.
 pub(crate) const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
-/// Time for the peers to take a farewell; a peer that misses it learns from another one.
-const FAREWELL: Duration = Duration::from_millis(500);
+/// How long a machine that goes waits for one that knows: all others learn from that. There may be none that is on.
+const FAREWELL: Duration = Duration::from_secs(15);
 /// How long closing all connections may take.
 const GOODBYES: Duration = Duration::from_secs(5);
 
@@ -551,7 +551,11 @@ impl Controller {
         if let Err(error) = access.core.insert(vec![entry]).await {
             return ControlResponse::Failed(chain(&error));
         }
-        tokio::time::sleep(FAREWELL).await;
+        let mut views = access.core.watch();
+        let alone = |view: &View| view.state.good_machines().all(|(machine, _)| *machine == view.machine);
+        if timeout(FAREWELL, views.wait_for(|view| view.let_go || alone(view))).await.is_err() {
+            return ControlResponse::Unheard;
+        }
         ControlResponse::Done
     }
 

@@ -45,6 +45,8 @@ pub(crate) struct View {
     pub clan_name: ClanName,
     /// The machine is still finding out what its clan's ledger is.
     pub learning: bool,
+    /// The machine is out of the clan, and another one has said that it knows.
+    pub let_go: bool,
     pub machine: MachineId,
     pub state: Arc<State>,
     pub entries: u64,
@@ -503,6 +505,7 @@ fn view(
         clan: replica.clan(),
         clan_name: replica.state().clan_name.as_ref().unwrap_or(clan_name).clone(),
         learning: replica.is_learning(),
+        let_go: replica.is_let_go(),
         machine: replica.machine(),
         state: replica.state().clone(),
         entries: replica.len() as u64,

@@ -67,6 +67,8 @@ pub struct Replica {
     doubts: Doubts,
     /// By whom this machine was put out, in a sentence.
     put_out: Option<String>,
+    /// Whether another machine has said that it knows.
+    let_go: bool,
     /// Machines that we should be linked with.
     wanted: BTreeSet<MachineId>,
     /// Something has changed that decides whom to dial.
@@ -140,6 +142,7 @@ impl Replica {
         let put_out = others::out_of_the_clan(&ledger, &machine);
         let mut replica = Self {
             put_out,
+            let_go: false,
             key: config.key,
             machine,
             version: config.version,
@@ -292,6 +295,11 @@ impl Replica {
         self.doubts.now.is_some()
     }
 
+    /// Whether this machine is out of the clan, and another one has said that it knows.
+    pub fn is_let_go(&self) -> bool {
+        self.put_out.is_some() && self.let_go
+    }
+
     /// What the ledger has, for greeting other machines.
     pub fn vector(&self) -> &Arc<Vector> {
         &self.vector
@@ -417,7 +425,10 @@ impl Replica {
 
     fn message(&mut self, from: MachineId, message: PeerMessage, now: Now) {
         match message {
-            PeerMessage::Entries(entries) => self.insert(None, Some(from), &entries, false),
+            PeerMessage::Entries(entries) => {
+                self.notice_farewell(&entries);
+                self.insert(None, Some(from), &entries, false);
+            }
             PeerMessage::EntriesAndMore(entries) => self.insert(None, Some(from), &entries, true),
             PeerMessage::Vector(vector) => {
                 self.compare(&from, &vector);

@@ -296,3 +296,46 @@ fn who_has_lost_the_ledger_learns_it_from_anybody_and_signs_nothing_until_it_is_
     replica.handle_redemption(Ticket(2), newcomer(&whole.clan(), 4), now(9));
     assert!(matches!(answers(&settle(&mut replica))[..], [Answer::Redeemed(Ok(_))]));
 }
+
+#[test]
+fn a_machine_that_leaves_hears_that_another_one_knows() {
+    let ledger = clan();
+    let mut replica = linked(ledger.clone());
+    let mut later = ledger.clone();
+    let gone = say(&mut later, 1, Body::Remove { machine: machine(101) }).encode();
+    let unrelated = say(&mut later, 1, enrol(&ledger.clan(), 1, 103)).encode();
+    replica.handle_entries(Some(Ticket(1)), None, vec![gone.clone()], now(2));
+    let done = settle(&mut replica);
+    assert!(done.contains(&Action::Send { link: LinkId(1), message: PeerMessage::Entries(vec![gone.clone()]) }));
+    assert!(!replica.is_let_go(), "it was sent, and may have got lost");
+
+    // The other machine takes it, and says why it lets go.
+    let config = Config {
+        key: key(102),
+        version: "1".into(),
+        own: Own::default(),
+        bootstrap: vec![],
+        seed: [1; 32],
+        doubt: None,
+    };
+    let mut other = Replica::new(config, ledger.clone(), now(0));
+    other.handle_linked(machine(101), LinkId(5), ledger.vector(), now(1));
+    other.handle_message(LinkId(5), machine(101), PeerMessage::Entries(vec![gone.clone()]), now(2));
+    let farewell = settle(&mut other).into_iter().find_map(|action| match action {
+        Action::Send { link: LinkId(5), message: message @ PeerMessage::Entries(_) } => Some(message),
+        _ => None,
+    });
+    replica.handle_message(LinkId(1), machine(102), PeerMessage::Entries(vec![unrelated]), now(3));
+    settle(&mut replica);
+    assert!(!replica.is_let_go());
+    replica.handle_message(LinkId(1), machine(102), farewell.unwrap(), now(3));
+    assert!(settle(&mut replica).contains(&Action::Changed));
+    assert!(replica.is_let_go());
+    // A machine that has nothing else to say to whoever is out says that it knows.
+    other.handle_linked(machine(101), LinkId(6), replica.vector().to_vec(), now(4));
+    let again = settle(&mut other);
+    assert!(again.iter().any(|action| matches!(
+        action,
+        Action::Send { link: LinkId(6), message: PeerMessage::Entries(entries) } if entries.contains(&gone)
+    )));
+}

@@ -60,7 +60,8 @@ pub enum ControlRequest {
         /// And go on.
         follow: bool,
     },
-    /// Announces that this machine leaves the clan: tells the peers, then forgets. Answered by [`ControlResponse::Done`].
+    /// Announces that this machine leaves the clan: answered by [`ControlResponse::Done`] when another
+    /// one has heard it, by [`ControlResponse::Unheard`] when none has in time.
     Farewell {
         /// The person's entry that removes the machine (and the person, if it was their last one).
         entry: EncodedEntry,
@@ -225,6 +226,8 @@ pub enum ControlResponse {
     },
     /// Both halves of the machine's signature: see [`ControlRequest::Consent`].
     Consent([[u8; 32]; 2]),
+    /// See [`ControlRequest::Farewell`]: the machine has it, and no other one was there to hear it.
+    Unheard,
 }
 
 /// The clan as one of its machines sees it.

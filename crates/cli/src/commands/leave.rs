@@ -1,8 +1,8 @@
 //! `clan leave`: leaves a clan.
 
-use clan_api::Flavour;
+use clan_api::{Flavour, TaskResult};
 
-use crate::{context::Context, error::CliError, progress};
+use crate::{context::Context, error::CliError, printer::Tone, progress};
 
 /// Arguments of `clan leave`.
 #[derive(Debug, clap::Args)]
@@ -36,5 +36,12 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         return context.printer.json(&task);
     }
     context.printer.talk(&format!("You have left {shown}."));
+    if matches!(task.result, Some(TaskResult::Left { heard: false })) {
+        let warning = context.printer.err_style(Tone::Warn, "warning:");
+        context.printer.talk(&format!(
+            "{warning} no other machine of the clan was there to hear it. They show this one until one of its admins takes it \
+             off the list: clan revoke machine"
+        ));
+    }
     Ok(())
 }

@@ -57,12 +57,27 @@ impl Replica {
         self.actions.push_back(Action::Changed);
     }
 
-    /// A machine that is out learns by what, and nothing that came later.
+    /// A machine that is out learns by what, and nothing that came later. If it knows, it learns that it is known here too.
     pub(super) fn bid_farewell(&mut self, link: LinkId, machine: &MachineId, vector: Option<&Vector>) {
-        let entries = self.ledger.farewell(machine, vector.map(Vec::as_slice), BATCH);
+        let mut entries = self.ledger.farewell(machine, vector.map(Vec::as_slice), BATCH);
+        if entries.is_empty() {
+            entries = self.ledger.put_out_by(machine);
+        }
         if !entries.is_empty() {
             let message = PeerMessage::Entries(entries.into_iter().map(Entry::encode).collect());
             self.actions.push_back(Action::Send { link, message });
+        }
+    }
+
+    /// What put this machine out comes back from whoever has taken it, as their farewell.
+    pub(super) fn notice_farewell(&mut self, entries: &[EncodedEntry]) {
+        if self.put_out.is_none() || self.let_go {
+            return;
+        }
+        let out = self.ledger.put_out_by(&self.machine);
+        self.let_go = out.iter().any(|entry| entries.contains(&entry.encode()));
+        if self.let_go {
+            self.actions.push_back(Action::Changed);
         }
     }
 
