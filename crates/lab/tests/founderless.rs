@@ -91,6 +91,20 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
         }
     }
 
+    screen.heading("All that are left start at once: none has told the others where it is since");
+    let left = ["admin", "member", "late"];
+    for name in left {
+        fleet.computer(name).stop_controller()?;
+    }
+    for name in left {
+        fleet.computer(name).start_controller(&[])?;
+    }
+    let began = Instant::now();
+    for (one, other) in [("admin", "member"), ("member", "admin"), ("late", "admin")] {
+        until(LIMIT, "the machines finding each other again", || ping_once(fleet.computer(one), other))?;
+    }
+    screen.seen("they reach each other", began.elapsed());
+
     screen.heading("The founder comes back");
     let founder = fleet.computer("founder");
     founder.start()?;

@@ -40,7 +40,7 @@ use crate::{
     join, memory,
     mesh::{self, Mesh, MeshPlan},
     net::{self, Desks},
-    own, peer, ping, pulse,
+    own, peer, ping, pulse, recall,
     relay::{self, Certificate},
     report::{Scope, chain},
     services,
@@ -492,7 +492,8 @@ impl Controller {
         let services = self.host.is_guest().then(services::known);
         let possible = Possible { services, offers: place.offers.clone() };
         let helm = Arc::new(Helm::load(&self.dir, &self.host, possible, identity.machine()).map_err(NodeError::from)?);
-        let bootstrap = place.peers.clone();
+        let remembered = recall::load(&self.dir);
+        let bootstrap = place.peers.iter().chain(&remembered).cloned().collect();
         let clan_name = place.clan_name.clone().or_else(|| "clan".parse().ok());
         let clan_name = clan_name.ok_or_else(|| ProvisionOrNodeError::Reason("the clan has no name".to_owned()))?;
         let (core, handle, dials) =
@@ -543,6 +544,7 @@ impl Controller {
         tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
         tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
         tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
+        tasks.spawn(recall::keep(self.dir.clone(), remembered, handle.clone(), cancel.clone()));
         tasks.spawn(services::run(helm.clone(), handle.clone(), self.host.starter(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, words, helm, mesh, tasks, cancel })
     }

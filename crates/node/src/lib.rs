@@ -31,6 +31,7 @@ mod peer;
 mod ping;
 mod places;
 mod pulse;
+mod recall;
 mod relay;
 mod report;
 mod services;

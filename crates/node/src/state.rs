@@ -57,8 +57,16 @@ pub enum StateError {
 }
 
 /// Files that make a machine the one it is in its clan; the place first, as without it the rest says nothing.
-const TRACES: [&str; 7] =
-    ["place.json", "helm.json", "ledger.redb", "machine.key", "wireguard.key", "relay.key", "ports.json"];
+const TRACES: [&str; 8] = [
+    "place.json",
+    "helm.json",
+    "ledger.redb",
+    "machine.key",
+    "wireguard.key",
+    "relay.key",
+    "ports.json",
+    crate::recall::FILE,
+];
 
 /// Removes everything that a machine knows of its clan, and its keys with it.
 pub(crate) fn forget(dir: &Path) -> Result<(), StateError> {

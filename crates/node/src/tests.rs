@@ -35,6 +35,7 @@ mod devices;
 mod large;
 mod memory;
 mod places;
+mod recall;
 mod words;
 
 const LIMIT: Duration = Duration::from_secs(20);

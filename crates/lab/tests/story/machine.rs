@@ -204,8 +204,8 @@ fn waits_for_memory(second: &Person) -> Checked {
 }
 
 fn from_template(founder: &Person) -> Checked {
-    let kept = founder.clan_json(&["image", "list"])?;
-    promise(kept[0]["template"] == true, || format!("the first VM left no template: {kept}"))?;
+    let kept = image_in_use(founder)?;
+    promise(kept["template"] == true, || format!("the first VM left no template: {kept}"))?;
     let made = ["create", ANOTHER, "--person", "founder", "--machine", "other"];
     founder.clan(&made)?.success()?;
     let pid = vm(founder, ANOTHER)?["pid"].as_u64().unwrap_or_default();
@@ -222,11 +222,17 @@ fn from_template(founder: &Person) -> Checked {
 }
 
 fn runs_image(person: &Person) -> Result<String, LabError> {
+    let image = image_in_use(person)?;
+    let id = image["id"].as_str().map(str::to_owned);
+    id.ok_or_else(|| LabError::Promise(format!("an image without an id: {image}")))
+}
+
+/// The clan's image: earlier builds may have left others.
+fn image_in_use(person: &Person) -> Result<Value, LabError> {
     let images = person.clan_json(&["image", "list"])?;
     let mut all = images.as_array().into_iter().flatten();
     let used = all.find(|image| image["clans"].as_array().is_some_and(|c| c.iter().any(|clan| clan == story::CLAN)));
-    let id = used.and_then(|image| image["id"].as_str()).map(str::to_owned);
-    id.ok_or_else(|| LabError::Promise(format!("no image is the clan's: {images}")))
+    used.cloned().ok_or_else(|| LabError::Promise(format!("no image is the clan's: {images}")))
 }
 
 fn updated(lab: &mut Lab) -> Checked {
