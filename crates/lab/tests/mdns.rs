@@ -9,7 +9,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
-    process::{Child, Stdio},
+    process::Stdio,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -25,7 +25,7 @@ use clan_lab::{
     nat::{Nat, SiteSpec},
     story::until,
 };
-use common::with_fleet;
+use common::{running::Running, with_fleet};
 use hickory_proto::{
     op::{Message, MessageType, Query},
     rr::{Name, RData, Record, RecordType},
@@ -65,7 +65,7 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     let inside: BTreeSet<IpAddr> = [&ann, &bob, &mal].into_iter().flat_map(Device::addresses).collect();
 
     screen.heading("A service of avahi's is found over both versions of IP, resolved, and reached");
-    let _avahi = Avahi::start(fleet, &ann, "page")?;
+    let _avahi = avahi(fleet, &ann, "page")?;
     let listener = fleet.world().site("ann").enter(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, PORT)))?;
     for four in [true, false] {
         let began = Instant::now();
@@ -326,37 +326,25 @@ fn publish(fleet: &mut Fleet, service: &str) -> Result<(), LabError> {
     Ok(())
 }
 
-/// A running avahi-daemon on `ann`. It ends with this.
-struct Avahi(Child);
-
-impl Drop for Avahi {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-impl Avahi {
-    /// On this device only, with what to announce in a file.
-    fn start(fleet: &mut Fleet, device: &Device, service: &str) -> Result<Self, LabError> {
-        publish(fleet, service)?;
-        let place = fleet.computer("ann").place().clone();
-        let settings = format!(
-            "[server]\nhost-name=anns-laptop\nuse-ipv4=yes\nuse-ipv6=yes\nallow-interfaces={}\nallow-point-to-point=yes\n\
+/// Starts avahi-daemon on `ann`, on this device only, with what to announce in a file.
+fn avahi(fleet: &mut Fleet, device: &Device, service: &str) -> Result<Running, LabError> {
+    publish(fleet, service)?;
+    let place = fleet.computer("ann").place().clone();
+    let settings = format!(
+        "[server]\nhost-name=anns-laptop\nuse-ipv4=yes\nuse-ipv6=yes\nallow-interfaces={}\nallow-point-to-point=yes\n\
              enable-dbus=no\n[wide-area]\nenable-wide-area=no\n",
-            device.name
-        );
-        let file = place.etc().join("avahi/avahi-daemon.conf");
-        fs::write(&file, settings).unwrap();
-        let log = fs::File::create(fleet.computer("ann").log("avahi")).unwrap();
-        // Its folder for the running daemon is this one's alone, as its /etc is.
-        let script = "mount -t tmpfs none /run && exec avahi-daemon --no-chroot --no-drop-root --no-rlimits --debug \
+        device.name
+    );
+    let file = place.etc().join("avahi/avahi-daemon.conf");
+    fs::write(&file, settings).unwrap();
+    let log = fs::File::create(fleet.computer("ann").log("avahi")).unwrap();
+    // Its folder for the running daemon is this one's alone, as its /etc is.
+    let script = "mount -t tmpfs none /run && exec avahi-daemon --no-chroot --no-drop-root --no-rlimits --debug \
                       --file /etc/avahi/avahi-daemon.conf";
-        let mut command = place.root_command("sh")?;
-        let also = log.try_clone().unwrap();
-        command.args(["-c", script]).stdin(Stdio::null()).stdout(log).stderr(also);
-        Ok(Self(command.spawn().expect("sh runs")))
-    }
+    let mut command = place.root_command("sh")?;
+    let also = log.try_clone().unwrap();
+    command.args(["-c", script]).stdin(Stdio::null()).stdout(log).stderr(also);
+    Ok(Running(command.spawn().expect("sh runs")))
 }
 
 /// A program that asks without end, and never the same.

@@ -6,7 +6,7 @@ mod common;
 
 use std::{
     fs,
-    process::{Child, Stdio},
+    process::Stdio,
     time::{Duration, Instant},
 };
 
@@ -17,7 +17,7 @@ use clan_lab::{
     nat::{Nat, SiteSpec},
     story::until,
 };
-use common::with_fleet;
+use common::{running::Running, with_fleet};
 use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -135,16 +135,6 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     let again = fleet.computer("eve").clan_quietly(&["machine", "stats", "ben"])?;
     demand(again.success().is_err(), "eve still steers")?;
     Ok(())
-}
-
-/// A command that ends, at the latest, when this is dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// Runs a command that must be refused with all of these words.

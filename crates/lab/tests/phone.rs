@@ -10,7 +10,7 @@ use std::{
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
     path::Path,
-    process::{Child, Stdio},
+    process::Stdio,
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use clan_lab::{
     nat::{Nat, SiteSpec},
     story::until,
 };
-use common::with_fleet;
+use common::{running::Running, with_fleet};
 use data_encoding::{BASE64, HEXLOWER};
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -64,12 +64,11 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
 }
 
 /// A running `wireguard-go`. It ends with this.
-struct Phone(Child);
+struct Phone(Running);
 
 impl Drop for Phone {
     fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        self.0.end();
         let _ = fs::remove_file(socket());
     }
 }
@@ -95,7 +94,7 @@ impl Phone {
         let program = if unpacked.exists() { unpacked } else { "wireguard-go".into() };
         let mut command = computer.place().root_command(program)?;
         command.args(["-f", DEVICE]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let phone = Self(command.spawn().expect("wireguard-go runs: install it with `make deps`"));
+        let phone = Self(Running(command.spawn().expect("wireguard-go runs: install it with `make deps`")));
         let mut stream = until(LIMIT, "wireguard-go", || Ok(UnixStream::connect(socket()).ok()))?;
         let allowed: String = value("AllowedIPs")?.split(", ").map(|net| format!("allowed_ip={net}\n")).collect();
         let settings = format!(

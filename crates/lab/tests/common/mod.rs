@@ -2,6 +2,8 @@
 
 #[allow(dead_code, reason = "not every test has a stream")]
 pub(crate) mod flow;
+#[allow(dead_code, reason = "not every test runs another program")]
+pub(crate) mod running;
 
 use std::{fs, os::unix::fs::PermissionsExt};
 
