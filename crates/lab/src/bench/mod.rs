@@ -19,7 +19,7 @@ use std::{
 
 pub use end::{EndConfig, tunnel_end};
 pub(crate) use load::load_average;
-pub(crate) use report::median;
+pub(crate) use report::{keep, median};
 
 use self::{
     candidates::Candidate,

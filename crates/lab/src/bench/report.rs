@@ -124,13 +124,18 @@ impl Results {
     }
 
     pub(super) fn keep(&self, file: &Path) -> Result<(), LabError> {
-        let complain = || LabError::io(format!("write {}", file.display()));
-        if let Some(folder) = file.parent() {
-            fs::create_dir_all(folder).map_err(complain())?;
-        }
-        let text = serde_json::to_vec_pretty(self).map_err(|error| complain()(error.into()))?;
-        fs::write(file, text).map_err(complain())
+        keep(self, file)
     }
+}
+
+/// Writes what was measured as JSON; the folder is made if need be.
+pub(crate) fn keep(measured: &impl Serialize, file: &Path) -> Result<(), LabError> {
+    let complain = || LabError::io(format!("write {}", file.display()));
+    if let Some(folder) = file.parent() {
+        fs::create_dir_all(folder).map_err(complain())?;
+    }
+    let text = serde_json::to_vec_pretty(measured).map_err(|error| complain()(error.into()))?;
+    fs::write(file, text).map_err(complain())
 }
 
 /// One sample in one line.

@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, fs, path::Path, process::Command};
 use clan_vm::Accelerator;
 use serde::Serialize;
 
-use crate::{LabError, Screen, bench::median};
+use crate::{
+    LabError, Screen,
+    bench::{keep, median},
+};
 
 const VERSION: u32 = 1;
 
@@ -164,12 +167,7 @@ impl Results {
     }
 
     pub(super) fn keep(&self, file: &Path) -> Result<(), LabError> {
-        let complain = || LabError::io(format!("write {}", file.display()));
-        if let Some(folder) = file.parent() {
-            fs::create_dir_all(folder).map_err(complain())?;
-        }
-        let text = serde_json::to_vec_pretty(self).map_err(|error| complain()(error.into()))?;
-        fs::write(file, text).map_err(complain())
+        keep(self, file)
     }
 }
 
