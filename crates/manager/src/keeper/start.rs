@@ -6,6 +6,7 @@ use std::{
 };
 
 use clan_api::{ApiProblem, ErrorCode, VmState};
+use clan_build::StoredImage;
 use clan_vm::{AccelKind, Begin, ImageFiles, UdpForward, Vm, VmError, VmSpec, probe};
 use clan_wire::image::FileRole;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -84,13 +85,7 @@ impl Loop {
         let spec = VmSpec {
             dir: self.record.paths().vm(),
             name: record.name.to_string(),
-            image: ImageFiles {
-                kernel: stored.path(FileRole::Kernel),
-                initramfs: stored.path(FileRole::Initramfs),
-                root: stored.path(FileRole::Root),
-                layer: stored.path(FileRole::Layer),
-                boot: stored.boot_disk(),
-            },
+            image: files_of(&stored),
             data_disk: self.record.paths().data_disk(),
             memory: record.memory,
             cpus: record.cpus,
@@ -204,6 +199,17 @@ impl StartError {
                 ApiProblem::new(ErrorCode::DamagedFile, "the VM's image is not on this computer any more")
             }
         }
+    }
+}
+
+/// What QEMU is given of an image.
+pub(super) fn files_of(image: &StoredImage) -> ImageFiles {
+    ImageFiles {
+        kernel: image.path(FileRole::Kernel),
+        initramfs: image.path(FileRole::Initramfs),
+        root: image.path(FileRole::Root),
+        layer: image.path(FileRole::Layer),
+        boot: image.boot_disk(),
     }
 }
 

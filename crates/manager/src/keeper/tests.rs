@@ -3,7 +3,7 @@
 use std::{fs, time::Duration};
 
 use clan_types::{ByteSize, FileHash};
-use clan_vm::{Begin, ImageFiles, VmSpec};
+use clan_vm::{Begin, VmSpec};
 use clan_wire::image::{FileRole, ImageFile, Manifest};
 use tokio::time::timeout;
 
@@ -118,13 +118,7 @@ impl Site {
         VmSpec {
             dir: self.record.paths().vm(),
             name: record.name.to_string(),
-            image: ImageFiles {
-                kernel: stored.path(FileRole::Kernel),
-                initramfs: stored.path(FileRole::Initramfs),
-                root: stored.path(FileRole::Root),
-                layer: stored.path(FileRole::Layer),
-                boot: stored.boot_disk(),
-            },
+            image: start::files_of(&stored),
             data_disk: self.record.paths().data_disk(),
             memory: record.memory,
             cpus: record.cpus,
