@@ -29,6 +29,24 @@ pub(crate) struct Which {
     clan: Option<String>,
 }
 
+/// Which part of a log.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub(crate) struct LogPart {
+    /// So many lines back
+    #[arg(long, short = 'n', default_value_t = 200, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(0..=100_000))]
+    lines: u32,
+    /// Go on as lines appear
+    #[arg(long, short)]
+    follow: bool,
+}
+
+impl LogPart {
+    /// The same, asked of one source.
+    pub(crate) fn of(self, source: LogSource) -> LogQuery {
+        LogQuery { lines: self.lines, follow: self.follow, source }
+    }
+}
+
 /// Verbs of `clan vm`.
 #[derive(Debug, clap::Subcommand)]
 pub(crate) enum Verb {
@@ -71,12 +89,8 @@ pub(crate) enum Verb {
     Logs {
         #[command(flatten)]
         which: Which,
-        /// So many lines back
-        #[arg(long, short = 'n', default_value_t = 200, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(0..=100_000))]
-        lines: u32,
-        /// Go on as lines appear
-        #[arg(long, short)]
-        follow: bool,
+        #[command(flatten)]
+        part: LogPart,
         /// What was written to the console instead of the journal; there even when the machine is not
         #[arg(long)]
         console: bool,
@@ -133,10 +147,9 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
         Verb::Resize(args) => disk::resize(args, context).await,
         Verb::Control(args) => control::run(args, context).await,
         Verb::Stats(which) => stats::run(which, context).await,
-        Verb::Logs { which, lines, follow, console } => {
+        Verb::Logs { which, part, console } => {
             let vm = context.clan(which.clan).await?;
-            let query =
-                LogQuery { lines, follow, source: if console { LogSource::Console } else { LogSource::Journal } };
+            let query = part.of(if console { LogSource::Console } else { LogSource::Journal });
             print_log(context.ask(context.client.vm_logs(&vm, query)).await?, context).await
         }
         Verb::Console(which) => {

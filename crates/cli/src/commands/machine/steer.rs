@@ -2,9 +2,7 @@
 
 use std::time::Duration;
 
-use clan_api::{
-    ChangeSetting, LogQuery, LogSource, MachineChange, MachineDeed, MachineEntry, RevertChange, SuggestControl,
-};
+use clan_api::{ChangeSetting, LogSource, MachineChange, MachineDeed, MachineEntry, RevertChange, SuggestControl};
 use clan_types::ControlMode;
 
 use crate::{
@@ -31,12 +29,8 @@ pub(crate) struct Which {
 pub(crate) struct Logs {
     #[command(flatten)]
     which: Which,
-    /// So many lines back
-    #[arg(long, short = 'n', default_value_t = 200, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(0..=100_000))]
-    lines: u32,
-    /// Go on as lines appear
-    #[arg(long, short)]
-    follow: bool,
+    #[command(flatten)]
+    part: vm::LogPart,
 }
 
 /// Arguments of `clan machine set`.
@@ -140,7 +134,7 @@ pub(crate) async fn stats(which: Which, context: &Context) -> Result<(), CliErro
 /// Prints a machine's log.
 pub(crate) async fn logs(args: Logs, context: &Context) -> Result<(), CliError> {
     let clan = context.clan(args.which.clan).await?;
-    let query = LogQuery { lines: args.lines, follow: args.follow, source: LogSource::Journal };
+    let query = args.part.of(LogSource::Journal);
     vm::print_log(context.ask(context.client.machine_log(&clan, &args.which.name, query)).await?, context).await
 }
 
@@ -251,7 +245,7 @@ fn deed(entry: &MachineEntry) -> String {
             None => "terminal, open".to_owned(),
             Some(end) => format!(
                 "terminal, for {}",
-                words::span(Duration::from_millis(end.as_millis().saturating_sub(entry.at.as_millis()),))
+                words::span(Duration::from_millis(end.as_millis().saturating_sub(entry.at.as_millis())))
             ),
         },
     };
