@@ -15,6 +15,7 @@ use rtnetlink::{
         route::{RouteAttribute, RouteMessage},
     },
 };
+use tokio_util::task::AbortOnDropHandle;
 
 /// Why the addresses could not be listed.
 #[derive(Debug, thiserror::Error)]
@@ -60,10 +61,14 @@ pub async fn physical() -> Result<Vec<IpAddr>, AddressesError> {
     Ok(chosen)
 }
 
-/// Tells of changes of interfaces, addresses and routes.
-pub struct Changes(futures_util::stream::BoxStream<'static, ()>);
+/// Tells of changes of interfaces, addresses and routes. Listens no longer than it is kept.
+pub struct Changes {
+    messages: futures_util::stream::BoxStream<'static, ()>,
+    /// By itself the task would end with the next message only, which it would then complain that nobody wants.
+    _connection: AbortOnDropHandle<()>,
+}
 
-/// Listens for changes. Ends with its last use.
+/// Listens for changes.
 pub fn changes() -> Result<Changes, AddressesError> {
     let groups = [
         MulticastGroup::Link,
@@ -73,17 +78,16 @@ pub fn changes() -> Result<Changes, AddressesError> {
         MulticastGroup::Ipv6Route,
     ];
     let (connection, _, messages) = rtnetlink::new_multicast_connection(&groups).map_err(AddressesError::Connect)?;
-    // Ends by itself when nobody listens any more.
-    tokio::spawn(connection);
-    Ok(Changes(messages.map(drop).boxed()))
+    let connection = AbortOnDropHandle::new(tokio::spawn(connection));
+    Ok(Changes { messages: messages.map(drop).boxed(), _connection: connection })
 }
 
 impl Changes {
     /// Waits for the next change, or a number of them; for ever if the kernel tells no more.
     pub async fn next(&mut self) {
-        match self.0.next().await {
+        match self.messages.next().await {
             // What came with it needs no look of its own.
-            Some(()) => while self.0.next().now_or_never().flatten().is_some() {},
+            Some(()) => while self.messages.next().now_or_never().flatten().is_some() {},
             None => std::future::pending().await,
         }
     }
@@ -185,5 +189,26 @@ fn is_routable(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local() && !ip.is_unspecified(),
         IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local() && !ip.is_unspecified(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn nothing_listens_any_more_once_nobody_waits_for_changes() {
+        let tasks = || tokio::runtime::Handle::current().metrics().num_alive_tasks();
+        let listening = changes().unwrap();
+        assert_eq!(tasks(), 1);
+        drop(listening);
+        let ended = tokio::time::timeout(Duration::from_secs(10), async {
+            while tasks() > 0 {
+                tokio::task::yield_now().await;
+            }
+        });
+        ended.await.expect("the connection to the kernel ends with its listener");
     }
 }
