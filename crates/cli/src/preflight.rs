@@ -35,20 +35,31 @@ pub(crate) fn parse() -> Result<Cli, ExitCode> {
     })
 }
 
+/// What other people's code says of what is as it should be, by level and target.
+///
+/// - A relay whose client is slower than its senders drops packets, as it should, and would tell of each.
+/// - An endpoint that is closed in good order ends its relay's task first, and takes the end of that task's queue for an error
+///   while it still waits for its connections. The task itself is heard.
+const HARMLESS: &str = "swarm_discovery=error,iroh_relay::server::client=error,\
+    iroh::socket::transports::relay=off,iroh::socket::transports::relay::actor=warn";
+const OWN: [&str; 7] = ["clan", "clan_manager", "clan_node", "clan_vm", "clan_build", "clan_store", "clan_os"];
+
+/// What is logged unless [`LOG_VARIABLE`] says otherwise.
+fn fallback(verbose: u8, daemon: bool) -> String {
+    let (others, own) = match (verbose, daemon) {
+        (0, false) => return "off".to_owned(),
+        (0, true) | (1, false) => ("warn", "info"),
+        (1, true) | (2, false) => ("info", "debug"),
+        _ => return "debug".to_owned(),
+    };
+    let own: Vec<String> = OWN.iter().map(|name| format!("{name}={own}")).collect();
+    format!("{others},{HARMLESS},{}", own.join(","))
+}
+
 /// Logs go to stderr: of a daemon what matters, of everything else nothing unless asked for.
 pub(crate) fn start_logging(cli: &Cli) {
     let daemon = matches!(cli.command, Command::Manager(_) | Command::Controller(_));
-    let fallback = match (cli.global.verbose, daemon) {
-        (0, false) => "off",
-        (0, true) | (1, false) => {
-            // A relay whose client is slower than its senders drops packets, as it should, and would tell of each.
-            "warn,swarm_discovery=error,iroh_relay::server::client=error,clan=info,clan_manager=info,clan_node=info,clan_vm=info,clan_build=info,clan_store=info,clan_os=info"
-        }
-        (1, true) | (2, false) => {
-            "info,clan=debug,clan_manager=debug,clan_node=debug,clan_vm=debug,clan_build=debug,clan_store=debug,clan_os=debug"
-        }
-        _ => "debug",
-    };
+    let fallback = fallback(cli.global.verbose, daemon);
     let filter = EnvFilter::try_from_env(LOG_VARIABLE).unwrap_or_else(|_| EnvFilter::new(fallback));
     let colour = Printer::new(false).stderr_has_colour();
     // Fails only if a subscriber is there already.
@@ -79,4 +90,30 @@ pub(crate) fn block_on(command: impl Future<Output = Result<(), CliError>>) -> R
     let outcome = runtime.block_on(command);
     runtime.shutdown_background();
     outcome
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing::{Level, enabled, subscriber::with_default};
+    use tracing_subscriber::{Registry, layer::SubscriberExt as _};
+
+    use super::*;
+
+    fn logged(verbose: u8, daemon: bool, seen: impl FnOnce() -> bool) -> bool {
+        let filter = EnvFilter::try_new(fallback(verbose, daemon)).expect("a filter that is understood");
+        with_default(Registry::default().with(filter), seen)
+    }
+
+    #[test]
+    fn a_daemon_tells_what_matters_and_not_the_harmless_noise_of_others() {
+        for verbose in [0, 1] {
+            assert!(logged(verbose, true, || enabled!(target: "clan_manager::join", Level::INFO)));
+            assert!(logged(verbose, true, || enabled!(target: "iroh::socket", Level::WARN)));
+            assert!(logged(verbose, true, || enabled!(target: "iroh::socket::transports::relay::actor", Level::WARN)));
+            assert!(!logged(verbose, true, || enabled!(target: "iroh::socket::transports::relay", Level::ERROR)));
+            assert!(!logged(verbose, true, || enabled!(target: "swarm_discovery::sender", Level::WARN)));
+        }
+        assert!(!logged(0, false, || enabled!(target: "clan_manager::join", Level::ERROR)), "a command is silent");
+        assert!(logged(3, true, || enabled!(target: "iroh::socket::transports::relay", Level::ERROR)), "all is wanted");
+    }
 }
