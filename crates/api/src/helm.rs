@@ -7,7 +7,8 @@ use utoipa::{IntoParams, ToSchema};
 use crate::{ControlMode, StatsPoint, UnitInfo};
 
 /// Token of the HTTP `Upgrade` that turns a connection into a machine's terminal. Both sides then send length-prefixed
-/// frames: a little-endian u32, and so many bytes of postcard (`clan_wire::helm::Input` there, `Output` back).
+/// frames: a little-endian u32, and so many bytes of postcard (`clan_wire::helm::Input` there, `Output` back), with no more than
+/// `clan_wire::helm::INPUT_WINDOW` bytes typed ahead of what the machine says was taken.
 pub const TERMINAL_UPGRADE: &str = "clan-terminal";
 
 /// Says who may steer this computer's machine.

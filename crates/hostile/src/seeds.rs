@@ -139,6 +139,7 @@ fn helm() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(with(3, &Input::Resize(size)));
     seeds.push(with(4, &Output::Data(b"hello".to_vec())));
     seeds.push(with(4, &Output::Cut(Refusal::Local)));
+    seeds.push(with(4, &Output::Taken(5)));
     seeds.into_iter().map(|seed| ("helm", seed)).collect()
 }
 

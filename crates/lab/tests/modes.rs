@@ -97,6 +97,12 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     let seen = script.args(["-qec", command, "/dev/null"]).env("TERM", "xterm").stdin(Stdio::null()).output().unwrap();
     let seen = String::from_utf8_lossy(&seen.stdout).into_owned();
     demand(seen.contains("/dev/pts/") && seen.contains("33 99"), &format!("no real terminal: {seen}"))?;
+    // Both directions are full at once.
+    let command = "head -c 4000000 /dev/zero | clan machine terminal ben -- cat | wc -c";
+    let mut shell = fleet.computer("eve").place().command("sh")?;
+    let through = shell.args(["-c", command]).output().unwrap();
+    let through = String::from_utf8_lossy(&through.stdout).into_owned();
+    demand(through.trim() == "4000000", &format!("of 4000000 bytes there and back came {through}"))?;
 
     screen.heading("A member steers nobody else's machine, whatever its mode");
     fleet.computer("eve").clan(&["vm", "control", "shared", "--yes"])?.success()?;

@@ -1,8 +1,8 @@
 //! How a machine's controller is steered: by the base OS user, through the control port, and by the clan's admins, over QUIC.
 //!
 //! One conversation a stream. The machine that is steered begins, with a [`Greeting`]; a [`Call`] follows, then an
-//! [`Answer`]. After [`Answer::Raw`] comes text; after [`Answer::Terminal`] both sides send frames: [`Input`] there, and
-//! [`Output`] back.
+//! [`Answer`]. After [`Answer::Raw`] comes text; after [`Answer::Terminal`] both sides send frames: [`Input`] there, no more
+//! than [`INPUT_WINDOW`] ahead of the program, and [`Output`] back.
 //!
 //! Over QUIC the stream is opened by the machine that is steered, and the caller's machine passes the bytes on without
 //! reading them: its person's manager is at the other end, and signs the call.
@@ -21,8 +21,9 @@ pub const MAX_CALL: usize = 64 << 10;
 pub const MAX_ANSWER: usize = 512 << 10;
 /// Largest frame of a terminal.
 pub const MAX_FRAME: usize = 80 << 10;
-/// Most bytes of a terminal in one frame.
-pub const MAX_CHUNK: usize = 64 << 10;
+/// Most bytes that may have been typed and not been taken by the program yet: what is typed into one that reads nothing waits with
+/// whoever types, so that everything between is free for the rest of the conversation, and for its end.
+pub const INPUT_WINDOW: usize = 256 << 10;
 /// Most words of a command, and bytes of them together.
 pub const MAX_WORDS: usize = 256;
 /// See [`MAX_WORDS`].
@@ -352,6 +353,8 @@ pub enum Output {
     Exit(u8),
     /// Whoever steered may not any more. Last.
     Cut(Refusal),
+    /// So many more bytes of what was typed went to the program: there is room for as many. See [`INPUT_WINDOW`].
+    Taken(u32),
 }
 
 impl Request {

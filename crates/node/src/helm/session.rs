@@ -1,13 +1,20 @@
 //! A terminal of somebody who steers: bytes both ways, for as long as they may.
 
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
 use clan_os::{
     channel::{recv_message, send_message},
     terminal::{Program, Said, Terminal},
 };
-use clan_wire::helm::{Answer, Deed, Input, MAX_ANSWER, MAX_FRAME, OpenTerminal, Output, Refusal, Request};
+use clan_wire::helm::{
+    Answer, Deed, INPUT_WINDOW, Input, MAX_ANSWER, MAX_FRAME, OpenTerminal, Output, Refusal, Request,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::mpsc,
+    sync::{Notify, mpsc},
     time::timeout,
 };
 
@@ -19,6 +26,8 @@ use crate::{
 
 /// Frames that wait for a slow network; the program waits then.
 const QUEUE: usize = 4;
+/// Bytes given to the program at a time, after which there is room for as many.
+const CHUNK: usize = 16 << 10;
 
 impl Helm {
     /// Runs a terminal to its end.
@@ -111,6 +120,7 @@ impl Helm {
                 }
             }
         };
+        let typed = Typed::default();
         let session = async {
             let last = tokio::select! {
                 biased;
@@ -119,8 +129,9 @@ impl Helm {
                     Some(Output::Cut(refusal))
                 }
                 status = say(&terminal, &out) => status.map(Output::Exit),
-                // They hung up.
-                () = hear(&terminal, recv) => None,
+                // None: they hung up.
+                refusal = hear(&terminal, &typed, recv) => refusal.map(Output::Cut),
+                () = feed(&terminal, &typed, &out) => None,
             };
             // INVARIANT: nothing runs any more when its end is told.
             drop(terminal);
@@ -155,17 +166,101 @@ async fn say(terminal: &Terminal, out: &mpsc::Sender<Output>) -> Option<u8> {
     }
 }
 
-/// Passes on what is typed, until they hang up.
-async fn hear<R: AsyncRead + Unpin>(terminal: &Terminal, recv: &mut R) {
+/// Keeps what is typed, until they hang up, or send more than there is room for. Waits for no program, so that a hang-up is noticed
+/// at once.
+async fn hear<R: AsyncRead + Unpin>(terminal: &Terminal, typed: &Typed, recv: &mut R) -> Option<Refusal> {
     while let Ok(input) = recv_message::<Input, _>(recv, MAX_FRAME).await {
-        let taken = match input {
-            Input::Data(bytes) => terminal.write(&bytes).await,
-            Input::Resize(size) => terminal.resize(size.rows, size.columns),
-            Input::End => terminal.end_input().await,
-        };
-        if let Err(error) = taken {
+        match input {
+            Input::Data(bytes) if !typed.add(&bytes) => return Some(Refusal::Malformed),
+            Input::Data(_) => {}
+            Input::Resize(size) => {
+                if let Err(error) = terminal.resize(size.rows, size.columns) {
+                    tracing::debug!(%error, "a terminal does not change its size");
+                }
+            }
+            Input::End => typed.end(),
+        }
+    }
+    None
+}
+
+/// Gives the program what was typed, as it takes it, and says so. Ends if nobody listens.
+async fn feed(terminal: &Terminal, typed: &Typed, out: &mpsc::Sender<Output>) {
+    while let Some(bytes) = typed.next().await {
+        if let Err(error) = terminal.write(&bytes).await {
             // A program that has closed its input takes nothing more, and may go on.
             tracing::debug!(%error, "a program does not take what is typed");
         }
+        let taken = typed.taken(bytes.len());
+        if out.send(Output::Taken(taken)).await.is_err() {
+            return;
+        }
+    }
+    if let Err(error) = terminal.end_input().await {
+        tracing::debug!(%error, "a program's input cannot be ended");
+    }
+    std::future::pending().await
+}
+
+/// What was typed and the program has not taken.
+#[derive(Default)]
+struct Typed {
+    waiting: Mutex<Waiting>,
+    more: Notify,
+}
+
+#[derive(Default)]
+struct Waiting {
+    bytes: VecDeque<u8>,
+    /// Bytes that are being given to the program.
+    under_way: usize,
+    /// Nothing more will be typed.
+    over: bool,
+}
+
+impl Typed {
+    /// Whether there was room.
+    fn add(&self, bytes: &[u8]) -> bool {
+        let mut waiting = self.lock();
+        // INVARIANT: no more is kept than was said that there is room for.
+        if waiting.over || waiting.bytes.len() + waiting.under_way + bytes.len() > INPUT_WINDOW {
+            return false;
+        }
+        waiting.bytes.extend(bytes);
+        self.more.notify_one();
+        true
+    }
+
+    fn end(&self) {
+        self.lock().over = true;
+        self.more.notify_one();
+    }
+
+    /// What is next for the program; `None` after the last.
+    async fn next(&self) -> Option<Vec<u8>> {
+        loop {
+            {
+                let mut waiting = self.lock();
+                if !waiting.bytes.is_empty() {
+                    let count = waiting.bytes.len().min(CHUNK);
+                    waiting.under_way = count;
+                    return Some(waiting.bytes.drain(..count).collect());
+                }
+                if waiting.over {
+                    return None;
+                }
+            }
+            self.more.notified().await;
+        }
+    }
+
+    fn taken(&self, count: usize) -> u32 {
+        self.lock().under_way = 0;
+        u32::try_from(count).unwrap_or(u32::MAX)
+    }
+
+    /// Held for a copy at most, never across an await.
+    fn lock(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

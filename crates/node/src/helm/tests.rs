@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_types::Role;
-use clan_wire::helm::{Input, MAX_FRAME, OpenTerminal, Output, Proof, Size};
+use clan_wire::helm::{INPUT_WINDOW, Input, MAX_FRAME, OpenTerminal, Output, Proof, Size};
 use ed25519_dalek::SigningKey;
 use iroh::endpoint::{RecvStream, SendStream};
 
@@ -17,6 +17,8 @@ const CUT_OFF: Duration = Duration::from_secs(3);
 /// The founder's key, and that of a second person: see [`founded`] and [`joined`].
 const FOUNDER: u8 = 1;
 const BOB: u8 = 4;
+/// Bytes typed at once.
+const CHUNK: usize = 32 << 10;
 
 /// A clan whose founder (an owner) and bob (a member) each have a machine; bob's is steered as the mode says.
 async fn clan(mode: ControlMode) -> (Machine, Machine) {
@@ -153,6 +155,7 @@ impl Conversation {
         while !seen.contains(text) {
             match self.next().await {
                 Output::Data(bytes) => seen.push_str(&String::from_utf8_lossy(&bytes)),
+                Output::Taken(_) => {}
                 other => panic!("{other:?} after {seen:?}"),
             }
         }
@@ -179,7 +182,7 @@ async fn an_admin_has_a_terminal_with_its_size_ctrl_c_and_exit_status() {
     shell.type_in(&Input::Data(b"exit 7\n".to_vec())).await;
     loop {
         match shell.next().await {
-            Output::Data(_) => {}
+            Output::Data(_) | Output::Taken(_) => {}
             Output::Exit(status) => break assert_eq!(status, 7),
             other => panic!("{other:?}"),
         }
@@ -240,6 +243,12 @@ async fn a_terminal_dies_with_the_right_to_it() {
     }
 }
 
+async fn all_end(machine: &Machine) {
+    let all = u32::try_from(MAX_TERMINALS).unwrap();
+    let room = timeout(LIMIT, machine.helm.terminals.acquire_many(all)).await;
+    assert!(room.is_ok(), "a terminal does not end");
+}
+
 #[tokio::test]
 async fn terminals_are_counted_and_a_hang_up_ends_one() {
     let (founder, bobs) = clan(ControlMode::Remote).await;
@@ -254,9 +263,64 @@ async fn terminals_are_counted_and_a_hang_up_ends_one() {
     for shell in open {
         shell.connection.close(0u32.into(), b"done");
     }
-    let all = u32::try_from(MAX_TERMINALS).unwrap();
-    let room = timeout(LIMIT, bobs.helm.terminals.acquire_many(all)).await;
-    assert!(room.is_ok(), "they all end");
+    all_end(&bobs).await;
+}
+
+#[tokio::test]
+async fn a_hang_up_ends_a_program_that_reads_nothing_of_what_was_typed() {
+    let (founder, bobs) = clan(ControlMode::Shared).await;
+    let (mut shell, answer) = call(&founder, &bobs, &key(FOUNDER), terminal(&["sleep", "1000"], false)).await;
+    assert_eq!(answer, Answer::Terminal);
+    // More than a pipe has room for.
+    for _ in 0..INPUT_WINDOW / CHUNK {
+        shell.type_in(&Input::Data(vec![b'x'; CHUNK])).await;
+    }
+    assert!(matches!(shell.next().await, Output::Taken(_)));
+    shell.connection.close(0u32.into(), b"done");
+    all_end(&bobs).await;
+}
+
+#[tokio::test]
+async fn whatever_is_typed_ahead_of_a_program_stays_within_the_window() {
+    let (founder, bobs) = clan(ControlMode::Shared).await;
+    let (mut shell, answer) = call(&founder, &bobs, &key(FOUNDER), terminal(&["wc", "-c"], false)).await;
+    assert_eq!(answer, Answer::Terminal);
+    // Whoever waits for room gets anything through.
+    let (mut room, mut rest) = (INPUT_WINDOW, 3 * INPUT_WINDOW);
+    while rest > 0 {
+        if room < CHUNK {
+            let Output::Taken(count) = shell.next().await else { panic!("no room is made") };
+            room += usize::try_from(count).unwrap();
+            continue;
+        }
+        shell.type_in(&Input::Data(vec![b'x'; CHUNK])).await;
+        (room, rest) = (room - CHUNK, rest - CHUNK);
+    }
+    shell.type_in(&Input::End).await;
+    let said = loop {
+        match shell.next().await {
+            Output::Taken(_) => {}
+            Output::Data(bytes) => break String::from_utf8(bytes).unwrap(),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(said.trim(), (3 * INPUT_WINDOW).to_string());
+    // Whoever does not is cut.
+    let (mut shell, _) = call(&founder, &bobs, &key(FOUNDER), terminal(&["sleep", "1000"], false)).await;
+    // What a pipe takes is taken.
+    for _ in 0..2 * INPUT_WINDOW / CHUNK {
+        let frame = Input::Data(vec![b'x'; CHUNK]);
+        if send_message(&mut shell.send, &frame, MAX_FRAME).await.is_err() {
+            break;
+        }
+    }
+    let last = loop {
+        match shell.next().await {
+            Output::Taken(_) => {}
+            other => break other,
+        }
+    };
+    assert_eq!(last, Output::Cut(Refusal::Malformed));
 }
 
 #[test]

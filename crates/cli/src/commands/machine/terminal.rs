@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use clan_api::{Console, TerminalQuery};
 use clan_wire::{
     codec,
-    helm::{Input, MAX_FRAME, Output, Refusal, Size},
+    helm::{INPUT_WINDOW, Input, MAX_FRAME, Output, Refusal, Size},
 };
 use rustix::termios::tcgetwinsize;
 use serde::{Serialize, de::DeserializeOwned};
@@ -62,7 +62,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         Output::Exit(0) => Ok(()),
         Output::Exit(status) => Err(CliError::passed_on(status)),
         Output::Cut(refusal) => Err(cut(&refusal, &args.which.name)),
-        Output::Data(_) | Output::Aside(_) => Err(broken("it did not say how it ended")),
+        Output::Data(_) | Output::Aside(_) | Output::Taken(_) => Err(broken("it did not say how it ended")),
     }
 }
 
@@ -93,6 +93,8 @@ async fn converse(console: Console, screen: bool, context: &Context) -> Result<O
     let receiver = tokio::spawn(receive(from, shown));
     let mut stdin = tokio::io::stdin();
     let mut typed = vec![0u8; 16 << 10];
+    // What the machine has no room for yet is left in the pipe, so that nothing here ever waits for the program there.
+    let mut room = INPUT_WINDOW;
     let mut resized = signal(SignalKind::window_change()).map_err(broken)?;
     let mut open = true;
     let ended = loop {
@@ -100,13 +102,17 @@ async fn converse(console: Console, screen: bool, context: &Context) -> Result<O
             frame = frames.recv() => match frame {
                 Some(Ok(Output::Data(bytes))) => context.printer.raw(&bytes)?,
                 Some(Ok(Output::Aside(bytes))) => aside(&bytes),
+                Some(Ok(Output::Taken(count))) => {
+                    room = room.saturating_add(usize::try_from(count).unwrap_or(usize::MAX)).min(INPUT_WINDOW);
+                }
                 Some(Ok(last)) => break Ok(last),
                 Some(Err(why)) => break Err(broken(why)),
                 None => break Err(broken("the connection is gone")),
             },
-            count = stdin.read(&mut typed), if open => {
+            count = stdin.read(head(&mut typed, room)), if open && room > 0 => {
                 let count = count.map_err(broken)?;
                 open = count > 0;
+                room -= count;
                 let input = if open { Input::Data(typed[..count].to_vec()) } else { Input::End };
                 send(&mut to, &input).await?;
             }
@@ -119,6 +125,11 @@ async fn converse(console: Console, screen: bool, context: &Context) -> Result<O
     };
     receiver.abort();
     ended
+}
+
+fn head(bytes: &mut [u8], most: usize) -> &mut [u8] {
+    let count = bytes.len().min(most);
+    bytes.split_at_mut(count).0
 }
 
 fn aside(bytes: &[u8]) {
