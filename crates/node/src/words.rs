@@ -14,7 +14,11 @@ use clan_pairing::{Codes, ConversationId, OpenError, Report};
 use clan_types::{Channel, MachineId, Words};
 use clan_wire::words::{ALPN_WORDS, MAX_MESSAGE, WordsRefusal, WordsRequest, WordsResponse, announcement};
 use iroh::{Endpoint, EndpointAddr, endpoint::Connection};
-use tokio::{sync::watch, task::JoinSet, time::timeout};
+use tokio::{
+    sync::watch,
+    task::JoinSet,
+    time::{Instant, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use zeroize::Zeroizing;
 
@@ -176,12 +180,11 @@ pub(crate) async fn announce(desk: Arc<WordsDesk>, endpoint: Endpoint, core: Cor
 
 /// Tells the clan's relays which channels this machine waits for, so that newcomers elsewhere find it there, until cancelled.
 pub(crate) async fn tell_relays(desk: Arc<WordsDesk>, endpoint: Endpoint, core: CoreHandle, cancel: CancellationToken) {
-    let (mut known, mut changed) = (false, desk.changed.subscribe());
+    let (mut news, mut changed) = (News::new(Instant::now()), desk.changed.subscribe());
     loop {
         changed.mark_unchanged();
         let channels = desk.codes().channels();
-        if known || !channels.is_empty() {
-            known = !channels.is_empty();
+        if news.are(&channels, Instant::now()) {
             tokio::select! {
                 () = cancel.cancelled() => break,
                 () = tell_all(&desk, &endpoint, &core, &channels) => {}
@@ -190,8 +193,32 @@ pub(crate) async fn tell_relays(desk: Arc<WordsDesk>, endpoint: Endpoint, core: 
         tokio::select! {
             () = cancel.cancelled() => break,
             _ = changed.changed() => {}
-            () = tokio::time::sleep(TIDY) => {}
+            () = tokio::time::sleep_until(news.again) => {}
         }
+    }
+}
+
+/// What relays were told, and when they are told again. A newcomer's attempt at some words is nothing to tell: strangers could
+/// have relays called as often as they like.
+struct News {
+    told: Vec<Channel>,
+    again: Instant,
+}
+
+impl News {
+    fn new(now: Instant) -> Self {
+        Self { told: Vec::new(), again: now + TIDY }
+    }
+
+    /// Whether relays are to be told now.
+    fn are(&mut self, channels: &[Channel], now: Instant) -> bool {
+        let is_due = now >= self.again;
+        if is_due {
+            self.again = now + TIDY;
+        }
+        let tell = self.told != channels || is_due && !channels.is_empty();
+        self.told = channels.to_vec();
+        tell
     }
 }
 
@@ -240,5 +267,26 @@ fn told(report: &Report) -> String {
              Make a new one with `clan invite`.",
             channel.word()
         ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relays_are_told_of_other_words_and_now_and_then_but_not_of_every_attempt() {
+        let began = Instant::now();
+        let words: Words = "river table moon fine".parse().unwrap();
+        let mut news = News::new(began);
+        assert!(!news.are(&[], began + TIDY), "nothing to tell");
+        let waits = [words.channel()];
+        assert!(news.are(&waits, began + TIDY));
+        for _ in 0..3 {
+            assert!(!news.are(&waits, began + TIDY + TIDY / 2), "an attempt");
+        }
+        assert!(news.are(&waits, began + 2 * TIDY), "relays forget");
+        assert!(news.are(&[], began + 2 * TIDY + TIDY / 2), "it is over");
+        assert!(!news.are(&[], began + 3 * TIDY));
     }
 }
