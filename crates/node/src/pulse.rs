@@ -68,7 +68,11 @@ pub(crate) async fn watch(
         let has_moved = tokio::select! {
             () = cancel.cancelled() => return,
             () = moved.notified() => true,
-            _ = homes.updated() => false,
+            updated = homes.updated() => match updated {
+                Ok(_) => false,
+                // The endpoint is gone, and its connections with it.
+                Err(_) => return,
+            },
             () = tokio::time::sleep(pause) => false,
         };
         let (view, now) = (core.view(), Instant::now());
