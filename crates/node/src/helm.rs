@@ -78,6 +78,25 @@ enum Caller {
     Member { person: PersonId, device: DeviceId, machine: MachineId },
 }
 
+/// What comes after a conversation.
+#[must_use]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Then {
+    Nothing,
+    /// The controller ends: not before whoever asked for it has the answer.
+    End,
+}
+
+impl Then {
+    fn go(self) {
+        if self == Self::End
+            && let Err(error) = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM)
+        {
+            tracing::error!(%error, "the controller cannot end itself: `clan vm restart` does it from outside");
+        }
+    }
+}
+
 /// Why nothing was done.
 enum Failure {
     Refused(Refusal),
@@ -188,13 +207,14 @@ impl Helm {
         });
         let Ok(Some((mut send, mut recv, call))) = called.await else { return };
         let ends = Ends { clan: core.view().clan, from, to: self.machine, challenge };
-        match recognise(&core.view().state, &ends, &call) {
+        let then = match recognise(&core.view().state, &ends, &call) {
             Ok(caller) => self.converse(&caller, call.request, &mut send, &mut recv, &core).await,
             Err(refusal) => refuse(&mut send, refusal).await,
-        }
+        };
         let _ = send.finish();
         // The caller closes once it has read the answer.
         let _ = timeout(FAREWELL, connection.closed()).await;
+        then.go();
     }
 
     /// Answers the base OS user.
@@ -206,14 +226,22 @@ impl Helm {
         });
         let Ok(Some(call)) = called.await else { return };
         let (mut recv, mut send) = tokio::io::split(stream);
-        tokio::select! {
-            () = access.over.cancelled() => {}
-            () = self.converse(&Caller::Here, call.request, &mut send, &mut recv, &access.core) => {}
-        }
+        let then = tokio::select! {
+            () = access.over.cancelled() => Then::Nothing,
+            then = self.converse(&Caller::Here, call.request, &mut send, &mut recv, &access.core) => then,
+        };
         streams::finish(recv.unsplit(send)).await;
+        then.go();
     }
 
-    async fn converse<W, R>(&self, caller: &Caller, request: Request, send: &mut W, recv: &mut R, core: &CoreHandle)
+    async fn converse<W, R>(
+        &self,
+        caller: &Caller,
+        request: Request,
+        send: &mut W,
+        recv: &mut R,
+        core: &CoreHandle,
+    ) -> Then
     where
         W: AsyncWrite + Unpin + Send,
         R: AsyncRead + Unpin + Send,
@@ -225,11 +253,18 @@ impl Helm {
             tracing::info!(?caller, %refusal, "somebody may not steer this machine");
             return refuse(send, refusal).await;
         }
+        let restarts = matches!(request, Request::Restart);
         let answer = match request {
             Request::Report => Ok(self.report().await),
             Request::Journal => Ok(Answer::Journal(self.kept.borrow().journal().to_vec())),
-            Request::Log { lines, follow } => return self.log(caller, lines, follow, send, recv, core).await,
-            Request::Terminal(open) => return self.terminal(caller, open, send, recv, core).await,
+            Request::Log { lines, follow } => {
+                self.log(caller, lines, follow, send, recv, core).await;
+                return Then::Nothing;
+            }
+            Request::Terminal(open) => {
+                self.terminal(caller, open, send, recv, core).await;
+                return Then::Nothing;
+            }
             Request::Set { ref name, ref value, dry_run } => {
                 self.change(caller, &request, dry_run, core, |kept, by| {
                     kept.set(name, value, &self.possible, by, now())
@@ -240,7 +275,10 @@ impl Helm {
             }
             Request::Restart => self.restart(caller, core).await,
         };
+        // The manager starts a container again whose controller has ended.
+        let ends = matches!((restarts, &answer, &self.host), (true, Ok(_), Host::Container(_)));
         let _ = timeout(PATIENCE, send_message(send, &answer.unwrap_or_else(Answer::from), MAX_ANSWER)).await;
+        if ends { Then::End } else { Then::Nothing }
     }
 
     /// Whether somebody may do something now.
@@ -349,9 +387,7 @@ impl Helm {
         let done = self
             .change(caller, &Request::Restart, false, core, |kept, by| Ok(Some(kept.note(by, Deed::Restart, now()))))?;
         if let Host::Container(_) = self.host {
-            // The manager starts a container again whose controller has ended.
-            let ended = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::TERM);
-            return ended.map(|()| done).map_err(|e| Failure::Failed(e.to_string()));
+            return Ok(done);
         }
         let asked = Command::new("systemctl").args(["reboot", "--no-block"]).output().await;
         match asked {
@@ -390,8 +426,9 @@ fn recognise(state: &State, ends: &Ends, call: &Call) -> Result<Caller, Refusal>
     Ok(Caller::Member { person: device.owner, device: proof.device, machine: ends.from })
 }
 
-async fn refuse<W: AsyncWrite + Unpin>(send: &mut W, refusal: Refusal) {
+async fn refuse<W: AsyncWrite + Unpin>(send: &mut W, refusal: Refusal) -> Then {
     let _ = timeout(PATIENCE, send_message(send, &Answer::Refused(refusal), MAX_ANSWER)).await;
+    Then::Nothing
 }
 
 /// Opens a conversation with a machine of the clan for our manager, and passes on what both say.

@@ -42,7 +42,10 @@ impl Helm {
         W: AsyncWrite + Unpin + Send,
         R: AsyncRead + Unpin + Send,
     {
-        let Ok(_room) = self.terminals.try_acquire() else { return refuse(send, Refusal::Busy).await };
+        let Ok(_room) = self.terminals.try_acquire() else {
+            let _ = refuse(send, Refusal::Busy).await;
+            return;
+        };
         let request = Request::Terminal(open.clone());
         let answer = match self.start(caller, open, &request, core) {
             Ok((terminal, number)) => {

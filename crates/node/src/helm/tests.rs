@@ -6,7 +6,9 @@ use clan_ledger::{AuthorId, Body, Entry, Ledger};
 use clan_types::Role;
 use clan_wire::helm::{INPUT_WINDOW, Input, MAX_FRAME, OpenTerminal, Output, Proof, Size};
 use ed25519_dalek::SigningKey;
+use futures_util::FutureExt as _;
 use iroh::endpoint::{RecvStream, SendStream};
+use tokio::signal::unix::{SignalKind, signal};
 
 use super::*;
 use crate::tests::{Machine, add, endpoint, founded, joined, key, person, tomorrow};
@@ -143,6 +145,24 @@ async fn a_computer_of_its_own_standing_is_not_switched_off_by_others() {
         let answer = ask(&founder, &bobs, FOUNDER, request).await;
         assert!(matches!(answer, Answer::Refused(Refusal::UserOnly { .. })), "{answer:?}");
     }
+}
+
+#[tokio::test]
+async fn whoever_starts_a_container_anew_has_the_answer_before_it_ends() {
+    let (founder, bobs) = clan(ControlMode::Shared).await;
+    let mut asked = signal(SignalKind::terminate()).unwrap();
+    let container = Host::Container("/nowhere".into());
+    let helm = Helm::load(bobs.dir.path(), &container, Possible::default(), bobs.id()).unwrap();
+    let (mut caller, machine) = tokio::io::duplex(MAX_ANSWER);
+    let (mut recv, mut send) = tokio::io::split(machine);
+    let then = helm.converse(&Caller::Here, Request::Restart, &mut send, &mut recv, &bobs.core).await;
+    let answer = recv_message::<Answer, _>(&mut caller, MAX_ANSWER).await.unwrap();
+    assert!(matches!(answer, Answer::Done(JournalEntry { what: Deed::Restart, .. })), "{answer:?}");
+    assert_eq!(then, Then::End);
+    assert!(asked.recv().now_or_never().is_none(), "it ended first");
+    then.go();
+    timeout(LIMIT, asked.recv()).await.expect("it ends");
+    drop(founder);
 }
 
 impl Conversation {
