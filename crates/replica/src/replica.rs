@@ -459,7 +459,7 @@ impl Replica {
         if now.at >= self.compare_due {
             self.compare_due = now.at + COMPARE_INTERVAL;
             let digest = digest(&self.vector);
-            for link in self.some_links(COMPARE_WITH, None) {
+            for link in self.some_links(COMPARE_WITH, |_| true) {
                 let message = PeerMessage::Digest(digest);
                 self.actions.push_back(Action::Send { link, message });
             }

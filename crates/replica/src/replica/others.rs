@@ -24,7 +24,8 @@ impl Replica {
         match self.beacons.take(from, &self.machine, &signed, &clan, now.wall, belongs) {
             Taken::New => {
                 self.actions.push_back(Action::Changed);
-                for link in self.some_links(PASS_ON_TO, Some(from)) {
+                // INVARIANT: who is only listened to learns of no machine but this one, see `link`.
+                for link in self.some_links(PASS_ON_TO, |machine| machine != from && belongs(machine)) {
                     self.actions.push_back(Action::Send { link, message: PeerMessage::Beacon(signed.clone()) });
                 }
             }
@@ -126,8 +127,8 @@ impl Replica {
         self.state.machine_in_good_standing(machine).is_some()
     }
 
-    pub(super) fn some_links(&mut self, count: usize, except: Option<&MachineId>) -> Vec<LinkId> {
-        let links = self.links.iter().filter(|(machine, _)| Some(*machine) != except).map(|(_, link)| *link);
+    pub(super) fn some_links(&mut self, count: usize, among: impl Fn(&MachineId) -> bool) -> Vec<LinkId> {
+        let links = self.links.iter().filter(|(machine, _)| among(machine)).map(|(_, link)| *link);
         self.rng.choose(links.collect(), count)
     }
 

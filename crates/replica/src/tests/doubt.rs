@@ -84,6 +84,25 @@ fn a_disk_that_was_put_back_is_not_believed_before_a_member_says_the_same() {
 }
 
 #[test]
+fn a_stranger_who_is_listened_to_is_not_told_where_the_others_are() {
+    let mut ledger = clan();
+    let clan = ledger.clan();
+    say(&mut ledger, 1, enrol(&clan, 1, 104));
+    let mut replica = again(ledger);
+    replica.handle_remembered(true, now(1));
+    // None of them has what this machine has, so that it still learns.
+    for (link, n) in [(1, 103), (2, 102), (3, 104)] {
+        replica.handle_linked(machine(n), LinkId(link), vec![], now(2));
+    }
+    settle(&mut replica);
+    assert!(replica.is_in_doubt() && replica.links().contains_key(&machine(103)));
+    let beacon = PeerMessage::Beacon(beacon(102, now(3).wall, clan));
+    replica.handle_message(LinkId(2), machine(102), beacon.clone(), now(3));
+    let told: Vec<Action> = settle(&mut replica).into_iter().filter(|a| matches!(a, Action::Send { .. })).collect();
+    assert_eq!(told, [Action::Send { link: LinkId(3), message: beacon }]);
+}
+
+#[test]
 fn where_nobody_else_is_the_managers_memory_is_enough() {
     let mut ledger = clan();
     let revoke = ledger.revocation_of_machine(&machine(102));
