@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clan_api::{CreateClan, CreatedClan};
+use clan_api::{CreateClan, CreatedClan, Flavour};
 use clan_types::{ByteSize, ClanName, ControlMode, MachineName, PersonName};
 
 use crate::{
@@ -54,18 +54,28 @@ impl Control {
     }
 
     /// What it gives others, if it gives them anything.
-    pub(crate) fn warning(mode: clan_api::ControlMode, integrated: bool) -> Option<String> {
+    pub(crate) fn warning(mode: clan_api::ControlMode, machine: Flavour) -> Option<String> {
         if mode == clan_api::ControlMode::Local {
             return None;
         }
-        let what = if integrated {
-            "The clan's admins will be able to open a terminal on this computer, with the rights of your account here"
-        } else {
-            "The clan's admins will be able to open a terminal as root in the virtual machine"
+        let what = match machine {
+            Flavour::Vm => "as root in the virtual machine",
+            Flavour::Container => "as root in the container",
+            Flavour::Integrated => "on this computer, with the rights of your account here",
         };
         Some(format!(
-            "{what}, change its settings and see its log; all is written down, and `clan vm control local` ends it."
+            "The clan's admins will be able to open a terminal {what}, change its settings and see its log; \
+             all is written down, and `clan vm control local` ends it."
         ))
+    }
+}
+
+/// What the machine will be, where it is asked for so.
+pub(crate) fn flavour(integrated: bool, container: bool) -> Flavour {
+    match (integrated, container) {
+        (true, _) => Flavour::Integrated,
+        (false, true) => Flavour::Container,
+        (false, false) => Flavour::Vm,
     }
 }
 
@@ -123,7 +133,9 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     let Size { memory, disk, cpus } = args.size;
     let (integrate, control) = (args.integrate.controller()?, args.control.mode());
     let printer = &context.printer;
-    if let Some(warning) = control.and_then(|mode| Control::warning(mode, integrate.is_some())) {
+    if let Some(warning) =
+        control.and_then(|mode| Control::warning(mode, flavour(integrate.is_some(), args.contain.container)))
+    {
         printer.talk(&format!("{} {warning}", printer.err_style(Tone::Warn, "warning:")));
     }
     // A phrase that nobody reads would be a key that nobody has.
@@ -155,4 +167,21 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     printer.talk(&format!("Invite somebody:  clan invite {}", request.name));
     printer.talk("See what it does: clan web");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clan_api::ControlMode;
+
+    use super::*;
+
+    #[test]
+    fn whoever_lets_admins_in_is_told_what_they_let_them_into() {
+        let told =
+            |integrated, container| Control::warning(ControlMode::Shared, flavour(integrated, container)).unwrap();
+        assert!(told(false, false).contains("root in the virtual machine"));
+        assert!(told(false, true).contains("root in the container"));
+        assert!(told(true, false).contains("rights of your account"));
+        assert_eq!(Control::warning(ControlMode::Local, Flavour::Container), None);
+    }
 }

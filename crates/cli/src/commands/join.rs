@@ -4,7 +4,7 @@ use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, Transfer, VmP
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
-    commands::create::{Contain, Control, Integrate, Size},
+    commands::create::{Contain, Control, Integrate, Size, flavour},
     context::Context,
     error::CliError,
     invitation::{self, Given},
@@ -118,7 +118,7 @@ async fn go(
     // INVARIANT: what is shown and agreed to is what is asked for.
     let mode = control.mode().unwrap_or(preview.control_mode);
     preview.control_mode = mode;
-    preview.warnings.extend(Control::warning(mode, preview.integrated.is_some()));
+    preview.warnings.extend(Control::warning(mode, flavour(preview.integrated.is_some(), container)));
     if dry_run {
         if printer.is_json() {
             printer.json(&preview)?;

@@ -44,11 +44,10 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
         return Ok(());
     }
     let vms = context.ask(context.client.vms()).await?;
-    let integrated = vms
-        .iter()
-        .any(|v| (v.clan.as_str() == vm || v.id.to_string() == vm) && v.flavour == clan_api::Flavour::Integrated);
+    let machine = vms.iter().find(|v| v.clan.as_str() == vm || v.id.to_string() == vm);
+    let flavour = machine.map(|v| v.flavour).unwrap_or_default();
     let had = ControlMode::from(change.before).is_for_admins();
-    if let Some(warning) = Control::warning(change.mode, integrated).filter(|_| !had) {
+    if let Some(warning) = Control::warning(change.mode, flavour).filter(|_| !had) {
         printer.talk(&warning);
         let question = format!("Change the control mode of {} from {before} to {after}?", change.machine);
         context.confirm(&question, "let the clan's admins steer it without being asked")?;
