@@ -6,9 +6,11 @@ mod common;
 
 use std::{
     collections::BTreeSet,
-    fs,
+    env, fs,
     io::{Read, Write},
+    iter,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket},
+    path::Path,
     process::Stdio,
     sync::{
         Arc,
@@ -326,6 +328,18 @@ fn publish(fleet: &mut Fleet, service: &str) -> Result<(), LabError> {
     Ok(())
 }
 
+/// A package that is installed makes the user that its program looks for.
+fn know_user(etc: &Path, name: &str) {
+    let entries = [("passwd", "x:64900:64900::/nonexistent:/usr/sbin/nologin"), ("group", "x:64900:")];
+    for (file, entry) in entries.map(|(file, entry)| (etc.join(file), entry)) {
+        let mut known = fs::read_to_string(&file).unwrap();
+        if !known.lines().any(|line| line.split(':').next() == Some(name)) {
+            known.push_str(&format!("{name}:{entry}\n"));
+            fs::write(file, known).unwrap();
+        }
+    }
+}
+
 /// Starts avahi-daemon on `ann`, on this device only, with what to announce in a file.
 fn avahi(fleet: &mut Fleet, device: &Device, service: &str) -> Result<Running, LabError> {
     publish(fleet, service)?;
@@ -338,10 +352,18 @@ fn avahi(fleet: &mut Fleet, device: &Device, service: &str) -> Result<Running, L
     let file = place.etc().join("avahi/avahi-daemon.conf");
     fs::write(&file, settings).unwrap();
     let log = fs::File::create(fleet.computer("ann").log("avahi")).unwrap();
+    know_user(&place.etc(), "avahi");
     // Its folder for the running daemon is this one's alone, as its /etc is.
     let script = "mount -t tmpfs none /run && exec avahi-daemon --no-chroot --no-drop-root --no-rlimits --debug \
                       --file /etc/avahi/avahi-daemon.conf";
     let mut command = place.root_command("sh")?;
+    // As `scripts/deps` unpacked it, so that none runs for the whole computer; else as it is installed.
+    let unpacked = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../../target/avahi/usr"));
+    let libraries = fs::read_dir(unpacked.join("lib")).into_iter().flatten().flatten().map(|entry| entry.path());
+    let path = command.get_envs().find_map(|(name, value)| value.filter(|_| name == "PATH")).unwrap_or_default();
+    let path = iter::once(unpacked.join("sbin")).chain(env::split_paths(path));
+    let path = env::join_paths(path).unwrap();
+    command.env("PATH", path).env("LD_LIBRARY_PATH", env::join_paths(libraries).unwrap());
     let also = log.try_clone().unwrap();
     command.args(["-c", script]).stdin(Stdio::null()).stdout(log).stderr(also);
     Ok(Running(command.spawn().expect("sh runs")))
