@@ -11,7 +11,9 @@ use clan_wire::{
     beacon::{ServiceKind, ServiceOffer},
     control::Redeem,
     image::{FileRole, ImageFile, Manifest},
-    peer::{ALPN_IMAGE, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, MAX_MESSAGE},
+    peer::{
+        ALPN_IMAGE, EncodedEntry, ImagePart, ImageRequest, ImageResponse, InviteProof, JoinRefusal, MAX_IMAGE_MESSAGE,
+    },
     pieces::PIECE,
 };
 use ed25519_dalek::SigningKey;
@@ -492,8 +494,8 @@ async fn the_image_goes_to_holders_of_an_invite_and_to_nobody_else() {
     let me = MachineId::from_bytes(stranger.verifying_key().to_bytes());
     let request = async |proof: Option<InviteProof>, what: ImagePart| {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
-        send_message(&mut send, &ImageRequest { proof, what }, MAX_MESSAGE).await.unwrap();
-        let response: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.unwrap();
+        send_message(&mut send, &ImageRequest { proof, what }, MAX_IMAGE_MESSAGE).await.unwrap();
+        let response: ImageResponse = recv_message(&mut recv, MAX_IMAGE_MESSAGE).await.unwrap();
         (response, recv.read_to_end(content.len()).await.unwrap())
     };
     let piece = |file: u8, index| ImagePart::Piece { file: FileHash::from_bytes([file; 32]), index };

@@ -12,7 +12,7 @@ use clan_os::channel::{recv_message, send_message};
 use clan_types::ImageId;
 use clan_wire::{
     image::{MAX_MANIFEST, Manifest, ManifestError},
-    peer::{ALPN_IMAGE, ImagePart, ImageRequest, ImageResponse, InviteProof, MAX_MESSAGE},
+    peer::{ALPN_IMAGE, ImagePart, ImageRequest, ImageResponse, InviteProof, MAX_IMAGE_MESSAGE},
     pieces::{Pieces, PiecesError},
 };
 use futures_util::{StreamExt, stream::FuturesUnordered};
@@ -321,10 +321,10 @@ impl<'a> Line<'a> {
         let exact = !matches!(what, ImagePart::Manifest(_));
         let (mut send, mut recv) = self.connection.open_bi().await.map_err(|e| Broke::cut(&e))?;
         let request = ImageRequest { proof: self.proof.clone(), what };
-        send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| Broke::cut(&e))?;
+        send_message(&mut send, &request, MAX_IMAGE_MESSAGE).await.map_err(|e| Broke::cut(&e))?;
         // The other side needs no end of ours.
         let _ = send.finish();
-        let answer: ImageResponse = recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| Broke::cut(&e))?;
+        let answer: ImageResponse = recv_message(&mut recv, MAX_IMAGE_MESSAGE).await.map_err(|e| Broke::cut(&e))?;
         let length = match answer {
             ImageResponse::Bytes(length) => usize::try_from(length).unwrap_or(usize::MAX),
             ImageResponse::NotFound => return Err(Broke::Without("it does not have the image".into())),

@@ -12,7 +12,7 @@ use clan_os::channel::{recv_message, send_message};
 use clan_types::{FileHash, ImageId};
 use clan_wire::{
     image::{ImageFile, Manifest, ManifestError},
-    peer::{ImagePart, ImageRequest, ImageResponse, MAX_MESSAGE},
+    peer::{ImagePart, ImageRequest, ImageResponse, MAX_IMAGE_MESSAGE},
     pieces::{PIECE, Pieces, piece_len},
 };
 use iroh::endpoint::{Connection, SendStream};
@@ -109,7 +109,7 @@ pub async fn serve(
     entitled: impl Fn(&Connection, &ImageRequest) -> bool + Send,
 ) {
     while let Ok(Ok((mut send, mut recv))) = timeout(STALL_LIMIT, connection.accept_bi()).await {
-        let request = timeout(REQUEST_LIMIT, recv_message::<ImageRequest, _>(&mut recv, MAX_MESSAGE)).await;
+        let request = timeout(REQUEST_LIMIT, recv_message::<ImageRequest, _>(&mut recv, MAX_IMAGE_MESSAGE)).await;
         let Ok(Ok(request)) = request else { break };
         let part = match (entitled(&connection, &request), held()) {
             (false, _) => Err(ImageResponse::Denied),
@@ -127,10 +127,10 @@ pub async fn serve(
 async fn answer(send: &mut SendStream, part: Result<Vec<u8>, ImageResponse>) -> Option<()> {
     match part {
         Ok(bytes) => {
-            send_message(send, &ImageResponse::Bytes(bytes.len() as u64), MAX_MESSAGE).await.ok()?;
+            send_message(send, &ImageResponse::Bytes(bytes.len() as u64), MAX_IMAGE_MESSAGE).await.ok()?;
             send.write_all(&bytes).await.ok()?;
         }
-        Err(refusal) => send_message(send, &refusal, MAX_MESSAGE).await.ok()?,
+        Err(refusal) => send_message(send, &refusal, MAX_IMAGE_MESSAGE).await.ok()?,
     }
     send.finish().ok()
 }

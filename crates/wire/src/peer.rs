@@ -11,8 +11,10 @@ pub const ALPN_JOIN: &[u8] = b"clan/join/2";
 /// Anyone entitled to machine: one [`ImageRequest`], one [`ImageResponse`], then raw bytes, a stream.
 pub const ALPN_IMAGE: &[u8] = b"clan/image/2";
 
-/// Largest message on any of these streams.
+/// Largest message on any of these streams but those of images.
 pub const MAX_MESSAGE: usize = 4 << 20;
+/// Largest [`ImageRequest`] and [`ImageResponse`]: anybody may ask, and is listened to before it is known who they are.
+pub const MAX_IMAGE_MESSAGE: usize = 1 << 10;
 /// Most entries in one message.
 pub const MAX_ENTRIES: usize = 10_000;
 /// So many bytes of entries make a page full.
@@ -261,6 +263,16 @@ mod tests {
         assert!(!proof.is_valid(&endpoint, &machine), "whom it was shown cannot show it on");
         assert!(!proof.is_valid(&machine, &MachineId::from_bytes([9; 32])));
         assert!(!DeviceProof { device: DeviceId::from_bytes([7; 32]), ..proof }.is_valid(&machine, &endpoint));
+    }
+
+    #[test]
+    fn whatever_may_be_asked_of_an_image_has_room() {
+        let key = SigningKey::from_bytes(&[5; 32]);
+        let proof = InviteProof::new(&key, &ClanId::from_bytes([1; 32]), &MachineId::from_bytes([2; 32]));
+        let what = ImagePart::Piece { file: FileHash::from_bytes([9; 32]), index: u32::MAX };
+        let request = ImageRequest { proof: Some(proof), what };
+        assert!(crate::codec::encode(&request, MAX_IMAGE_MESSAGE).is_ok());
+        assert!(crate::codec::encode(&ImageResponse::Bytes(u64::MAX), MAX_IMAGE_MESSAGE).is_ok());
     }
 
     #[test]

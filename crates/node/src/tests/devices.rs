@@ -2,7 +2,7 @@
 
 use clan_ledger::{DeviceKind, Standing};
 use clan_types::{DEVICE_LINK, DEVICE_LINK_LIFETIME, RecoveryPhrase};
-use clan_wire::peer::{ALPN_JOIN, DeviceProof, JoinRequest, JoinResponse};
+use clan_wire::peer::{ALPN_JOIN, DeviceProof, JoinRequest, JoinResponse, MAX_MESSAGE};
 
 use super::*;
 
