@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    ops::Deref,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
@@ -71,7 +72,7 @@ impl Passing {
     }
 
     /// The endpoint.
-    pub(crate) async fn bind(self) -> Result<Endpoint, ApiProblem> {
+    pub(crate) async fn bind(self) -> Result<PassingEndpoint, ApiProblem> {
         let transport = QuicTransportConfig::builder().keep_alive_interval(Duration::from_secs(5)).build();
         let mut builder = clan_relay::prepare(Endpoint::builder(presets::Minimal), &self.relays)
             .crypto_provider(Arc::new(portable_crypto()))
@@ -80,7 +81,31 @@ impl Passing {
         if let Some(lookup) = self.lookup {
             builder = builder.address_lookup(lookup);
         }
-        builder.bind().await.map_err(|e| no_endpoint(&e))
+        builder.bind().await.map(PassingEndpoint).map_err(|e| no_endpoint(&e))
+    }
+}
+
+/// An endpoint that ends in good order even where whoever asked hangs up in the middle: machines that were asked hear of it at once
+/// instead of waiting until they give up.
+pub(crate) struct PassingEndpoint(Endpoint);
+
+impl Deref for PassingEndpoint {
+    type Target = Endpoint;
+
+    fn deref(&self) -> &Endpoint {
+        &self.0
+    }
+}
+
+impl Drop for PassingEndpoint {
+    fn drop(&mut self) {
+        if !self.0.is_closed()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            let endpoint = self.0.clone();
+            // Ends by itself within a few round trips, and with the manager.
+            runtime.spawn(async move { endpoint.close().await });
+        }
     }
 }
 
@@ -90,7 +115,7 @@ fn no_endpoint(why: &dyn std::fmt::Display) -> ApiProblem {
 
 /// Fetches by right of an invitation link.
 pub(crate) struct Fetcher {
-    endpoint: Endpoint,
+    endpoint: PassingEndpoint,
     link: InviteLink,
     invite_key: SigningKey,
     /// The machine that answered last.
@@ -386,4 +411,20 @@ pub(crate) async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send 
     tokio::task::spawn_blocking(work)
         .await
         .map_err(|_| ApiProblem::new(ErrorCode::Internal, "a disk operation broke off"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_endpoint_of_a_broken_off_request_is_closed_in_good_order() {
+        let passing = Passing { secret: SecretKey::from_bytes(&[7; 32]), lookup: None, relays: Names::default() };
+        let endpoint = passing.bind().await.unwrap();
+        let closed = endpoint.closed();
+        let kept = Endpoint::clone(&endpoint);
+        drop(endpoint);
+        timeout(Duration::from_secs(20), closed).await.expect("it closes though a part of it is still in use");
+        kept.close().await;
+    }
 }
