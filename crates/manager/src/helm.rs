@@ -9,7 +9,7 @@ use clan_api::{
 };
 use clan_ledger::{Body, Ledger};
 use clan_os::channel::{MessageError, Stream, recv_message, send_message};
-use clan_types::Role;
+use clan_types::{ControlMode, Role};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, MachineStatus, NodeStatus},
     helm::{
@@ -21,8 +21,9 @@ use tokio::time::timeout;
 use crate::{
     authority::not_allowed,
     clan::Clan,
+    decisions::{decide, own_role},
     guest::{self, GuestError, short},
-    problem, sign,
+    problem,
     status::{find_machine, point_of},
 };
 
@@ -49,11 +50,11 @@ pub(crate) async fn set_control(clan: &Clan, request: &SetControl) -> Result<Con
     let change =
         ControlChange { machine: clan.record.get().machine, before: status.control.into(), mode: request.mode };
     if !request.dry_run {
+        let mode: ControlMode = request.mode.into();
         let control = clan.control().map_err(|e| problem::guest(&e))?;
-        let asked = ControlRequest::SetControlMode(request.mode.into());
-        guest::tell(&control, &asked).await.map_err(|e| problem::guest(&e))?;
-        clan.record.update(|r| r.control = request.mode.into()).map_err(|e| problem::disk(&e))?;
-        tracing::info!(clan = %clan.name(), mode = %asked_mode(request), "who may steer the machine here was changed");
+        guest::tell(&control, &ControlRequest::SetControlMode(mode)).await.map_err(|e| problem::guest(&e))?;
+        clan.record.update(|r| r.control = mode).map_err(|e| problem::disk(&e))?;
+        tracing::info!(clan = %clan.name(), %mode, "who may steer the machine here was changed");
     }
     Ok(change)
 }
@@ -61,9 +62,9 @@ pub(crate) async fn set_control(clan: &Clan, request: &SetControl) -> Result<Con
 /// Suggests to newcomers who is to steer their machine, or finds out whether that would work.
 pub(crate) async fn suggest(clan: &Clan, request: &SuggestControl) -> Result<ControlSuggestion, ApiProblem> {
     let author = clan.person();
-    let decide = |ledger: &Ledger| {
+    let suggestion = |ledger: &Ledger| {
         let state = ledger.state();
-        let role = state.role_of(&author).unwrap_or(Role::Guest);
+        let role = own_role(state, &author)?;
         if role < Role::Admin {
             return Err(not_allowed(state, role, Role::Admin, "suggest how newcomers' machines are steered", None));
         }
@@ -72,14 +73,7 @@ pub(crate) async fn suggest(clan: &Clan, request: &SuggestControl) -> Result<Con
         let body = (before != control).then_some(Body::SuggestControl { control });
         Ok((suggestion, body.into_iter().collect()))
     };
-    if request.dry_run {
-        return decide(&sign::ledger(clan).await?).map(|(suggestion, _): (_, Vec<Body>)| suggestion);
-    }
-    sign::decide_all(clan, decide).await.map(|(suggestion, _)| suggestion)
-}
-
-fn asked_mode(request: &SetControl) -> clan_types::ControlMode {
-    request.mode.into()
+    decide(clan, request.dry_run, suggestion).await.map(|(suggestion, _)| suggestion)
 }
 
 /// Asks a machine. A refusal is an error, in words.
