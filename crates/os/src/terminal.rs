@@ -27,6 +27,8 @@ use tokio::{
 const CHUNK: usize = 16 << 10;
 /// A program that has ended may have left something behind that keeps its terminal open: so long is waited for more.
 const LEFTOVERS: Duration = Duration::from_millis(100);
+/// Looks for processes of a session that is killed: each finds what those before it started in the meantime.
+const SWEEPS: usize = 16;
 const PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 
 /// What to run, and how.
@@ -208,11 +210,18 @@ impl Terminal {
         Ok(Said::Ended(code(status)))
     }
 
-    /// Kills everything that runs in the session, whichever process group it has put itself into.
+    /// Kills everything that runs in the session, whichever process group it has put itself into. What has begun a session of its
+    /// own is out of reach.
     fn kill(&self) {
         let Some(session) = self.session else { return };
-        for process in in_session(session) {
-            let _ = kill_process(process, Signal::KILL);
+        for _ in 0..SWEEPS {
+            let living = in_session(session);
+            if living.is_empty() {
+                return;
+            }
+            for process in living {
+                let _ = kill_process(process, Signal::KILL);
+            }
         }
     }
 }
@@ -318,7 +327,7 @@ fn code(status: ExitStatus) -> u8 {
     u8::try_from(status.code().or(killed).unwrap_or(255)).unwrap_or(255)
 }
 
-/// The processes of a session (proc(5), `/proc/PID/stat`).
+/// The processes of a session that live (proc(5), `/proc/PID/stat`).
 fn in_session(session: Pid) -> Vec<Pid> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
@@ -329,9 +338,11 @@ fn in_session(session: Pid) -> Vec<Pid> {
     numbers.filter(|number| of(*number) == Some(session.as_raw_nonzero().get())).filter_map(Pid::from_raw).collect()
 }
 
-/// The sixth field; the second is a name in brackets, which may have anything in it.
+/// The sixth field; the second is a name in brackets, which may have anything in it. `None` for those that have ended (`Z` or `X`).
 fn session_in(stat: &str) -> Option<i32> {
-    stat.rsplit_once(')')?.1.split_whitespace().nth(3)?.parse().ok()
+    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+    fields.next().filter(|state| !matches!(*state, "Z" | "X" | "x"))?;
+    fields.nth(2)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -391,6 +402,15 @@ mod tests {
         assert_eq!(whole(&terminal).await.2, 130, "SIGINT");
     }
 
+    async fn all_gone(session: Pid) {
+        let gone = timeout(Duration::from_secs(20), async {
+            while !in_session(session).is_empty() {
+                tokio::task::yield_now().await;
+            }
+        });
+        gone.await.expect("all of them are dead");
+    }
+
     #[tokio::test]
     async fn nothing_of_a_session_outlives_it() {
         let script = "set -m; sleep 1000 & trap '' HUP TERM; echo $$ started; sleep 1000";
@@ -399,18 +419,20 @@ mod tests {
         let session = terminal.session.unwrap();
         assert!(in_session(session).len() > 1);
         drop(terminal);
-        let gone = timeout(Duration::from_secs(20), async {
-            // Killed processes go when whoever started them, or init, takes note.
-            while in_session(session).iter().any(|pid| alive(*pid)) {
-                tokio::task::yield_now().await;
-            }
-        });
-        gone.await.expect("all of them are dead");
+        all_gone(session).await;
     }
 
-    fn alive(pid: Pid) -> bool {
-        let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).unwrap_or_default();
-        stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+    #[tokio::test]
+    async fn whatever_starts_others_while_it_is_killed_does_not_leave_them_behind() {
+        let script = "for i in 1 2 3; do (while :; do sleep 1000 & sleep 0.002; done) & done; echo started; wait";
+        let terminal = Terminal::start(&program(&["sh", "-c", script], false)).unwrap();
+        until(&terminal, "started").await;
+        let session = terminal.session.unwrap();
+        while in_session(session).len() < 40 {
+            tokio::task::yield_now().await;
+        }
+        drop(terminal);
+        all_gone(session).await;
     }
 
     #[tokio::test]
@@ -437,5 +459,6 @@ mod tests {
     #[test]
     fn a_programs_name_cannot_put_it_into_another_session() {
         assert_eq!(session_in("12 (a) b) 1 2 3) S 1 12 77 0 -1"), Some(77));
+        assert_eq!(session_in("12 (sh) Z 1 12 77 0 -1"), None, "it has ended");
     }
 }
