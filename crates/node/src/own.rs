@@ -70,7 +70,8 @@ pub(crate) async fn follow(
         }
         let Some((quic, wireguard)) = look(&endpoint, ports).await else { continue };
         // As others see them: behind a router with a dependable mapping these lead here.
-        let inside = addresses::inside_tunnels().await.unwrap_or_default();
+        // INVARIANT: where it is unknown which of them are inside of tunnels, none of them is told.
+        let Ok(inside) = addresses::inside_tunnels().await else { continue };
         let outside = endpoint.addr();
         let seen = outside.ip_addrs().copied().filter(|addr| !inside.contains(&addr.ip()) && !quic.contains(addr));
         let quic = some(seen.collect(), &quic);
