@@ -355,14 +355,16 @@ async fn connect(container: Container) -> Result<UnixStream, VmError> {
 
 /// In good order if it answers.
 async fn stop(container: Container, control: Option<Channel>, grace: Duration) {
-    if let Some(control) = control {
-        match timeout(grace, guest::tell(&control, &ControlRequest::Stop)).await {
-            Ok(Ok(())) => {}
-            failed => tracing::debug!(?failed, "the controller did not confirm that it stops"),
-        }
-        if timeout(grace, container.wait_exit()).await.is_ok() {
-            return;
-        }
+    let Some(control) = control else {
+        tracing::info!(pid = container.pid(), "the container's controller cannot be asked to stop: it is killed");
+        return end(&container).await;
+    };
+    match timeout(grace, guest::tell(&control, &ControlRequest::Stop)).await {
+        Ok(Ok(())) => {}
+        failed => tracing::debug!(?failed, "the controller did not confirm that it stops"),
+    }
+    if timeout(grace, container.wait_exit()).await.is_ok() {
+        return;
     }
     tracing::warn!(pid = container.pid(), "the container does not stop: it is killed");
     end(&container).await;
