@@ -1,36 +1,23 @@
+mod clans;
 mod helm;
+mod mesh;
+mod streams;
+mod vms;
 
-use std::{
-    collections::VecDeque,
-    path::{Path, PathBuf},
-    pin::Pin,
-    task::{Context, Poll},
-};
+use std::path::{Path, PathBuf};
 
-use bytes::{Buf, Bytes};
+use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, Response, StatusCode, body::Incoming, client::conn::http1, header};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    net::UnixStream,
-};
+use tokio::net::UnixStream;
 
-use crate::{
-    AddDevice, AddWireguard, AdmissionDecision, ApiProblem, BASE, CONSOLE_UPGRADE, ClanInfo, ClanLog, ClanLogQuery,
-    CreateClan, CreateInvite, CreatedClan, DecideAdmission, DeleteQuery, DeviceInfo, DeviceOffer, FindInvitation,
-    FindRecovery, FoundInvitation, GroupInfo, ImageGc, ImageInfo, Invite, InviteInfo, JoinClan, JoinPreview, LogQuery,
-    LogSource, Login, MachineInfo, MakeLogin, MakeSnapshot, OpenedService, PersonInfo, Pong, PreviewJoin, Publication,
-    PublishImage, RelayChange, RelayInfo, RemoveDeviceQuery, RemoveNamed, RemovedDevice, Rename, Renamed, ResizeVm,
-    Revocation, Revoke, RoleChange, RuleInfo, ServiceInfo, SetGroup, SetRelay, SetRole, SetRule, SnapshotInfo, Status,
-    TaskEvent, TaskId, TaskInfo, UpdateVm, VmInfo, VmSize, VmStats, WireguardMachine,
-};
+pub use self::streams::{ByteStream, Console, EventStream};
+use crate::{ApiProblem, BASE, Login, MakeLogin, Status, TaskId, TaskInfo};
 
 /// Largest answer that is read into memory.
 const MAX_ANSWER: usize = 64 << 20;
-/// Longest line of an event stream.
-const MAX_LINE: usize = 4 << 20;
 
 /// Why a request got no answer, or a bad one.
 #[derive(Debug, thiserror::Error)]
@@ -82,52 +69,6 @@ impl ManagerClient {
         self.get("/status").await
     }
 
-    /// Founds a clan.
-    pub async fn create_clan(&self, request: &CreateClan) -> Result<CreatedClan, ClientError> {
-        self.post("/clans", request).await
-    }
-
-    /// The link in a pasted text, or the one that four words stand for, which may take as long as a search of the LAN or at a relay.
-    pub async fn find_invitation(&self, request: &FindInvitation) -> Result<FoundInvitation, ClientError> {
-        self.post("/joins/invitation", request).await
-    }
-
-    /// A device link for this computer, by right of a recovery phrase.
-    pub async fn find_recovery(&self, request: &FindRecovery) -> Result<FoundInvitation, ClientError> {
-        self.post("/joins/recovery", request).await
-    }
-
-    /// The devices of this person.
-    pub async fn devices(&self, clan: &str) -> Result<Vec<DeviceInfo>, ClientError> {
-        self.get(&format!("/clans/{}/devices", segment(clan))).await
-    }
-
-    /// A link for another device, or a new recovery phrase.
-    pub async fn add_device(&self, clan: &str, request: &AddDevice) -> Result<DeviceOffer, ClientError> {
-        self.post(&format!("/clans/{}/devices", segment(clan)), request).await
-    }
-
-    /// Puts a device out, by its name or the beginning of its id.
-    pub async fn remove_device(
-        &self,
-        clan: &str,
-        device: &str,
-        query: RemoveDeviceQuery,
-    ) -> Result<RemovedDevice, ClientError> {
-        let path = format!("/clans/{}/devices/{}?dry_run={}", segment(clan), segment(device), query.dry_run);
-        self.call(Method::DELETE, &path, None).await
-    }
-
-    /// What a link leads to. Asks machines of the clan, and may take as long as they do.
-    pub async fn preview_join(&self, request: &PreviewJoin) -> Result<JoinPreview, ClientError> {
-        self.post("/joins/preview", request).await
-    }
-
-    /// Joins a clan.
-    pub async fn join(&self, request: &JoinClan) -> Result<TaskInfo, ClientError> {
-        self.post("/joins", request).await
-    }
-
     /// Running and recent tasks, newest first.
     pub async fn tasks(&self) -> Result<Vec<TaskInfo>, ClientError> {
         self.get("/tasks").await
@@ -141,222 +82,12 @@ impl ManagerClient {
     /// A task's events, from now on until it ends.
     pub async fn task_events(&self, id: TaskId) -> Result<EventStream, ClientError> {
         let body = self.send(Method::GET, &format!("/tasks/{id}/events"), None).await?.into_body();
-        Ok(EventStream { body: ByteStream { body }, buffer: Vec::new(), ready: VecDeque::new() })
+        Ok(EventStream::new(body))
     }
 
     /// Cancels a task. What it did so far is undone.
     pub async fn cancel_task(&self, id: TaskId) -> Result<TaskInfo, ClientError> {
         self.post(&format!("/tasks/{id}/cancel"), &serde_json::json!({})).await
-    }
-
-    /// The clans that this computer is in.
-    pub async fn clans(&self) -> Result<Vec<ClanInfo>, ClientError> {
-        self.get("/clans").await
-    }
-
-    /// Makes an invite. `clan` is a name, an id or a unique beginning of an id, here as in the following.
-    pub async fn invite(&self, clan: &str, request: &CreateInvite) -> Result<Invite, ClientError> {
-        self.post(&format!("/clans/{}/invites", segment(clan)), request).await
-    }
-
-    /// The invites that were made in a clan, oldest first.
-    pub async fn invites(&self, clan: &str) -> Result<Vec<InviteInfo>, ClientError> {
-        self.get(&format!("/clans/{}/invites", segment(clan))).await
-    }
-
-    /// Puts a person or a machine out, or withdraws an invite.
-    pub async fn revoke(&self, clan: &str, request: &Revoke) -> Result<Revocation, ClientError> {
-        self.post(&format!("/clans/{}/revocations", segment(clan)), request).await
-    }
-
-    /// The relays of a clan.
-    pub async fn relays(&self, clan: &str) -> Result<Vec<RelayInfo>, ClientError> {
-        self.get(&format!("/clans/{}/relays", segment(clan))).await
-    }
-
-    /// Makes a machine a relay, or makes it one no more.
-    pub async fn set_relay(&self, clan: &str, request: &SetRelay) -> Result<RelayChange, ClientError> {
-        self.post(&format!("/clans/{}/relays", segment(clan)), request).await
-    }
-
-    /// Admits a standard WireGuard machine, and says what it has to be told.
-    pub async fn add_wireguard(&self, clan: &str, request: &AddWireguard) -> Result<WireguardMachine, ClientError> {
-        self.post(&format!("/clans/{}/wireguard", segment(clan)), request).await
-    }
-
-    /// Takes a standard WireGuard machine out.
-    pub async fn remove_wireguard(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
-        self.post(&format!("/clans/{}/wireguard/removals", segment(clan)), request).await
-    }
-
-    /// The access rules in force.
-    pub async fn rules(&self, clan: &str) -> Result<Vec<RuleInfo>, ClientError> {
-        self.get(&format!("/clans/{}/rules", segment(clan))).await
-    }
-
-    /// Makes or replaces an access rule.
-    pub async fn set_rule(&self, clan: &str, request: &SetRule) -> Result<RuleInfo, ClientError> {
-        self.post(&format!("/clans/{}/rules", segment(clan)), request).await
-    }
-
-    /// Takes an access rule away.
-    pub async fn drop_rule(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
-        self.post(&format!("/clans/{}/rules/removals", segment(clan)), request).await
-    }
-
-    /// The groups.
-    pub async fn groups(&self, clan: &str) -> Result<Vec<GroupInfo>, ClientError> {
-        self.get(&format!("/clans/{}/groups", segment(clan))).await
-    }
-
-    /// Makes a group, or replaces its members.
-    pub async fn set_group(&self, clan: &str, request: &SetGroup) -> Result<GroupInfo, ClientError> {
-        self.post(&format!("/clans/{}/groups", segment(clan)), request).await
-    }
-
-    /// Takes a group away.
-    pub async fn drop_group(&self, clan: &str, request: &RemoveNamed) -> Result<RemoveNamed, ClientError> {
-        self.post(&format!("/clans/{}/groups/removals", segment(clan)), request).await
-    }
-
-    /// Gives a person another role, or finds out whether that would work.
-    pub async fn set_role(&self, clan: &str, request: &SetRole) -> Result<RoleChange, ClientError> {
-        self.post(&format!("/clans/{}/roles", segment(clan)), request).await
-    }
-
-    /// Gives a person or a machine another name, or finds out whether that would work.
-    pub async fn rename(&self, clan: &str, request: &Rename) -> Result<Renamed, ClientError> {
-        self.post(&format!("/clans/{}/names", segment(clan)), request).await
-    }
-
-    /// Lets a newcomer in who waits for it or refuses them, or finds out whether that would work.
-    pub async fn decide_admission(
-        &self,
-        clan: &str,
-        request: &DecideAdmission,
-    ) -> Result<AdmissionDecision, ClientError> {
-        self.post(&format!("/clans/{}/admissions", segment(clan)), request).await
-    }
-
-    /// What was decided in a clan.
-    pub async fn clan_log(&self, clan: &str, query: ClanLogQuery) -> Result<ClanLog, ClientError> {
-        self.get(&format!("/clans/{}/log?limit={}", segment(clan), query.limit)).await
-    }
-
-    /// The people of a clan.
-    pub async fn members(&self, clan: &str) -> Result<Vec<PersonInfo>, ClientError> {
-        self.get(&format!("/clans/{}/members", segment(clan))).await
-    }
-
-    /// Sends one echo to a machine, named, over the clan's network.
-    pub async fn ping(&self, clan: &str, machine: &str) -> Result<Pong, ClientError> {
-        let path = format!("/clans/{}/machines/{}/ping", segment(clan), segment(machine));
-        self.call(Method::POST, &path, None).await
-    }
-
-    /// The machines of a clan.
-    pub async fn machines(&self, clan: &str) -> Result<Vec<MachineInfo>, ClientError> {
-        self.get(&format!("/clans/{}/machines", segment(clan))).await
-    }
-
-    /// The services of a clan.
-    pub async fn services(&self, clan: &str) -> Result<Vec<ServiceInfo>, ClientError> {
-        self.get(&format!("/clans/{}/services", segment(clan))).await
-    }
-
-    /// Leaves a clan.
-    pub async fn leave(&self, clan: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/clans/{}/leave", segment(clan)), &serde_json::json!({})).await
-    }
-
-    /// A URL that opens a service in a browser.
-    pub async fn open_service(&self, clan: &str, service: &str) -> Result<OpenedService, ClientError> {
-        self.post(&format!("/clans/{}/services/{}/open", segment(clan), segment(service)), &serde_json::json!({})).await
-    }
-
-    /// The VMs on this computer.
-    pub async fn vms(&self) -> Result<Vec<VmInfo>, ClientError> {
-        self.get("/vms").await
-    }
-
-    /// Starts a VM. `vm` is the name or id of its clan, here as in the following.
-    pub async fn start_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/start", segment(vm)), &serde_json::json!({})).await
-    }
-
-    /// Stops a VM in good order.
-    pub async fn stop_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/stop", segment(vm)), &serde_json::json!({})).await
-    }
-
-    /// Halts a VM's processors.
-    pub async fn pause_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/pause", segment(vm)), &serde_json::json!({})).await
-    }
-
-    /// Lets a paused VM go on.
-    pub async fn resume_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/resume", segment(vm)), &serde_json::json!({})).await
-    }
-
-    /// Stops a VM in good order and starts it again.
-    pub async fn restart_vm(&self, vm: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/restart", segment(vm)), &serde_json::json!({})).await
-    }
-
-    /// Gives a VM another image.
-    pub async fn update_vm(&self, vm: &str, request: &UpdateVm) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/update", segment(vm)), request).await
-    }
-
-    /// Gives a VM another size, or finds out what it would be.
-    pub async fn resize_vm(&self, vm: &str, request: &ResizeVm) -> Result<VmSize, ClientError> {
-        self.post(&format!("/vms/{}/size", segment(vm)), request).await
-    }
-
-    /// The snapshots of a VM's disk.
-    pub async fn snapshots(&self, vm: &str) -> Result<Vec<SnapshotInfo>, ClientError> {
-        self.get(&format!("/vms/{}/snapshots", segment(vm))).await
-    }
-
-    /// Makes a snapshot of a VM's disk.
-    pub async fn make_snapshot(&self, vm: &str, request: &MakeSnapshot) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/snapshots", segment(vm)), request).await
-    }
-
-    /// Puts a snapshot in the place of a VM's disk.
-    pub async fn restore_snapshot(&self, vm: &str, name: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/vms/{}/snapshots/{}/restore", segment(vm), segment(name)), &serde_json::json!({})).await
-    }
-
-    /// Removes a snapshot.
-    pub async fn discard_snapshot(&self, vm: &str, name: &str) -> Result<TaskInfo, ClientError> {
-        self.call(Method::DELETE, &format!("/vms/{}/snapshots/{}", segment(vm), segment(name)), None).await
-    }
-
-    /// Deletes a VM and its disk.
-    pub async fn delete_vm(&self, vm: &str, query: DeleteQuery) -> Result<TaskInfo, ClientError> {
-        self.call(Method::DELETE, &format!("/vms/{}?force={}", segment(vm), query.force), None).await
-    }
-
-    /// A VM's log lines, as text.
-    pub async fn vm_logs(&self, vm: &str, query: LogQuery) -> Result<ByteStream, ClientError> {
-        let source = match query.source {
-            LogSource::Journal => "journal",
-            LogSource::Console => "console",
-        };
-        let path = format!("/vms/{}/logs?lines={}&follow={}&source={source}", segment(vm), query.lines, query.follow);
-        Ok(ByteStream { body: self.send(Method::GET, &path, None).await?.into_body() })
-    }
-
-    /// A VM's statistics.
-    pub async fn vm_stats(&self, vm: &str) -> Result<VmStats, ClientError> {
-        self.get(&format!("/vms/{}/stats", segment(vm))).await
-    }
-
-    /// A VM's console: raw bytes both ways.
-    pub async fn vm_console(&self, vm: &str) -> Result<Console, ClientError> {
-        self.upgrade(&format!("/vms/{}/console", segment(vm)), CONSOLE_UPGRADE).await
     }
 
     /// Turns a connection into something else.
@@ -374,32 +105,7 @@ impl ManagerClient {
             return Err(refusal(response).await);
         }
         let upgraded = hyper::upgrade::on(response).await.map_err(protocol)?;
-        Ok(Console { io: TokioIo::new(upgraded) })
-    }
-
-    /// The images on this computer.
-    pub async fn images(&self) -> Result<Vec<ImageInfo>, ClientError> {
-        self.get("/images").await
-    }
-
-    /// Builds the image that a clan founded now would run.
-    pub async fn build_image(&self) -> Result<TaskInfo, ClientError> {
-        self.post("/images", &serde_json::json!({})).await
-    }
-
-    /// Compares an image with its name, which is an id or a unique beginning of one.
-    pub async fn verify_image(&self, image: &str) -> Result<TaskInfo, ClientError> {
-        self.post(&format!("/images/{}/verify", segment(image)), &serde_json::json!({})).await
-    }
-
-    /// Makes an image what newcomers to a clan run, or finds out what would change.
-    pub async fn publish_image(&self, clan: &str, request: &PublishImage) -> Result<Publication, ClientError> {
-        self.post(&format!("/clans/{}/image", segment(clan)), request).await
-    }
-
-    /// Removes the images that no VM here runs, or finds out which.
-    pub async fn gc_images(&self, dry_run: bool) -> Result<ImageGc, ClientError> {
-        self.call(Method::DELETE, &format!("/images?dry_run={dry_run}"), None).await
+        Ok(Console::new(upgraded))
     }
 
     /// A URL that opens the web page, signed in.
@@ -482,92 +188,6 @@ fn segment(text: &str) -> String {
     encoded
 }
 
-/// Bytes of an answer, as they arrive.
-#[derive(Debug)]
-pub struct ByteStream {
-    body: Incoming,
-}
-
-impl ByteStream {
-    /// The next bytes; `None` at the end.
-    pub async fn next(&mut self) -> Option<Result<Bytes, ClientError>> {
-        loop {
-            match self.body.frame().await? {
-                Ok(frame) => match frame.into_data() {
-                    Ok(data) => return Some(Ok(data)),
-                    Err(_trailers) => {}
-                },
-                Err(error) => return Some(Err(protocol(error))),
-            }
-        }
-    }
-}
-
-/// A task's events, as they arrive.
-#[derive(Debug)]
-pub struct EventStream {
-    body: ByteStream,
-    buffer: Vec<u8>,
-    ready: VecDeque<TaskEvent>,
-}
-
-impl EventStream {
-    /// The next event; `None` after the one that tells of the task's end.
-    pub async fn next(&mut self) -> Option<Result<TaskEvent, ClientError>> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                return Some(Ok(event));
-            }
-            match self.body.next().await? {
-                Ok(bytes) => {
-                    self.buffer.extend_from_slice(bytes.chunk());
-                    if let Err(error) = self.take_lines() {
-                        return Some(Err(error));
-                    }
-                }
-                Err(error) => return Some(Err(error)),
-            }
-        }
-    }
-
-    /// Server-sent events: only `data:` lines matter here, each holds one event whole.
-    fn take_lines(&mut self) -> Result<(), ClientError> {
-        while let Some(end) = self.buffer.iter().position(|b| *b == b'\n') {
-            let line: Vec<u8> = self.buffer.drain(..=end).collect();
-            if let Some(data) = line.strip_prefix(b"data:") {
-                self.ready.push_back(serde_json::from_slice(data).map_err(protocol)?);
-            }
-        }
-        if self.buffer.len() > MAX_LINE { Err(protocol("an event without end")) } else { Ok(()) }
-    }
-}
-
-/// A connection that was turned into something else, such as a VM's console: raw bytes both ways.
-#[derive(Debug)]
-pub struct Console {
-    io: TokioIo<hyper::upgrade::Upgraded>,
-}
-
-impl AsyncRead for Console {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_read(cx, buf)
-    }
-}
-
-impl AsyncWrite for Console {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<std::io::Result<usize>> {
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use tokio::{
@@ -576,7 +196,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::ErrorCode;
+    use crate::{ErrorCode, PreviewJoin, TaskEvent};
 
     /// A client whose manager gives one canned answer; also what the client asked.
     async fn answered(answer: &'static str) -> (ManagerClient, tokio::task::JoinHandle<String>, tempfile::TempDir) {

@@ -29,7 +29,7 @@ impl ManagerClient {
     /// A machine's log lines, as text.
     pub async fn machine_log(&self, clan: &str, machine: &str, query: LogQuery) -> Result<ByteStream, ClientError> {
         let path = format!("{}?lines={}&follow={}", at(clan, machine, "log"), query.lines, query.follow);
-        Ok(ByteStream { body: self.send(Method::GET, &path, None).await?.into_body() })
+        Ok(ByteStream::new(self.send(Method::GET, &path, None).await?.into_body()))
     }
 
     /// What was changed on a machine, and by whom, oldest first.
