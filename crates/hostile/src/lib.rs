@@ -13,6 +13,7 @@ mod clan;
 mod multicast;
 mod mux;
 mod packet;
+mod qmp;
 mod seeds;
 mod words;
 
@@ -41,6 +42,7 @@ use serde::{Serialize, de::DeserializeOwned};
 pub use multicast::multicast;
 pub use mux::mux;
 pub use packet::packet;
+pub use qmp::qmp;
 pub use seeds::seeds;
 pub use words::words;
 
@@ -62,6 +64,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("multicast", multicast),
     ("words", words),
     ("helm", helm),
+    ("qmp", qmp),
 ];
 
 /// A ledger entry: as it comes, or rightly signed by an owner, a member or nobody.

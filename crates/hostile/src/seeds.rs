@@ -111,6 +111,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(("words", [vec![3], framed(&with(1, &begin)), framed(&with(1, &tag))].concat()));
     seeds.push(("words", [vec![4], framed(&[0x42; 33]), framed(&[9; 64])].concat()));
     seeds.extend(helm());
+    seeds.extend(monitor());
     seeds
 }
 
@@ -141,6 +142,21 @@ fn helm() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(with(4, &Output::Cut(Refusal::Local)));
     seeds.push(with(4, &Output::Taken(5)));
     seeds.into_iter().map(|seed| ("helm", seed)).collect()
+}
+
+/// What QEMU says to a manager that connects, asks, and hears of the guest's end.
+fn monitor() -> Vec<(&'static str, Vec<u8>)> {
+    let greeting = r#"{"QMP": {"version": {"qemu": {"micro": 22, "minor": 2, "major": 7}}, "capabilities": ["oob"]}}"#;
+    let ready = r#"{"return": {}, "id": 0}"#;
+    let running = r#"{"return": {"status": "running", "singlestep": false, "running": true}, "id": 1}"#;
+    let refused = r#"{"error": {"class": "GenericError", "desc": "No"}, "id": 2}"#;
+    let full =
+        r#"{"event": "BLOCK_IO_ERROR", "data": {"action": "stop"}, "timestamp": {"seconds": 1, "microseconds": 2}}"#;
+    let shutdown = r#"{"event": "SHUTDOWN", "data": {"guest": true, "reason": "guest-shutdown"}}"#;
+    let sessions =
+        [vec![greeting, ready, running, refused, shutdown], vec![greeting, full, ready, running], vec![full]];
+    let said = |lines: Vec<&str>| [vec![2], lines.join("\r\n").into_bytes(), b"\n".to_vec()].concat();
+    sessions.into_iter().map(|lines| ("qmp", said(lines))).collect()
 }
 
 fn framed(part: &[u8]) -> Vec<u8> {

@@ -39,7 +39,7 @@ macro_rules! replays {
     };
 }
 
-replays!(entry, peer, join, control, mux, link, manifest, dns, probe, packet, multicast, words, helm);
+replays!(entry, peer, join, control, mux, link, manifest, dns, probe, packet, multicast, words, helm, qmp);
 
 /// `UPDATE=1` writes them where they are missing.
 #[test]

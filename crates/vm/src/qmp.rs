@@ -130,6 +130,14 @@ impl Qmp {
     }
 }
 
+/// A client over one connection, and what serves it until that ends: for whoever has a connection, and needs no other.
+pub fn over<S: AsyncRead + AsyncWrite + Unpin>(
+    stream: S,
+) -> (Qmp, impl Future<Output = Result<(), QmpError>> + use<S>) {
+    let (qmp, mut driver) = Driver::new();
+    (qmp, async move { driver.session(stream).await })
+}
+
 /// The client and the task behind it, which the caller spawns. The task reconnects through `connect` until `ended` is
 /// cancelled; then it reads what is left, and returns.
 pub(crate) fn client<S, C, F>(connect: C, ended: CancellationToken) -> (Qmp, impl Future<Output = ()> + use<S, C, F>)
@@ -138,12 +146,7 @@ where
     C: Fn() -> F,
     F: Future<Output = io::Result<S>>,
 {
-    let (requests, received) = mpsc::channel(REQUESTS_KEPT);
-    let (events, _) = broadcast::channel(EVENTS_KEPT);
-    let (greeted, greeted_receiver) = watch::channel(0);
-    let (shutdown, shutdown_receiver) = watch::channel(None);
-    let qmp = Qmp { requests, events: events.clone(), greeted: greeted_receiver, shutdown: shutdown_receiver };
-    let mut driver = Driver { requests: received, events, greeted, shutdown };
+    let (qmp, mut driver) = Driver::new();
     let task = async move {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -183,6 +186,15 @@ struct Pending {
 }
 
 impl Driver {
+    fn new() -> (Qmp, Self) {
+        let (requests, received) = mpsc::channel(REQUESTS_KEPT);
+        let (events, _) = broadcast::channel(EVENTS_KEPT);
+        let (greeted, greeted_receiver) = watch::channel(0);
+        let (shutdown, shutdown_receiver) = watch::channel(None);
+        let qmp = Qmp { requests, events: events.clone(), greeted: greeted_receiver, shutdown: shutdown_receiver };
+        (qmp, Self { requests: received, events, greeted, shutdown })
+    }
+
     /// Serves one connection until it ends.
     async fn session<S: AsyncRead + AsyncWrite + Unpin>(&mut self, stream: S) -> Result<(), QmpError> {
         let mut lines = Framed::new(stream, LinesCodec::new_with_max_length(MAX_LINE));
