@@ -333,6 +333,10 @@ pub struct VmInfo {
     /// where it cannot.
     #[serde(default)]
     pub exposure: Option<String>,
+    /// While it runs: why nothing but a lower priority bounds what it takes of this computer. Absent where its processor time, memory
+    /// and processes are bounded.
+    #[serde(default)]
+    pub unlimited: Option<String>,
     /// Memory of the guest.
     #[schema(value_type = u64)]
     pub memory: ByteSize,

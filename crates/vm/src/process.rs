@@ -5,7 +5,10 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-        unix::{fs::OpenOptionsExt, process::CommandExt},
+        unix::{
+            fs::{FileTypeExt, OpenOptionsExt},
+            process::CommandExt,
+        },
     },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -20,10 +23,12 @@ use rustix::{
 use serde::{Deserialize, Serialize};
 use tokio::net::{UnixListener, UnixStream};
 
-use crate::{VmError, args, console, fence::Fence, file, host::Stat, network::Entrance};
+use crate::{VmError, args, console, fence::Fence, file, host::Stat, limits::Bounds, network::Entrance};
 
 const LOCK: &str = "lock";
 const PID: &str = "pid.json";
+/// By which `file::replace` calls what it writes before it counts.
+const PID_DRAFT: &str = "pid.tmp";
 const PID_VERSION: u32 = 1;
 /// What runs a virtual machine, and what stands for a container.
 const PROGRAMS: [&str; 2] = ["qemu", "unshare"];
@@ -103,6 +108,18 @@ impl Dir {
         Ok(None)
     }
 
+    /// Removes what a QEMU leaves here that was killed: its sockets, and the draft of its id. `_lock` says that none runs.
+    pub(crate) fn tidy(&self, _lock: &Lock) {
+        let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
+        for entry in entries {
+            let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
+            if is_socket || entry.file_name().to_string_lossy().starts_with(PID_DRAFT) {
+                // It may go by itself, and the next one is in nobody's way.
+                let _ = fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// The QEMU that holds the lock, if it can be told.
     pub(crate) async fn holder(&self) -> Option<Identity> {
         match self.recorded() {
@@ -169,6 +186,13 @@ pub(crate) fn open_pidfd(pid: u32) -> io::Result<OwnedFd> {
     Ok(rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?)
 }
 
+/// What a QEMU is put into and behind before it runs.
+pub(crate) struct Confined {
+    pub(crate) entrance: Option<Entrance>,
+    pub(crate) bounds: Bounds,
+    pub(crate) fence: Fence,
+}
+
 /// Starts QEMU, detached from this program: a session of its own, no way to more privileges, nothing inherited but the
 /// lock, its network's lifeline, and the file of its saved state, and behind a fence. It ends only by itself or by a
 /// signal.
@@ -177,8 +201,7 @@ pub(crate) fn spawn(
     args: Vec<std::ffi::OsString>,
     dir: &Dir,
     lock: &Lock,
-    entrance: Option<Entrance>,
-    mut fence: Fence,
+    confined: Confined,
     state: Option<&File>,
 ) -> Result<Child, VmError> {
     for log in [QEMU_LOG, args::CONSOLE_LOG] {
@@ -189,6 +212,7 @@ pub(crate) fn spawn(
     let log = log.map_err(VmError::io("create", &log_path))?;
     let log_again = log.try_clone().map_err(VmError::io("create", &log_path))?;
 
+    let Confined { entrance, bounds, mut fence } = confined;
     let inherited = [Some(lock.0.as_fd().as_raw_fd()), state.map(|state| state.as_fd().as_raw_fd())];
     let mut command = Command::new(qemu);
     command.args(args).current_dir(&dir.path).stdin(Stdio::null()).stdout(log).stderr(log_again);
@@ -204,6 +228,7 @@ pub(crate) fn spawn(
             for fd in inherited.into_iter().flatten() {
                 rustix::io::fcntl_setfd(rustix::fd::BorrowedFd::borrow_raw(fd), FdFlags::empty())?;
             }
+            bounds.enter()?;
             entrance.as_ref().map_or(Ok(()), Entrance::enter)?;
             // Last: behind it, nothing is mounted.
             fence.raise()

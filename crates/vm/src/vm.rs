@@ -25,9 +25,10 @@ use crate::{
     Begin, Console, HostStats, Network, Qmp, VmError, VmSpec, args, console, disk,
     fence::Fence,
     host,
+    limits::{self, Bounds, Group, Unlimited},
     network::{Feeder, Found, Namespace},
     preflight,
-    process::{self, Dir, Identity, QEMU_LOG},
+    process::{self, Confined, Dir, Identity, QEMU_LOG},
     qmp, saved,
 };
 
@@ -83,6 +84,7 @@ struct Inner {
     identity: Identity,
     handle: OwnedFd,
     network: Network,
+    unlimited: Option<Unlimited>,
     qmp: Qmp,
     exit: watch::Receiver<Option<Exit>>,
     killed: Arc<AtomicBool>,
@@ -114,14 +116,19 @@ impl Vm {
             }
         };
         let state = saved::open(&spec.begin);
+        let group = Group::make(&dir.join("."), spec.memory);
         let started = machine.and_then(|machine| Ok((machine, state?))).and_then(|(machine, state)| {
-            launch(&spec, &qemu, machine, &dir, &lock, namespace.as_ref(), state.as_ref())
+            let around = Around { namespace: namespace.as_ref(), group: group.as_ref().ok(), state: state.as_ref() };
+            launch(&spec, &qemu, machine, &dir, &lock, &around)
         });
         let (child, handle, identity) = match started {
             Ok(started) => started,
             Err(error) => {
                 if let Some(namespace) = namespace {
                     namespace.end().await;
+                }
+                if let Ok(group) = group {
+                    group.remove().await;
                 }
                 return Err(error);
             }
@@ -133,7 +140,8 @@ impl Vm {
             None => Feed::Itself,
         };
         let apart = network == Network::Apart;
-        let vm = Self::watch(dir, identity, handle, Some(child), network, feed)?;
+        let group = Group::taken(group, pid).await;
+        let vm = Self::watch(dir, identity, handle, Some(child), (network, feed), group)?;
         tracing::debug!(name = spec.name, pid, accelerator = ?spec.accelerator, apart, "started QEMU");
 
         tokio::select! {
@@ -168,7 +176,10 @@ impl Vm {
             return Ok(None);
         }
         let dir = Dir::open(dir)?;
-        if dir.lock().await?.is_some() {
+        if let Some(lock) = dir.lock().await? {
+            // It may have been killed while nobody watched.
+            dir.tidy(&lock);
+            limits::tidy(&dir.join(".")).await;
             return Ok(None);
         }
         let Some(identity) = dir.holder().await else {
@@ -184,7 +195,8 @@ impl Vm {
             Found::Fed(feeder) => (Network::Apart, Feed::By(feeder)),
             Found::Cut => (Network::Apart, Feed::Cut),
         };
-        let vm = Self::watch(dir, identity, handle, None, network, feed)?;
+        let group = Group::of(identity.pid).ok_or_else(Unlimited::from_before);
+        let vm = Self::watch(dir, identity, handle, None, (network, feed), group)?;
         // From then on it will tell why it ends.
         tokio::select! {
             biased;
@@ -200,8 +212,8 @@ impl Vm {
         identity: Identity,
         handle: OwnedFd,
         child: Option<Child>,
-        network: Network,
-        feed: Feed,
+        (network, feed): (Network, Feed),
+        group: Result<Group, Unlimited>,
     ) -> Result<Self, VmError> {
         let failed = |source| VmError::Process { doing: "watch", source };
         let owned = handle.try_clone().map_err(failed)?;
@@ -226,7 +238,13 @@ impl Vm {
             .instrument(span.clone()),
         );
         let (exit_sender, exit) = watch::channel(None);
+        let (group, unlimited) = match group {
+            Ok(group) => (Some(group), None),
+            Err(why) => (None, Some(why)),
+        };
         let supervisor = Supervisor {
+            group,
+            dir: Dir::open(&dir.join("."))?,
             process: watched,
             child,
             feed,
@@ -243,6 +261,7 @@ impl Vm {
             identity,
             handle,
             network,
+            unlimited,
             qmp,
             exit,
             killed,
@@ -258,6 +277,11 @@ impl Vm {
     /// Where its network leads.
     pub fn network(&self) -> &Network {
         &self.0.network
+    }
+
+    /// Why nothing but a lower priority bounds what it takes of the base OS, if so.
+    pub fn unlimited(&self) -> Option<&Unlimited> {
+        self.0.unlimited.as_ref()
     }
 
     /// QEMU's monitor; clone it freely. If the base OS's disk is full, QEMU halts the guest and says so in the event
@@ -381,6 +405,13 @@ impl Vm {
     }
 }
 
+/// What QEMU is put into, and given.
+struct Around<'a> {
+    namespace: Option<&'a Namespace>,
+    group: Option<&'a Group>,
+    state: Option<&'a File>,
+}
+
 /// Starts the process, and writes down which one it is. Nothing runs after an error.
 fn launch(
     spec: &VmSpec,
@@ -388,15 +419,16 @@ fn launch(
     machine: &str,
     dir: &Dir,
     lock: &process::Lock,
-    namespace: Option<&Namespace>,
-    state: Option<&File>,
+    around: &Around<'_>,
 ) -> Result<(Child, OwnedFd, Identity), VmError> {
+    let Around { namespace, group, state } = *around;
     let failed = |source| VmError::Process { doing: "watch", source };
     let direct = disk::supports_direct(&spec.data_disk);
     let arguments = args::arguments(spec, machine, direct, namespace.is_some(), state.map(AsRawFd::as_raw_fd))?;
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
     let fence = Fence::around(&dir.join("."), spec, qemu).map_err(VmError::io("confine", qemu))?;
-    let mut child = process::spawn(qemu, arguments, dir, lock, entrance, fence, state)?;
+    let bounds = Bounds::new(group, spec.memory).map_err(VmError::io("confine", qemu))?;
+    let mut child = process::spawn(qemu, arguments, dir, lock, Confined { entrance, bounds, fence }, state)?;
     let pid = child.id();
     let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
     match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {
@@ -434,6 +466,8 @@ impl Feed {
 
 /// Waits for the end of the process, reaps it, and tells.
 struct Supervisor {
+    group: Option<Group>,
+    dir: Dir,
     process: AsyncFd<OwnedFd>,
     /// Unless adopted.
     child: Option<Child>,
@@ -478,6 +512,12 @@ impl Supervisor {
             feeder.finish().await;
         }
         let reason = reason(self.qmp.shutdown_reason(), status, self.killed.load(Ordering::Relaxed), cut);
+        if let Some(group) = self.group {
+            group.remove().await;
+        }
+        if let Ok(Some(lock)) = self.dir.lock().await {
+            self.dir.tidy(&lock);
+        }
         tracing::debug!(?reason, "QEMU ended");
         self.exit.send_replace(Some(Exit { reason }));
     }

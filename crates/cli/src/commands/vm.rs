@@ -224,6 +224,10 @@ async fn list(context: &Context) -> Result<(), CliError> {
     for (vm, exposure) in vms.iter().filter_map(|vm| Some((vm, vm.exposure.as_ref()?))) {
         context.printer.talk(&format!("{}: {exposure}", vm.clan));
     }
+    let unlimited: std::collections::BTreeSet<&str> = vms.iter().filter_map(|vm| vm.unlimited.as_deref()).collect();
+    for why in unlimited {
+        context.printer.talk(&format!("No limits but a lower priority: {why}."));
+    }
     Ok(())
 }
 

@@ -1,0 +1,374 @@
+//! What a virtual machine may take of the base OS, whatever a guest does that spins, or that has taken QEMU over: a control
+//! group of its own where this user has one to divide (<https://docs.kernel.org/admin-guide/cgroup-v2.html>), and a lower
+//! priority where not.
+
+use std::{
+    collections::BTreeSet,
+    fmt, fs,
+    fs::File,
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clan_types::ByteSize;
+use rustix::{
+    fs::{Access, CWD},
+    process::{Resource, Rlimit},
+};
+
+/// In the order of their weight here.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// In front of the names of groups.
+const PREFIX: &str = "clan-vm-";
+/// Half of what everybody else has: a guest that spins leaves two thirds of a busy processor to whoever wants it.
+const WEIGHT: u32 = 50;
+/// Beside the guest's memory: the code cache of the emulation, and what of the disk's image is cached.
+const MEMORY_BESIDE: ByteSize = ByteSize::from_mib(512);
+/// QEMU's threads, with those that it does input and output by.
+const THREADS: u32 = 256;
+/// As `nice` counts.
+const NICE: i32 = 5;
+/// Addresses beside the guest's memory, of which little is used: stacks, heaps, libraries.
+const ADDRESSES_BESIDE: ByteSize = ByteSize::from_mib(8 << 10);
+const HIERARCHY: &str = "cgroup2";
+/// A group is busy until the kernel has forgotten its last process.
+const REMOVE_AGAIN: Duration = Duration::from_millis(20);
+const REMOVE_ATTEMPTS: u32 = 25;
+
+/// Why a virtual machine has no group of its own: only its priority is lower.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unlimited(String);
+
+impl Unlimited {
+    /// Of a virtual machine that was found running.
+    pub(crate) fn from_before() -> Self {
+        Self("it was started without a control group of its own".into())
+    }
+}
+
+impl fmt::Display for Unlimited {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A group that this process is in or below.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Level {
+    dir: PathBuf,
+    /// The uppermost of all: groups below it are bounded though processes are in it.
+    top: bool,
+    /// Processes are in it; those of groups below do not count.
+    populated: bool,
+    /// This user may make groups in it, and move processes between those.
+    writable: bool,
+    /// What groups in it can be bounded by.
+    available: BTreeSet<String>,
+    /// What they are.
+    enabled: BTreeSet<String>,
+}
+
+/// Where to make a group.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Plan {
+    parent: PathBuf,
+    controllers: Vec<&'static str>,
+    /// Those that are not enabled yet.
+    enable: Vec<&'static str>,
+}
+
+/// Chooses the nearest group that can be divided. `levels` begins with that of this process, and goes up.
+fn plan(levels: &[Level]) -> Result<Plan, Unlimited> {
+    if levels.is_empty() {
+        return Err(Unlimited("this computer has no control groups of version 2".into()));
+    }
+    // INVARIANT of the kernel: a group that is divided has no processes of its own, but for the uppermost.
+    let fit = levels.iter().filter(|level| level.writable && (level.top || !level.populated));
+    let mut any = false;
+    for level in fit {
+        any = true;
+        let has = |set: &BTreeSet<String>, name: &str| set.contains(name);
+        let controllers: Vec<_> = CONTROLLERS.into_iter().filter(|name| has(&level.available, name)).collect();
+        if controllers.contains(&"cpu") {
+            let enable = controllers.iter().copied().filter(|name| !has(&level.enabled, name)).collect();
+            return Ok(Plan { parent: level.dir.clone(), controllers, enable });
+        }
+    }
+    Err(Unlimited(if any {
+        "the control groups that are yours cannot bound processors".into()
+    } else {
+        "no control group is yours to divide; a manager that is a service of yours has one (`clan manager --install`)"
+            .into()
+    }))
+}
+
+/// The groups that this process is in, the nearest first.
+fn levels() -> Vec<Level> {
+    let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
+    let Some((mount, own)) = place(&read("/proc/self/mountinfo"), &read("/proc/self/cgroup")) else {
+        return Vec::new();
+    };
+    own.ancestors().take_while(|dir| dir.starts_with(&mount)).map(|dir| level(dir, *dir == *mount)).collect()
+}
+
+/// Where the hierarchy of version 2 is mounted, and the folder of this process's group in it.
+fn place(mountinfo: &str, cgroup: &str) -> Option<(PathBuf, PathBuf)> {
+    // proc_pid_mountinfo(5): … ROOT MOUNT-POINT OPTIONS … - TYPE …
+    let (root, mount) = mountinfo.lines().find_map(|line| {
+        let (before, after) = line.split_once(" - ")?;
+        let mut fields = before.split(' ').skip(3);
+        (after.split(' ').next() == Some(HIERARCHY)).then_some((fields.next()?, fields.next()?))
+    })?;
+    let path = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = Path::new(path).strip_prefix(root).ok()?;
+    let mount = PathBuf::from(mount);
+    let own = if below.as_os_str().is_empty() { mount.clone() } else { mount.join(below) };
+    // A group outside of this process's view is told with these.
+    (!path.contains("..")).then_some((mount, own))
+}
+
+fn level(dir: &Path, top: bool) -> Level {
+    let words = |file: &str| -> BTreeSet<String> {
+        let text = fs::read_to_string(dir.join(file)).unwrap_or_default();
+        text.split_whitespace().map(str::to_owned).collect()
+    };
+    let may = |path: &Path, access| rustix::fs::accessat(CWD, path, access, rustix::fs::AtFlags::EACCESS).is_ok();
+    Level {
+        // Only the real uppermost group, and not that of a container, has no type.
+        top: top && !dir.join("cgroup.type").exists(),
+        populated: !words("cgroup.procs").is_empty(),
+        writable: may(dir, Access::WRITE_OK) && may(&dir.join("cgroup.procs"), Access::WRITE_OK),
+        available: words("cgroup.controllers"),
+        enabled: words("cgroup.subtree_control"),
+        dir: dir.to_owned(),
+    }
+}
+
+/// A virtual machine's control group. Its undo is [`Group::remove`].
+#[derive(Debug)]
+pub(crate) struct Group(PathBuf);
+
+impl Group {
+    /// Makes a group for the virtual machine in `dir`, bounded for one that has so much memory.
+    pub(crate) fn make(dir: &Path, memory: ByteSize) -> Result<Self, Unlimited> {
+        let plan = plan(&levels())?;
+        Self::by(&plan, dir, memory)
+            .map_err(|error| Unlimited(format!("{} cannot be divided: {error}", plan.parent.display())))
+    }
+
+    fn by(plan: &Plan, dir: &Path, memory: ByteSize) -> io::Result<Self> {
+        for controller in &plan.enable {
+            fs::write(plan.parent.join("cgroup.subtree_control"), format!("+{controller}"))?;
+        }
+        let group = Self(plan.parent.join(name(dir)?));
+        match fs::create_dir(&group.0) {
+            // One that was killed has left it.
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+            made => made?,
+        }
+        let bounded = plan.controllers.iter().try_for_each(|controller| {
+            let most = memory.as_bytes().saturating_add(MEMORY_BESIDE.as_bytes());
+            let (file, value) = match *controller {
+                "cpu" => ("cpu.weight", WEIGHT.to_string()),
+                "memory" => ("memory.max", most.to_string()),
+                _ => ("pids.max", THREADS.to_string()),
+            };
+            fs::write(group.0.join(file), value)
+        });
+        bounded.inspect_err(|_| {
+            let _ = fs::remove_dir(&group.0);
+        })?;
+        Ok(group)
+    }
+
+    /// The group of a virtual machine that runs.
+    pub(crate) fn of(pid: u32) -> Option<Self> {
+        let read = |path: String| fs::read_to_string(path).unwrap_or_default();
+        let (_, own) = place(&read("/proc/self/mountinfo".into()), &read(format!("/proc/{pid}/cgroup")))?;
+        let is_ours = own.file_name().is_some_and(|name| name.to_string_lossy().starts_with(PREFIX));
+        is_ours.then_some(Self(own))
+    }
+
+    /// The group after the process was started in it, which the kernel may have refused.
+    pub(crate) async fn taken(made: Result<Self, Unlimited>, pid: u32) -> Result<Self, Unlimited> {
+        match made {
+            Ok(group) if Self::of(pid).is_none() => {
+                group.remove().await;
+                Err(Unlimited("the kernel does not let QEMU into its control group".into()))
+            }
+            made => made,
+        }
+    }
+
+    /// The way in, for [`Bounds::enter`].
+    fn entrance(&self) -> io::Result<OwnedFd> {
+        Ok(File::options().write(true).open(self.0.join("cgroup.procs"))?.into())
+    }
+
+    /// Removes it, once its last process has ended.
+    pub(crate) async fn remove(self) {
+        for _ in 0..REMOVE_ATTEMPTS {
+            match fs::remove_dir(&self.0) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => tokio::time::sleep(REMOVE_AGAIN).await,
+                _ => return,
+            }
+        }
+        tracing::warn!(group = %self.0.display(), "a virtual machine's control group is not removed");
+    }
+}
+
+/// Removes the group of a virtual machine in `dir` that was killed while nobody watched.
+pub(crate) async fn tidy(dir: &Path) {
+    let (Ok(plan), Ok(name)) = (plan(&levels()), name(dir)) else { return };
+    let group = Group(plan.parent.join(name));
+    if group.0.is_dir() {
+        group.remove().await;
+    }
+}
+
+/// What a group is called: by its virtual machine's folder, which no two share.
+fn name(dir: &Path) -> io::Result<String> {
+    let meta = fs::metadata(dir)?;
+    Ok(format!("{PREFIX}{}-{}", meta.dev(), meta.ino()))
+}
+
+/// What bounds a process, prepared before it is forked.
+pub(crate) struct Bounds {
+    group: Option<OwnedFd>,
+    addresses: u64,
+}
+
+impl Bounds {
+    pub(crate) fn new(group: Option<&Group>, memory: ByteSize) -> io::Result<Self> {
+        let addresses = memory.as_bytes().saturating_add(ADDRESSES_BESIDE.as_bytes());
+        Ok(Self { group: group.map(Group::entrance).transpose()?, addresses })
+    }
+
+    /// Bounds this process, which has just been forked: makes system calls only.
+    pub(crate) fn enter(&self) -> io::Result<()> {
+        let bound = |resource, most: u64| {
+            let most = rustix::process::getrlimit(resource).maximum.map_or(most, |now| most.min(now));
+            rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
+        };
+        bound(Resource::As, self.addresses)?;
+        // A guest's memory is nobody's to find on the disk.
+        bound(Resource::Core, 0)?;
+        // Zero stands for whoever writes it.
+        if self.group.as_ref().is_none_or(|group| rustix::io::write(group.as_fd(), b"0").is_err()) {
+            let nice = rustix::process::getpriority_process(None)?.max(NICE);
+            rustix::process::setpriority_process(None, nice)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    fn set(names: &str) -> BTreeSet<String> {
+        names.split_whitespace().map(str::to_owned).collect()
+    }
+
+    fn level(dir: &str, writable: bool, populated: bool, available: &str, enabled: &str) -> Level {
+        let (available, enabled) = (set(available), set(enabled));
+        Level { dir: dir.into(), top: false, populated, writable, available, enabled }
+    }
+
+    #[test]
+    fn the_nearest_group_that_is_ours_and_has_no_processes_is_divided() {
+        let service = level("/u/app/manager", true, true, "cpu memory pids", "");
+        let app = level("/u/app", true, false, "cpu memory pids io", "memory pids");
+        let user = level("/u", true, false, "cpu memory pids", "cpu memory pids");
+        let system = level("/", false, false, "cpu memory pids", "cpu memory pids");
+        let levels = [service, app, user, system];
+        let expected = Plan { parent: "/u/app".into(), controllers: CONTROLLERS.to_vec(), enable: vec!["cpu"] };
+        assert_eq!(plan(&levels), Ok(expected));
+        assert_eq!(plan(&levels[2..]).unwrap().enable, Vec::<&str>::new());
+    }
+
+    #[test]
+    fn the_uppermost_group_may_have_processes() {
+        let root = Level { top: true, ..level("/sys/fs/cgroup", true, true, "cpu pids", "") };
+        let expected =
+            Plan { parent: "/sys/fs/cgroup".into(), controllers: vec!["cpu", "pids"], enable: vec!["cpu", "pids"] };
+        assert_eq!(plan(&[root]), Ok(expected));
+    }
+
+    #[test]
+    fn why_there_is_none_is_told() {
+        let said = |levels: &[Level]| plan(levels).unwrap_err().to_string();
+        assert!(said(&[]).contains("no control groups of version 2"));
+        assert!(said(&[level("/a", false, false, "cpu", "cpu")]).contains("--install"));
+        assert!(said(&[level("/a", true, true, "cpu", "cpu")]).contains("--install"));
+        assert!(said(&[level("/a", true, false, "hugetlb memory", "")]).contains("cannot bound processors"));
+    }
+
+    #[test]
+    fn a_process_is_found_in_the_hierarchy() {
+        let hybrid = "31 1 0:22 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n41 31 0:38 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw";
+        let found = place(hybrid, "1:cpu:/\n0::/user.slice/a.scope\n").unwrap();
+        let unified = Path::new("/sys/fs/cgroup/unified");
+        assert_eq!(found, (unified.into(), unified.join("user.slice/a.scope")));
+        assert_eq!(place(hybrid, "0::/\n").unwrap(), (unified.into(), unified.into()));
+        // In a container that sees a part of it.
+        let part = "41 31 0:38 /docker/x /sys/fs/cgroup ro - cgroup2 cgroup rw";
+        assert_eq!(place(part, "0::/docker/x/y\n").unwrap().1, Path::new("/sys/fs/cgroup/y"));
+        for (mounts, groups) in [(hybrid, "1:cpu:/\n"), ("", "0::/\n"), (part, "0::/other\n"), (hybrid, "0::/../b\n")] {
+            assert_eq!(place(mounts, groups), None, "{groups}");
+        }
+    }
+
+    /// In a group of this computer's own hierarchy, if this user may make one; without controllers where it has none.
+    #[tokio::test]
+    async fn a_process_is_put_into_a_group_that_is_removed_after_it() {
+        let Some(top) = levels().into_iter().find(|level| level.writable && (level.top || !level.populated)) else {
+            eprintln!("no control group is ours here: not tested");
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let controllers: Vec<_> = CONTROLLERS.into_iter().filter(|name| top.enabled.contains(*name)).collect();
+        let plan = Plan { parent: top.dir, controllers: controllers.clone(), enable: Vec::new() };
+        let group = Group::by(&plan, folder.path(), ByteSize::from_mib(64)).unwrap();
+        if controllers.contains(&"cpu") {
+            assert_eq!(fs::read_to_string(group.0.join("cpu.weight")).unwrap().trim(), "50");
+        }
+        let bounds = Bounds::new(Some(&group), ByteSize::from_mib(64)).unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        // SAFETY: makes system calls only.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, move || bounds.enter()) };
+        let mut child = command.spawn().unwrap();
+        assert_eq!(Group::of(child.id()).unwrap().0, group.0);
+        let limits = fs::read_to_string(format!("/proc/{}/limits", child.id())).unwrap();
+        assert!(limits.lines().any(|line| line.starts_with("Max core file size") && line.contains(" 0 ")), "{limits}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let place = group.0.clone();
+        group.remove().await;
+        assert!(!place.exists());
+    }
+
+    #[test]
+    fn without_a_group_a_process_has_a_lower_priority() {
+        let bounds = Bounds::new(None, ByteSize::from_mib(64)).unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        // SAFETY: makes system calls only.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, move || bounds.enter()) };
+        let own = rustix::process::getpriority_process(None).unwrap();
+        let mut child = command.spawn().unwrap();
+        let pid = rustix::process::Pid::from_child(&child);
+        let its = rustix::process::getpriority_process(Some(pid)).unwrap();
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(its, own.max(NICE));
+    }
+}
