@@ -4,7 +4,7 @@
 //! the guest's file system is made for that.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -119,17 +119,27 @@ pub(crate) fn make_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: Option<Stri
     }
     vm_task(shared, clan, TaskKind::SnapshotVm, "Snapshot", &["Copy the disk"], move |clan, task| async move {
         task.log(format!("the snapshot is `{name}`"));
-        task.unless_cancelled(make(&clan, &name)).await
+        let vm = clan.keeper.vm();
+        if vm.is_some() || !clan.record.get().wanted {
+            return task.unless_cancelled(make(&clan, &name, vm)).await;
+        }
+        // One that waits for its turn, or for its next attempt, waits for this too: it would write to its disk meanwhile.
+        let held = task.unless_cancelled(machine::hold(&clan)).await;
+        let made = match held {
+            Ok(()) => task.unless_cancelled(make(&clan, &name, None)).await,
+            cancelled => cancelled,
+        };
+        machine::release(&clan).await?;
+        made
     })
 }
 
-async fn make(clan: &Clan, name: &str) -> Result<(), ApiProblem> {
+async fn make(clan: &Clan, name: &str, vm: Option<Vm>) -> Result<(), ApiProblem> {
     let on_disk = |e| problem::disk(&e);
     let folder = folder(clan);
     disk::create_dir(&folder).map_err(on_disk)?;
     let staging = Staging(folder.join(format!("{STAGING}{name}")));
     disk::create_dir(&staging.0).map_err(on_disk)?;
-    let vm = clan.keeper.vm();
     let snapshot = Snapshot { made: now(), image: clan.record.get().image, running: vm.is_some() };
     let (from, to) = (clan.record.paths().data_disk(), staging.0.join("data.ext4"));
     let copy = async { blocking(move || copy_data_disk(&from, &to)).await?.map_err(|e| problem::vm(&e)) };
@@ -145,6 +155,7 @@ async fn make(clan: &Clan, name: &str) -> Result<(), ApiProblem> {
 pub(crate) fn sweep(paths: &ClanPaths) {
     // What cannot be removed now is tried again.
     let _ = disk::remove_file(&paths.dir.join(RESTORING));
+    disk::sweep(&paths.dir);
     for path in disk::list(&paths.dir.join(FOLDER)) {
         if path.file_name().is_some_and(|n| n.to_string_lossy().starts_with(STAGING)) {
             let _ = disk::remove_dir(&path);
@@ -165,7 +176,13 @@ impl Drop for Staging {
 /// Does something while the guest holds still with everything written out; it goes on afterwards, even if this is dropped.
 async fn held(clan: &Clan, vm: Vm, work: impl Future<Output = Result<(), ApiProblem>>) -> Result<(), ApiProblem> {
     if vm.is_paused().await.map_err(|e| problem::vm(&e))? {
-        return work.await;
+        work.await?;
+        // One that was killed meanwhile is started anew, and writes to its disk.
+        return match vm.exited() {
+            None => Ok(()),
+            Some(_) => Err(ApiProblem::new(ErrorCode::VmFailed, "the VM ended while its disk was copied")
+                .hint("make another snapshot: `clan vm snapshot`")),
+        };
     }
     let agent = clan.keeper.watch_agent().borrow().clone();
     if let Some(agent) = agent
@@ -227,7 +244,7 @@ pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
         // Whatever came of it, the VM runs as it did.
         if machine::release(&clan).await? && put.is_ok() {
             task.begin(2);
-            return task.unless_cancelled(start(&clan)).await;
+            return task.unless_cancelled(start(&clan, &task)).await;
         }
         put
     })
@@ -235,26 +252,34 @@ pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
 
 async fn put_back(clan: &Clan, snapshot: &SnapshotInfo) -> Result<(), ApiProblem> {
     let from = folder(clan).join(&snapshot.name).join("data.ext4");
-    let place = clan.record.paths().data_disk();
-    let beside = clan.record.paths().dir.join(RESTORING);
+    let paths = clan.record.paths().clone();
     let size = clan.record.get().disk.max(snapshot.size);
     // Its ledger will be an old one, and its machine sign nothing before it has heard what came after.
-    clan.record.update(|r| r.restored = true).map_err(|e| problem::disk(&e))?;
-    let put = blocking(move || {
-        disk::remove_file(&beside).map_err(|e| problem::disk(&e))?;
-        copy_data_disk(&from, &beside).map_err(|e| problem::vm(&e))?;
-        // It may have grown since; the guest makes use of that when it starts.
-        let grown = fs::OpenOptions::new().write(true).open(&beside).and_then(|disk| disk.set_len(size.as_bytes()));
-        grown
-            .and_then(|()| fs::rename(&beside, &place))
-            .and_then(|()| fs::File::open(place.parent().unwrap_or(Path::new(".")))?.sync_all())
-            .map_err(|e| {
-                let _ = fs::remove_file(&beside);
-                ApiProblem::new(ErrorCode::VmFailed, "the snapshot was not put in its place").why(e.to_string())
-            })
-    });
-    put.await??;
-    clan.record.update(|r| (r.disk, r.fresh) = (size, None)).map_err(|e| problem::disk(&e))
+    clan.record.update(|r| (r.restored, r.fresh) = (true, None)).map_err(|e| problem::disk(&e))?;
+    blocking(move || replace_disk(&paths, &from, size)).await??;
+    clan.record.update(|r| r.disk = size).map_err(|e| problem::disk(&e))
+}
+
+/// Puts a copy of a disk in the place of a VM's, at least so large: a crash leaves the one or the other. Nothing may use
+/// either. Blocks on the disk.
+pub(crate) fn replace_disk(paths: &ClanPaths, from: &Path, size: ByteSize) -> Result<(), ApiProblem> {
+    let (place, beside) = (paths.data_disk(), paths.dir.join(RESTORING));
+    disk::remove_file(&beside).map_err(|e| problem::disk(&e))?;
+    copy_data_disk(from, &beside).map_err(|e| problem::vm(&e))?;
+    let put = || -> io::Result<()> {
+        let copy = fs::OpenOptions::new().write(true).open(&beside)?;
+        // The VM's may have grown since; the guest makes use of that when it starts.
+        if copy.metadata()?.len() < size.as_bytes() {
+            copy.set_len(size.as_bytes())?;
+            copy.sync_all()?;
+        }
+        fs::rename(&beside, &place)?;
+        fs::File::open(&paths.dir)?.sync_all()
+    };
+    put().map_err(|e| {
+        let _ = fs::remove_file(&beside);
+        ApiProblem::new(ErrorCode::VmFailed, "the copy was not put in the place of the disk").why(e.to_string())
+    })
 }
 
 /// Removes a snapshot, as a task.
@@ -285,6 +310,7 @@ pub(crate) fn discard_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::record::{ClanRecord, tests};
 
     #[test]
     fn a_snapshots_name_stays_in_its_folder() {
@@ -292,5 +318,72 @@ mod tests {
             assert!(checked(bad).is_err(), "{bad}");
         }
         assert_eq!(checked("before-2026-11").ok(), Some("before-2026-11"));
+    }
+
+    fn names(dir: &Path) -> Vec<String> {
+        disk::list(dir).iter().map(|path| path.file_name().unwrap().to_string_lossy().into_owned()).collect()
+    }
+
+    /// A clan whose VM is stopped, with a disk of these contents.
+    fn clan(shared: &Shared, content: &[u8]) -> Arc<Clan> {
+        let record = ClanRecord { disk: ByteSize::from_mib(1), ..tests::record(1, Phase::Ready) };
+        tests::put(&shared.paths, &record, None);
+        fs::write(shared.paths.clan(&record.id).data_disk(), content).unwrap();
+        shared.adopt(record).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_disk_is_put_back_whole_and_what_is_remembered_says_so_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Shared::for_tests(dir.path());
+        let clan = clan(&shared, b"before");
+        make(&clan, "first", None).await.unwrap();
+        let disk = clan.record.paths().data_disk();
+        fs::write(&disk, b"after").unwrap();
+        let snapshot = find(&clan, "first").ok().unwrap();
+        put_back(&clan, &snapshot).await.unwrap();
+        let now = fs::read(&disk).unwrap();
+        assert_eq!((&now[..6], now.len()), (&b"before"[..], 1 << 20), "as large as the VM's disk has become");
+        assert!(clan.record.get().restored);
+
+        // Something in its place that is no disk: the attempt leaves nothing of itself.
+        clan.record.update(|r| r.restored = false).unwrap();
+        fs::remove_file(&disk).unwrap();
+        fs::create_dir_all(disk.join("in the way")).unwrap();
+        put_back(&clan, &snapshot).await.unwrap_err();
+        assert!(clan.record.get().restored, "it is doubted rather than trusted");
+        assert!(!names(&clan.record.paths().dir).iter().any(|name| name.starts_with(RESTORING)));
+    }
+
+    #[tokio::test]
+    async fn whatever_a_crash_leaves_of_copies_goes_and_the_disk_is_the_one_or_the_other() {
+        for disk_now in [&b"old"[..], b"new"] {
+            let dir = tempfile::tempdir().unwrap();
+            let shared = Shared::for_tests(dir.path());
+            let first = clan(&shared, b"old");
+            make(&first, "whole", None).await.unwrap();
+            let (id, paths) = (first.id(), first.record.paths().clone());
+            let before = names(&paths.dir);
+            // In the middle of a snapshot, of a discarded one, of a restoration, of a new disk and of a record.
+            for half in [".new-half", ".new-gone"] {
+                fs::create_dir(paths.dir.join(FOLDER).join(half)).unwrap();
+                fs::write(paths.dir.join(FOLDER).join(half).join("data.ext4.new4711"), b"ha").unwrap();
+            }
+            fs::create_dir(paths.dir.join(FOLDER).join("damaged")).unwrap();
+            fs::write(paths.dir.join(FOLDER).join("damaged/data.ext4"), b"half").unwrap();
+            for draft in [RESTORING, "data.ext4.restoring.new4711", "data.ext4.new4711", "clan.json.new-4711-0"] {
+                fs::write(paths.dir.join(draft), b"half").unwrap();
+            }
+            fs::write(paths.data_disk(), disk_now).unwrap();
+
+            let next = Shared::for_tests(dir.path());
+            let found = next.adopt(ClanRecord::load(&paths).unwrap()).unwrap();
+            assert_eq!(found.id(), id);
+            assert_eq!(names(&paths.dir), before);
+            assert_eq!(names(&paths.dir.join(FOLDER)), ["damaged", "whole"]);
+            let listed: Vec<String> = list(&found).into_iter().map(|snapshot| snapshot.name).collect();
+            assert_eq!(listed, ["whole"], "what is not whole is no snapshot");
+            assert_eq!(fs::read(paths.data_disk()).unwrap(), disk_now);
+        }
     }
 }
