@@ -124,6 +124,7 @@ pub struct Person {
     program: PathBuf,
     log: PathBuf,
     path: String,
+    options: Vec<String>,
     listener: TcpListener,
     manager: Option<Child>,
     interrupt: Interrupt,
@@ -181,6 +182,7 @@ impl Lab {
             people.push(Person {
                 name: name.to_owned(),
                 path: PATH.to_owned(),
+                options: Vec::new(),
                 prefix: record.prefix.clone(),
                 account: account.clone(),
                 namespace,
@@ -306,6 +308,11 @@ impl Person {
         self.path = path.into();
     }
 
+    /// What their manager is told when it is started from now on.
+    pub fn set_options(&mut self, options: &[&str]) {
+        self.options = options.iter().map(|&option| option.to_owned()).collect();
+    }
+
     /// Takes a port of this computer's own loopback.
     ///
     /// # Errors
@@ -321,7 +328,9 @@ impl Person {
     pub fn start_manager(&mut self, limit: Duration) -> Result<(), LabError> {
         let socket = self.data().join("run/manager.sock");
         let program = self.program.clone();
-        let mut child = self.start_listening(&[program.as_os_str(), "manager".as_ref()])?;
+        let mut words: Vec<&std::ffi::OsStr> = vec![program.as_os_str(), "manager".as_ref()];
+        words.extend(self.options.iter().map(std::ffi::OsStr::new));
+        let mut child = self.start_listening(&words)?;
         let began = Instant::now();
         while !(socket.exists() && process::listens_below(child.id(), &self.data())) {
             if let Ok(Some(status)) = child.try_wait() {

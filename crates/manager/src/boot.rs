@@ -69,22 +69,22 @@ pub(crate) async fn bring_up(
 ) -> Result<(Channel, Identity), ApiProblem> {
     clan.keeper.want(true).await?;
     if clan.record.get().flavour == Flavour::Vm {
-        wait(clan, clan.keeper.watch_agent(), "agent", AGENT).await?;
+        wait(clan, clan.keeper.watch_agent(), "agent", AGENT, task).await?;
     }
     task.begin(controller_step);
-    let control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER).await?;
-    let identity = identify(clan, control).await?;
+    let control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER, task).await?;
+    let identity = identify(clan, control, task).await?;
     Ok(identity)
 }
 
 /// Asks who the machine is; a controller that restarts meanwhile is asked again.
-async fn identify(clan: &Clan, first: Channel) -> Result<(Channel, Identity), ApiProblem> {
+async fn identify(clan: &Clan, first: Channel, task: &TaskHandle) -> Result<(Channel, Identity), ApiProblem> {
     let mut control = first;
     for _ in 0..3 {
         match guest::identify(&control).await {
             Ok(identity) => return Ok((control, identity)),
             Err(GuestError::Channel(_) | GuestError::Message { .. } | GuestError::TimedOut { .. }) => {
-                control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER).await?;
+                control = wait(clan, clan.keeper.watch_control(), "controller", CONTROLLER, task).await?;
             }
             Err(error) => return Err(problem::guest(&error)),
         }
@@ -92,12 +92,13 @@ async fn identify(clan: &Clan, first: Channel) -> Result<(Channel, Identity), Ap
     Err(silent(clan, "controller", CONTROLLER))
 }
 
-/// Waits for a channel, or for the VM to be given up.
+/// Waits for a channel, or for the VM to be given up. What it waits for itself is in the task's detail.
 pub(crate) async fn wait(
     clan: &Clan,
     mut channel: watch::Receiver<Option<Channel>>,
     who: &'static str,
     limit: Duration,
+    task: &TaskHandle,
 ) -> Result<Channel, ApiProblem> {
     let mut view = clan.keeper.watch();
     let failed = async {
@@ -117,6 +118,32 @@ pub(crate) async fn wait(
         channel = connected => Ok(channel),
         problem = failed => Err(problem),
         () = too_late(clan.keeper.watch(), limit) => Err(silent(clan, who, limit)),
+        () = tell(clan.keeper.watch(), task) => Err(ApiProblem::new(ErrorCode::Stopping, "the manager is stopping")),
+    }
+}
+
+/// Tells in the task's detail what a queued VM waits for. Returns when its keeper is gone.
+async fn tell(mut view: watch::Receiver<VmView>, task: &TaskHandle) {
+    let mut told = false;
+    loop {
+        let reason = {
+            let now = view.borrow_and_update();
+            now.problem.as_ref().filter(|_| now.queued).map(|problem| problem.message.clone())
+        };
+        match reason {
+            Some(reason) => {
+                task.detail(reason);
+                told = true;
+            }
+            None if told => {
+                task.no_detail();
+                told = false;
+            }
+            None => {}
+        }
+        if view.changed().await.is_err() {
+            return;
+        }
     }
 }
 

@@ -70,6 +70,9 @@ pub(crate) fn check_computer(shared: &Shared, size: Size) -> Result<(), ApiProbl
         ))
         .map_err(|p| p.hint("give it less: `--memory 256M`"));
     }
+    if let Some(budget) = shared.options.vm_memory.filter(|budget| keeper::needed(size.memory) > *budget) {
+        return Err(problem::beyond_budget(keeper::needed(size.memory), budget));
+    }
     if size.disk < LEAST_DISK {
         return Err(ApiProblem::new(ErrorCode::BadRequest, format!("a data disk of {} is too small", size.disk))
             .hint("give it more: `--disk 1G`"));
@@ -393,7 +396,7 @@ pub(crate) async fn provision(
     let request = ControlRequest::Provision(Box::new(request));
     let (mut attempt, mut waits) = (1, false);
     loop {
-        let control = boot::wait(clan, clan.keeper.watch_control(), "controller", PROVISION).await?;
+        let control = boot::wait(clan, clan.keeper.watch_control(), "controller", PROVISION, task).await?;
         match guest::provision(&control, &request, &entries, PROVISION).await {
             Ok(ControlResponse::Provisioned) => return Ok(()),
             Ok(_) => return Err(problem::guest(&GuestError::Unexpected { what: "take its place in the clan" })),

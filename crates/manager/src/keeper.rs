@@ -49,7 +49,7 @@ use owner::Loop;
 pub(crate) use owner::Restarts;
 pub(crate) use silence::Patience;
 pub(crate) use start::{GUEST_QUIC, GUEST_WIREGUARD, free_ports};
-pub(crate) use turns::Turns;
+pub(crate) use turns::{Turns, needed};
 
 /// What a VM does now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +65,8 @@ pub(crate) struct VmView {
     pub(crate) queued: bool,
     /// Why its guest reaches this computer's loopback, if it does.
     pub(crate) exposure: Option<Exposure>,
+    /// Why it may take as much of this computer as it likes, if it runs and may.
+    pub(crate) unlimited: Option<String>,
 }
 
 impl VmView {
@@ -79,6 +81,7 @@ impl VmView {
             accelerator: None,
             queued: false,
             exposure: None,
+            unlimited: None,
         }
     }
 }
@@ -152,7 +155,8 @@ impl Keeper {
             retry_at: None,
             turn: None,
             place: None,
-            short: false,
+            hunger: None,
+            share: None,
             silent: 0,
             note: None,
             full: None,

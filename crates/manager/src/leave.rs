@@ -56,7 +56,7 @@ pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
         steps,
         move |task| async move {
             task.begin(0);
-            let heard = match task.unless_cancelled(farewell(&clan)).await {
+            let heard = match task.unless_cancelled(farewell(&clan, &task)).await {
                 Ok(heard) => heard,
                 // Gone on with by the next manager.
                 Err(problem) if shared_.is_stopping() => return Err(problem),
@@ -79,9 +79,9 @@ pub(crate) fn spawn(shared: &Arc<Shared>, clan: Arc<Clan>) -> Arc<Task> {
 }
 
 /// Whether another machine of the clan has heard it.
-async fn farewell(clan: &Clan) -> Result<bool, ApiProblem> {
+async fn farewell(clan: &Clan, task: &TaskHandle) -> Result<bool, ApiProblem> {
     clan.keeper.want(true).await?;
-    let control = boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await?;
+    let control = boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED, task).await?;
     let identity = guest::identify(&control).await.map_err(|e| problem::guest(&e))?;
     let person = clan.person();
     // The owner's last machine takes the person with it.
@@ -119,9 +119,9 @@ pub(crate) async fn stop(clan: &Clan) -> Result<(), ApiProblem> {
 }
 
 /// Starts a VM and waits until its controller answers.
-pub(crate) async fn start(clan: &Clan) -> Result<(), ApiProblem> {
+pub(crate) async fn start(clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
     clan.keeper.want(true).await?;
-    boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED).await.map(drop)
+    boot::wait(clan, clan.keeper.watch_control(), "controller", STARTED, task).await.map(drop)
 }
 
 /// Only a VM can be paused, resized and copied.
@@ -157,7 +157,7 @@ pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Ta
         if clan.record.get().trial.is_some() {
             return update::judge(&shared_, &clan, &task).await;
         }
-        task.unless_cancelled(start(&clan)).await
+        task.unless_cancelled(start(&clan, &task)).await
     })
 }
 

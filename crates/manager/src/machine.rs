@@ -53,7 +53,7 @@ pub(crate) fn restart_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<
         })
         .await?;
         task.begin(1);
-        task.unless_cancelled(start(&clan)).await
+        task.unless_cancelled(start(&clan, &task)).await
     })
 }
 

@@ -11,7 +11,7 @@ use std::{
 
 use clan_api::{ApiProblem, ErrorCode, HealthProblem, Severity};
 use clan_build::ImageStore;
-use clan_types::{ClanId, ClanName, MachineId};
+use clan_types::{ByteSize, ClanId, ClanName, MachineId};
 use clan_vm::Qemu;
 use rustix::fs::FlockOperation;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -55,6 +55,8 @@ pub struct Options {
     pub qemu: Qemu,
     /// Whether VMs go on when the manager stops in good order. When it is killed they do anyway.
     pub keep_vms: bool,
+    /// How much memory all VMs together may have; those that do not fit wait. No limit if absent.
+    pub vm_memory: Option<ByteSize>,
 }
 
 impl Options {
@@ -71,6 +73,7 @@ impl Options {
             mirror: None,
             qemu: Qemu::Search,
             keep_vms: false,
+            vm_memory: None,
         }
     }
 }
@@ -187,6 +190,9 @@ impl Manager {
             disk::create_dir(&dir)?;
         }
         let lock = lock(&paths)?;
+        for dir in [paths.root().to_owned(), paths.run(), paths.tasks()] {
+            disk::sweep(&dir);
+        }
         let listeners = Listeners::bind(&paths, options.listen)?;
         let shared = Arc::new(Shared::open(paths, options, listeners.address())?);
         let Loaded { records, bad } = record::load_all(&shared.paths);
@@ -260,7 +266,7 @@ impl Shared {
             images,
             templates,
             trees: Trees::open(paths.trees()),
-            turns: Turns::for_this_computer(),
+            turns: Turns::for_this_computer(options.vm_memory),
             tasks: Tasks::open(&paths.tasks(), stop.clone()),
             auth: Auth::open(&paths.token())?,
             address,

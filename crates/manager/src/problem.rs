@@ -12,6 +12,16 @@ use crate::{disk::DiskError, guest::GuestError};
 
 const ASK_AGAIN: &str = "ask for a new link: `clan invite` makes one";
 
+/// A VM that takes more memory than all together may have.
+pub(crate) fn beyond_budget(needed: ByteSize, budget: ByteSize) -> ApiProblem {
+    ApiProblem::new(
+        ErrorCode::TooSmall,
+        format!("the VM needs {needed} of memory, and virtual machines here may have {budget} together"),
+    )
+    .hint("give it less: `--memory 256M`")
+    .hint("or start the manager with more: `clan manager --vm-memory`")
+}
+
 /// An error's sources, joined.
 pub(crate) fn sources(error: &dyn Error) -> Option<String> {
     let mut text = String::new();

@@ -317,6 +317,7 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmIn
         pid: view.pid,
         accelerator: view.accelerator.map(kind),
         exposure: view.exposure.map(|e| format!("{} {}", e.why, e.remedy)),
+        unlimited: view.unlimited,
         memory: record.memory,
         cpus: u32::from(record.cpus),
         disk: record.disk,

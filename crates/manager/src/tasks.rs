@@ -325,6 +325,11 @@ impl TaskHandle {
         self.task.change(|inner| inner.info.detail = Some(text));
     }
 
+    /// The running step does nothing worth a word.
+    pub(crate) fn no_detail(&self) {
+        self.task.change(|inner| inner.info.detail = None);
+    }
+
     /// How many bytes are done, of how many.
     pub(crate) fn progress(&self, done: u64, total: Option<u64>) {
         self.task.change(|inner| {

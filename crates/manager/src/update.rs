@@ -116,7 +116,7 @@ fn healthy(status: &NodeStatus) -> impl Iterator<Item = &ServiceName> {
 pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
     let Some(trial) = clan.record.get().trial else { return Ok(()) };
     let tried = async {
-        start(clan).await?;
+        start(clan, task).await?;
         well(clan, &trial).await
     };
     let problem = match task.unless_cancelled(tried).await {
@@ -132,7 +132,7 @@ pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Re
     held?;
     let back = "the VM is not well with the new image, and has its previous one again";
     if runs {
-        start(clan).await.map_err(|again| {
+        start(clan, task).await.map_err(|again| {
             ApiProblem::new(ErrorCode::VmFailed, "the VM is not well with the new image, nor with its previous one")
                 .why(format!("{}; then {}", problem.message, again.message))
                 .hint("look at its console: `clan vm logs --console`")

@@ -4,6 +4,8 @@ mod unit;
 
 use std::{net::SocketAddr, path::PathBuf};
 
+use clan_types::ByteSize;
+
 use crate::{args::Global, context::data_dir, error::CliError, printer::Printer};
 
 /// Arguments of `clan manager`.
@@ -19,6 +21,9 @@ pub(crate) struct Args {
     /// Leave the virtual machines running when it stops
     #[arg(long)]
     keep_vms: bool,
+    /// How much memory all virtual machines together may have; those that do not fit wait until others stop [default: what this computer has]
+    #[arg(long, value_name = "SIZE")]
+    vm_memory: Option<ByteSize>,
     /// Debian mirror for images, as a URL
     #[arg(long, value_name = "URL", env = "CLAN_MIRROR", hide_env_values = true)]
     mirror: Option<String>,
@@ -68,6 +73,7 @@ fn serve(args: Args, global: &Global, printer: &Printer) -> Result<(), CliError>
     let mut options = Options::new(executable, agent);
     options.listen = args.listen;
     options.keep_vms = args.keep_vms;
+    options.vm_memory = args.vm_memory;
     options.mirror = args.mirror;
     options.proxy =
         ["http_proxy", "HTTP_PROXY"].iter().find_map(|name| std::env::var(name).ok()).filter(|proxy| !proxy.is_empty());

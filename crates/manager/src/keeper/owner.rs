@@ -20,7 +20,7 @@ use super::{
     room::DiskEvents,
     silence::Doom,
     stop::{POWER_OFF, POWER_OFF_QUICKLY, power_off},
-    turns::{Place, Turn, needed},
+    turns::{Place, Share, Short, Ticket, Turn, needed},
 };
 use crate::{clan::RecordCell, guest, link::Outlets, problem, status, tasks::now, template};
 
@@ -81,8 +81,10 @@ pub(super) struct Loop {
     /// Held while the VM starts.
     pub(super) turn: Option<Turn>,
     pub(super) place: Option<Place>,
-    /// It waits for memory.
-    pub(super) short: bool,
+    /// It waits for memory, behind others.
+    pub(super) hunger: Option<Ticket>,
+    /// What the VM has of the memory that is for all.
+    pub(super) share: Option<Share>,
     /// Boots of late that ended in silence.
     pub(super) silent: u32,
     /// Why it is started anew, until it is up.
@@ -97,7 +99,8 @@ enum Event {
     Command(Option<Command>),
     Exit(Exit),
     Control,
-    Turn(Turn),
+    /// Its turn has come, or the queue has moved.
+    Turn(Option<Turn>),
     DiskFull,
     Tick,
 }
@@ -120,6 +123,7 @@ impl Loop {
                     tracing::warn!(%error, "the VM shall be paused, and is not");
                 }
                 let full = vm.lacks_room().await.unwrap_or(false);
+                self.share = Some(self.config.turns.share(self.record.get().memory));
                 self.attach(vm, None, None, None);
                 if full {
                     self.disk_is_full();
@@ -171,7 +175,8 @@ impl Loop {
                 }
                 Event::Exit(exit) => self.ended(exit).await,
                 Event::Control => self.control_changed(control.borrow_and_update().is_some()),
-                Event::Turn(turn) => self.take_turn(turn).await,
+                Event::Turn(Some(turn)) => self.take_turn(turn).await,
+                Event::Turn(None) => self.wait_for_turn(),
                 Event::DiskFull => self.disk_is_full(),
                 Event::Tick => self.tick().await,
             }
@@ -193,7 +198,7 @@ impl Loop {
             command = self.commands.recv() => Event::Command(command),
             Ok(()) = control.changed() => Event::Control,
             () = async { match heard { Some(heard) => heard.full().await, None => std::future::pending().await } } => Event::DiskFull,
-            turn = async { match place { Some(place) => place.await, None => std::future::pending().await } } => {
+            turn = async { match place { Some(place) => place.next().await, None => std::future::pending().await } } => {
                 Event::Turn(turn)
             }
             () = async { match at { Some(at) => sleep_until(at.into()).await, None => std::future::pending().await } } => Event::Tick,
@@ -211,13 +216,13 @@ impl Loop {
         self.look_for_room().await;
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
-            if self.running.is_none() && self.record.get().wanted {
+            // Whoever lacks memory takes no turn from others.
+            if self.running.is_none() && self.record.get().wanted && self.has_memory(None) {
                 match self.config.turns.now() {
                     Some(turn) => self.take_turn(turn).await,
                     None => {
                         self.place = Some(self.config.turns.queue());
-                        let why = "it waits for its turn: other virtual machines are starting";
-                        self.show(VmState::Starting, Some(ApiProblem::new(ErrorCode::VmNotReady, why)));
+                        self.wait_for_turn();
                     }
                 }
             }
@@ -227,13 +232,13 @@ impl Loop {
         }
     }
 
-    async fn take_turn(&mut self, turn: Turn) {
+    async fn take_turn(&mut self, mut turn: Turn) {
         self.place = None;
         if self.running.is_some() || !self.record.get().wanted {
             return;
         }
-        self.turn = Some(turn);
-        if self.has_memory() {
+        if self.has_memory(Some(&mut turn)) {
+            self.turn = Some(turn);
             self.start().await;
         }
         if self.running.is_none() {
@@ -241,35 +246,61 @@ impl Loop {
         }
     }
 
-    /// Sees that there is memory for the VM, and takes it. If there is none, the VM waits until there is some, as long as
-    /// the computer has so much at all.
-    fn has_memory(&mut self) -> bool {
+    fn wait_for_turn(&self) {
+        let Some(place) = &self.place else { return };
+        let why = format!("it waits for its turn, {}: other virtual machines are starting", place.rank());
+        self.show(VmState::Starting, Some(ApiProblem::new(ErrorCode::VmNotReady, why)));
+    }
+
+    /// Sees that there is memory for the VM, and takes it if it is its turn. If there is none, the VM waits until there is
+    /// some, as long as there is so much at all.
+    fn has_memory(&mut self, turn: Option<&mut Turn>) -> bool {
         let asked = self.record.get().memory;
         let (total, available) = status::memory();
-        let claimed = match &mut self.turn {
-            Some(turn) => turn.claim(asked, available),
-            None => Ok(()),
+        let turns = &self.config.turns;
+        let fits = match turn {
+            Some(turn) => turn.claim(asked, available, self.hunger.as_ref(), self.share.take()).map(Some),
+            None => turns.fits(asked, available, self.hunger.as_ref(), self.share.as_ref()).map(|()| None),
         };
-        let Err(left) = claimed else {
-            self.short = false;
-            return true;
+        let short = match fits {
+            Ok(share) => {
+                if share.is_some() {
+                    (self.share, self.hunger) = (share, None);
+                }
+                return true;
+            }
+            Err(short) => short,
         };
-        if asked > total {
-            self.short = false;
-            self.fail(problem::vm(&VmError::TooLarge { asked, available }));
-        } else {
-            self.wait_for_memory(asked, left);
+        let never = match turns.budget() {
+            _ if asked > total => Some(problem::vm(&VmError::TooLarge { asked, available })),
+            Some(budget) if needed(asked) > budget => Some(problem::beyond_budget(needed(asked), budget)),
+            _ => None,
+        };
+        match never {
+            Some(problem) => {
+                self.hunger = None;
+                self.fail(problem);
+            }
+            None => self.wait_for_memory(asked, short),
         }
         false
     }
 
-    pub(super) fn wait_for_memory(&mut self, asked: ByteSize, left: ByteSize) {
-        if !self.short {
+    pub(super) fn wait_for_memory(&mut self, asked: ByteSize, short: Short) {
+        let Short { left, budget } = short;
+        if self.hunger.is_none() {
             tracing::info!(%asked, %left, "the VM waits for memory");
         }
-        self.short = true;
+        // What it cannot use now is for others.
+        self.share = None;
+        let turns = &self.config.turns;
+        let rank = self.hunger.get_or_insert_with(|| turns.hunger(asked)).rank();
         self.retry_at = Some(Instant::now() + MEMORY_AGAIN);
-        let why = format!("it waits for memory: it needs {}, and {left} of this computer's are left", needed(asked));
+        let of = match budget {
+            Some(budget) => format!("the {budget} that virtual machines may have"),
+            None => "this computer's".into(),
+        };
+        let why = format!("it waits for memory, {rank}: it needs {}, and {left} of {of} are left", needed(asked));
         let problem = ApiProblem::new(ErrorCode::VmNotReady, why);
         self.show(
             VmState::Starting,
@@ -291,13 +322,20 @@ impl Loop {
             }
         } else {
             self.retry_at = None;
-            self.place = None;
-            self.short = false;
+            (self.place, self.hunger) = (None, None);
             if self.running.is_some() {
                 self.begin_stop(POWER_OFF);
             } else {
+                self.give_share_back();
                 self.show(VmState::Stopped, None);
             }
+        }
+    }
+
+    /// One that is stopped only for as long as its disk or image is changed keeps its share.
+    fn give_share_back(&mut self) {
+        if !self.record.get().held {
+            self.share = None;
         }
     }
 
@@ -391,6 +429,7 @@ impl Loop {
                 self.show(VmState::Starting, None);
                 self.retry_at = Some(Instant::now());
             } else {
+                self.give_share_back();
                 self.show(VmState::Stopped, None);
             }
             return;
@@ -431,6 +470,7 @@ impl Loop {
 
     pub(super) fn fail(&mut self, problem: ApiProblem) {
         tracing::warn!(problem = problem.message, why = problem.why, "the VM is given up");
+        self.share = None;
         self.show(VmState::Failed, Some(problem));
     }
 
@@ -440,11 +480,12 @@ impl Loop {
             Network::Apart => None,
             Network::Exposed(exposure) => Some(exposure.clone()),
         });
+        let unlimited = self.running.as_ref().and_then(|r| r.vm.unlimited()).map(ToString::to_string);
         let problem = problem.or_else(|| self.note.clone().filter(|_| state == VmState::Starting));
-        let (restarts, queued) = (self.restarts.count, self.place.is_some() || self.short);
+        let (restarts, queued) = (self.restarts.count, self.place.is_some() || self.hunger.is_some());
         self.publish.send_if_modified(|view| {
             let since = if view.state == state { view.since } else { now() };
-            let next = VmView { state, problem, since, restarts, pid, accelerator, queued, exposure };
+            let next = VmView { state, problem, since, restarts, pid, accelerator, queued, exposure, unlimited };
             let changed = *view != next;
             *view = next;
             changed

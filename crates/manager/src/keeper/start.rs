@@ -11,11 +11,16 @@ use clan_vm::{AccelKind, Begin, ImageFiles, UdpForward, Vm, VmError, VmSpec, pro
 use clan_wire::image::FileRole;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use super::owner::{Loop, Running};
+use super::{
+    owner::{Loop, Running},
+    turns::Short,
+};
 use crate::{
     disk::DiskError,
+    fetch::blocking,
     link, problem,
     record::{ClanRecord, Fresh, Ports},
+    snapshots,
     template::{Kind, Staging},
 };
 
@@ -67,7 +72,7 @@ impl Loop {
                 }
                 // Somebody was faster.
                 Err(StartError::Vm(VmError::TooLarge { asked, available })) => {
-                    return self.wait_for_memory(asked, available);
+                    return self.wait_for_memory(asked, Short { left: available, budget: None });
                 }
                 // Nothing would be gained by trying again.
                 Err(error) => return self.fail(error.problem()),
@@ -77,10 +82,10 @@ impl Loop {
     }
 
     async fn try_start(&mut self) -> Result<(), StartError> {
-        let record = self.record.get();
+        let accelerator = probe::accelerator(&self.config.cache).await;
+        let record = self.late_template(accelerator.kind).await?;
         let image = record.image.ok_or(StartError::NoImage)?;
         let stored = self.config.images.get(&image).ok_or(StartError::ImageGone)?;
-        let accelerator = probe::accelerator(&self.config.cache).await;
         let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
         let spec = VmSpec {
             dir: self.record.paths().vm(),
@@ -122,6 +127,30 @@ impl Loop {
         tracing::info!(clan = %record.name, pid = vm.pid(), accelerator = ?accelerator.kind, template, "started the VM");
         self.attach(vm, Some(accelerator.kind), staging, template);
         Ok(())
+    }
+
+    /// The record, by which a VM whose disk is still empty need not boot if another has left a template meanwhile: of many
+    /// that were made at once, only those boot whose turn comes first.
+    async fn late_template(&mut self, accelerator: AccelKind) -> Result<ClanRecord, StartError> {
+        let record = self.record.get();
+        let kind = Kind::of(&record, accelerator, &self.config.qemu).filter(|_| record.fresh == Some(Fresh::Empty));
+        let Some(template) = kind.and_then(|kind| self.config.templates.find(&kind)) else { return Ok(record) };
+        let (paths, from, size) = (self.record.paths().clone(), template.data_disk(), record.disk);
+        let copied = async { blocking(move || snapshots::replace_disk(&paths, &from, size)).await? };
+        match copied.await {
+            // Only then: a template's disk can be booted from, and an empty one does not fit a template's state.
+            Ok(()) => {
+                self.record.update(|r| r.fresh = Some(Fresh::Template(template.name))).map_err(StartError::Disk)?;
+            }
+            Err(problem) => {
+                tracing::warn!(
+                    problem = problem.message,
+                    why = problem.why,
+                    "the template cannot be used: the VM boots"
+                );
+            }
+        }
+        Ok(self.record.get())
     }
 
     /// Where the guest begins, and the template it is to leave behind.

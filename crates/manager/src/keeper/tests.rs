@@ -2,10 +2,12 @@
 
 use std::{fs, time::Duration};
 
-use clan_types::{ByteSize, FileHash};
+use clan_types::{ByteSize, FileHash, ImageId};
 use clan_vm::{Begin, VmSpec};
 use clan_wire::image::{FileRole, ImageFile, Manifest};
 use tokio::time::timeout;
+
+mod crashed;
 
 use super::*;
 use crate::{
@@ -38,6 +40,35 @@ fn kernel(then: &[u8]) -> Vec<u8> {
 const HALT: &[u8] = &[0xfa, 0xf4, 0xeb, 0xfd];
 const RESET: &[u8] = &[0xb0, 0xfe, 0xe6, 0x64, 0xfa, 0xf4, 0xeb, 0xfd];
 
+/// An image of a few bytes; another one for another `filling`.
+fn put_image(images: &ImageStore, then: &[u8], filling: u8) -> ImageId {
+    let contents = [
+        (FileRole::Kernel, kernel(then)),
+        (FileRole::Initramfs, b"initramfs".to_vec()),
+        (FileRole::Root, vec![filling; 1 << 20]),
+        (FileRole::Layer, vec![255; 1 << 20]),
+    ];
+    let hash = |content: &[u8]| FileHash::from_bytes(*blake3::hash(content).as_bytes());
+    let files = contents.iter().map(|(role, content)| ImageFile {
+        role: *role,
+        size: ByteSize::from_bytes(content.len() as u64),
+        hash: hash(content),
+    });
+    let manifest = Manifest {
+        version: 1,
+        title: "a few bytes".into(),
+        architecture: "x86_64".into(),
+        inputs: hash(b"inputs"),
+        memory_min: ByteSize::from_mib(16),
+        files: files.collect(),
+    };
+    let incoming = images.begin(manifest).unwrap();
+    for (_, content) in &contents {
+        fs::write(incoming.file(&hash(content)).unwrap().path, content).unwrap();
+    }
+    incoming.finish().unwrap().id
+}
+
 /// A clan on disk, whose image has a kernel of ours.
 struct Site {
     _folder: tempfile::TempDir,
@@ -51,31 +82,7 @@ impl Site {
         let folder = tempfile::tempdir().unwrap();
         let paths = Paths::new(folder.path());
         let images = ImageStore::open(folder.path().join("images")).unwrap();
-        let contents = [
-            (FileRole::Kernel, kernel(then)),
-            (FileRole::Initramfs, b"initramfs".to_vec()),
-            (FileRole::Root, vec![0; 1 << 20]),
-            (FileRole::Layer, vec![1; 1 << 20]),
-        ];
-        let hash = |content: &[u8]| FileHash::from_bytes(*blake3::hash(content).as_bytes());
-        let files = contents.iter().map(|(role, content)| ImageFile {
-            role: *role,
-            size: ByteSize::from_bytes(content.len() as u64),
-            hash: hash(content),
-        });
-        let manifest = Manifest {
-            version: 1,
-            title: "a few bytes".into(),
-            architecture: "x86_64".into(),
-            inputs: hash(b"inputs"),
-            memory_min: ByteSize::from_mib(16),
-            files: files.collect(),
-        };
-        let incoming = images.begin(manifest).unwrap();
-        for (_, content) in &contents {
-            fs::write(incoming.file(&hash(content)).unwrap().path, content).unwrap();
-        }
-        let image = incoming.finish().unwrap().id;
+        let image = put_image(&images, then, 0);
         let record = ClanRecord {
             image: Some(image),
             memory: ByteSize::from_mib(32),
@@ -93,7 +100,7 @@ impl Site {
         let config = KeeperConfig {
             images,
             templates: Templates::open(folder.path().join("templates")),
-            turns: Turns::for_this_computer(),
+            turns: Turns::for_this_computer(None),
             cache: paths.cache(),
             qemu: Qemu::Search,
             trees: crate::trees::Trees::open(folder.path().join("trees")),
@@ -227,5 +234,51 @@ async fn a_guest_whose_manager_was_killed_while_it_was_saved_goes_on_and_no_half
     let seen = until(&keeper, |view| view.pid.is_some()).await;
     assert_eq!(pids(&seen), [pid]);
     assert!(!keeper.vm().unwrap().is_paused().await.unwrap());
+    end(site, keeper).await;
+}
+
+#[tokio::test]
+async fn a_vm_whose_disk_is_empty_goes_on_from_a_template_that_another_left_meanwhile() {
+    let mut site = Site::new(HALT).await;
+    site.config.patience.template = LIMIT;
+    let disk = site.record.paths().data_disk();
+    fs::write(&disk, vec![7; 1 << 20]).unwrap();
+    let kind = Kind::of(&site.record.get(), AccelKind::Tcg, &Qemu::Search).unwrap();
+    let staging = site.config.templates.begin(kind).unwrap();
+    let vm =
+        Vm::start(VmSpec { dir: site.record.paths().dir.join("first"), ..site.spec(Begin::BootToSave) }).await.unwrap();
+    vm.save(&staging.state()).await.unwrap();
+    vm.quit(LIMIT).await;
+    staging.commit(&disk).unwrap();
+    fs::write(&disk, vec![0; 1 << 20]).unwrap();
+    site.record.update(|record| record.fresh = Some(Fresh::Empty)).unwrap();
+
+    let keeper = site.keeper();
+    let seen = until(&keeper, |view| view.pid.is_some()).await;
+    let line = fs::read(format!("/proc/{}/cmdline", pids(&seen)[0])).unwrap();
+    assert!(line.split(|byte| *byte == 0).any(|word| word == b"-incoming"));
+    assert_eq!(fs::read(&disk).unwrap(), vec![7; 1 << 20], "its disk is the one that belongs to the state");
+    assert_eq!(site.record.get().fresh, None, "a state fits its disk once");
+    end(site, keeper).await;
+}
+
+#[tokio::test]
+async fn a_vm_beyond_what_all_may_have_is_refused_and_others_wait_for_their_share() {
+    let mut site = Site::new(HALT).await;
+    site.config.turns = Turns::for_this_computer(Some(ByteSize::from_mib(100)));
+    let share = site.config.turns.share(ByteSize::from_mib(10));
+    let keeper = site.keeper();
+    let seen = until(&keeper, |view| view.queued).await;
+    let told = &seen.last().unwrap().problem.as_ref().unwrap().message;
+    assert!(told.contains("waits for memory, number 1 of 1") && told.contains("virtual machines may have"), "{told}");
+    drop(share);
+    until(&keeper, |view| view.pid.is_some() && !view.queued).await;
+    timeout(LIMIT, keeper.destroy()).await.unwrap();
+
+    site.record.update(|record| record.memory = ByteSize::from_mib(64)).unwrap();
+    let keeper = site.keeper();
+    let seen = until(&keeper, |view| view.state == VmState::Failed).await;
+    let problem = seen.last().unwrap().problem.clone().unwrap();
+    assert!(problem.hints.iter().any(|hint| hint.contains("--vm-memory")), "{problem:?}");
     end(site, keeper).await;
 }

@@ -138,6 +138,9 @@ fn service(args: &Args, global: &Global, data: &Path) -> Result<String, CliError
     if args.keep_vms {
         command.push_str(" --keep-vms");
     }
+    if let Some(memory) = args.vm_memory {
+        command.push_str(&format!(" --vm-memory {}M", memory.as_mib()));
+    }
     // The virtual machines outlive a manager that died; one that is told to stop stops them itself.
     Ok(format!(
         "[Unit]
