@@ -64,7 +64,7 @@ pub struct LabConfig {
     pub account: Option<String>,
     /// Whether the managers take any free ports rather than 8411 and 8412.
     pub any_ports: bool,
-    /// Whether the second person starts without an image, so that they have to get it from the founder.
+    /// Whether nobody but the founder starts with an image, so that the others have to get it from members.
     pub fresh_second: bool,
     /// Whether there is a third computer, of a `stranger`, to whom things may happen that nobody else should suffer.
     pub stranger: bool,
@@ -174,7 +174,7 @@ impl Lab {
             let namespace = record.computer(name);
             net::lay_computer(&namespace, name, address, &internet)?;
             own_folder(&record.folder(name), &account)?;
-            if config.fresh_second && name == "second" {
+            if config.fresh_second && name != "founder" {
                 remove(&record.data(name).join("images"))?;
             }
             let log = record.logs().join(format!("{name}-manager.log"));
@@ -227,6 +227,17 @@ impl Lab {
     /// Where to tell what happens.
     pub fn screen(&self) -> &Screen {
         &self.screen
+    }
+
+    /// Lets this person's wire carry so many Mbit/s to others from now on.
+    ///
+    /// # Errors
+    /// When the kernel does not do it.
+    ///
+    /// # Panics
+    /// When there is nobody of that name.
+    pub fn slow(&mut self, name: &str, mbit: u32) -> Result<(), LabError> {
+        self.person(name).namespace.slow("eth0", mbit)
     }
 
     /// The running capture, if the lab was laid with one.

@@ -113,6 +113,19 @@ impl Namespace {
         self.done("ip", &arguments.join(" "), &output)
     }
 
+    /// Lets a device send so many Mbit/s and no more.
+    pub(crate) fn slow(&self, device: &str, mbit: u32) -> Result<(), LabError> {
+        let rate = format!("{mbit}mbit");
+        let arguments =
+            ["qdisc", "replace", "dev", device, "root", "tbf", "rate", &rate, "burst", "64kb", "latency", "50ms"];
+        let output = Command::new("tc")
+            .args(["-n", &self.name])
+            .args(arguments)
+            .output()
+            .map_err(LabError::io("run tc (package iproute2)"))?;
+        self.done("tc", &arguments.join(" "), &output)
+    }
+
     /// Loads rules into its packet filter; a table that they name twice is theirs to flush.
     pub(crate) fn nft(&self, rules: &str) -> Result<(), LabError> {
         let mut command = Command::new("nft");

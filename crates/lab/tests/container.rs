@@ -2,71 +2,21 @@
 //! leave nothing. Needs root, for network namespaces, and what `make deps` installs; no virtual machine is started.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
-use std::{
-    fs::{self, DirBuilder},
-    io::Write,
-    os::unix::fs::{DirBuilderExt, chown},
-    path::Path,
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
+mod boxes;
 
-use clan_lab::{Account, Browser, Lab, LabConfig, LabError, Person, Screen, leftovers, matching, story};
-use rustix::process::{Pid, Signal, kill_process};
+use std::{fs, io::Write, thread, time::Instant};
+
+use boxes::{HEAL, MANAGER, alive, kill_all, name, online, pinged, promise, running, tree, with_boxes};
+use clan_lab::{Browser, Lab, LabError, Person, Screen, story};
 use serde_json::Value;
 
 const CLAN: &str = "boxes";
-const HEAL: Duration = Duration::from_secs(60);
-const MANAGER: Duration = Duration::from_secs(20);
 /// What a service on the base OS's loopback would give away.
 const SECRET: &str = "what only this computer may read";
 
 #[test]
 fn containers_meet_survive_and_leave_nothing() {
-    assert!(
-        rustix::process::geteuid().is_root(),
-        "the lab needs network namespaces: run it as root, as `make test` does"
-    );
-    let screen = Screen::stdout();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let own = std::env::current_exe().unwrap();
-    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
-    let account = Account::for_lab(None).unwrap_or_else(|error| panic!("{}", error.chain()));
-    config.prefix = "clanbox".into();
-    config.state = Some(account.state_root().with_file_name("clan-lab-boxes"));
-    config.any_ports = true;
-    config.fresh_second = true;
-    let mut lab = Lab::up(&config, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = lab.record().clone();
-    share_packages(&account.state_root().with_file_name("clan-lab-test"), lab.person("founder"), &account).unwrap();
-    let told = tell(&mut lab, &screen);
-    if let Err(error) = &told {
-        screen.failed(&error.chain());
-        story::post_mortem(&mut lab);
-    }
-    lab.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}; the logs are in {}", error.chain(), record.logs().display()));
-    let left = leftovers(&record);
-    assert!(left.is_empty(), "{left:?}");
-}
-
-/// What the story has downloaded need not be downloaded again.
-fn share_packages(story: &Path, person: &Person, account: &Account) -> std::io::Result<()> {
-    let cache = person.data().join("cache");
-    for folder in [person.data(), cache.clone()] {
-        if !folder.is_dir() {
-            DirBuilder::new().mode(0o700).create(&folder)?;
-            chown(&folder, Some(account.uid), Some(account.gid))?;
-        }
-    }
-    for root in fs::read_dir(story.join("founder/data/cache")).into_iter().flatten().flatten() {
-        let place = cache.join(root.file_name());
-        if root.file_name().to_string_lossy().starts_with("root-") && !place.exists() {
-            Command::new("cp").arg("-a").args([root.path(), place]).status()?;
-        }
-    }
-    Ok(())
+    with_boxes("boxes", false, tell);
 }
 
 fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
@@ -199,7 +149,7 @@ fn survives(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
         let tree = tree(before);
         let victim = tree.iter().copied().rfind(|pid| name(*pid).starts_with(part));
         let victim = victim.ok_or_else(|| LabError::Promise(format!("no {part} among {tree:?}")))?;
-        kill_process(Pid::from_raw(victim.cast_signed()).unwrap(), Signal::KILL).unwrap();
+        kill_all(&[victim]);
         story::until(HEAL, "all of the container being gone", || {
             Ok(tree.iter().all(|pid| !alive(*pid)).then_some(()))
         })?;
@@ -240,56 +190,8 @@ fn leaves(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     Ok(())
 }
 
-fn running(person: &Person) -> Result<u32, LabError> {
-    story::until(HEAL, "the container running", || online(person))
-}
-
-/// The container's first process, once its controller answers.
-fn online(person: &Person) -> Result<Option<u32>, LabError> {
-    let status = person.clan_json(&["status"])?;
-    let pid = status["vms"][0]["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
-    Ok(pid.filter(|_| status["clans"][0]["online"] == true && status["vms"][0]["state"] == "running"))
-}
-
-fn pinged(person: &Person, machine: &str) -> Result<(), LabError> {
-    story::until(HEAL, "an echo", || {
-        let finished = person.clan_quietly(&["ping", machine, "--count", "1"])?;
-        Ok(finished.status.success().then_some(()))
-    })
-}
-
 fn offered(person: &Person) -> Result<Option<()>, LabError> {
     let services = person.clan_json(&["service", "list"])?;
     let web = services.as_array().into_iter().flatten().find(|s| s["name"] == "web" && s["healthy"] == true);
     Ok(web.map(|_: &Value| ()))
-}
-
-/// A process and all that descend from it.
-fn tree(root: u32) -> Vec<u32> {
-    let mut found = vec![root];
-    let mut next = 0;
-    while let Some(parent) = found.get(next).copied() {
-        next += 1;
-        found.extend(matching(|path| {
-            let stat = fs::read_to_string(path.join("stat")).unwrap_or_default();
-            let fields = stat.rsplit_once(')').map(|(_, rest)| rest.to_owned()).unwrap_or_default();
-            fields.split_whitespace().nth(1).and_then(|p| p.parse().ok()) == Some(parent)
-        }));
-    }
-    found
-}
-
-fn name(pid: u32) -> String {
-    let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
-    let name = program.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    name.replace("passt", "pasta")
-}
-
-fn alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
-}
-
-fn promise(kept: bool, what: impl FnOnce() -> String) -> Result<(), LabError> {
-    if kept { Ok(()) } else { Err(LabError::Promise(what())) }
 }

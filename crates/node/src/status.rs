@@ -81,10 +81,12 @@ pub(crate) async fn report(view: &View, control: ControlMode, wireguard: Option<
 /// Machines that are told of at most.
 pub(crate) const MAX_OTHERS: usize = 16;
 
-/// Other machines that were heard of lately, those with an address that the whole internet may reach first.
+/// Other machines that were heard of lately, those with an address that the whole internet may reach first. One that has
+/// what newcomers run is among the first two, if there is any: a link names few, and a newcomer gets the image from those.
 pub(crate) fn others(view: &View) -> Vec<PeerAddr> {
     let at = now();
-    let mut others: Vec<(bool, PeerAddr)> = view
+    let published = view.state.published.as_ref().map(|published| published.description.image);
+    let mut others: Vec<Other> = view
         .beacons
         .iter()
         .filter(|(id, beacon)| **id != view.machine && View::is_fresh(beacon, at) && !beacon.quic.is_empty())
@@ -92,12 +94,34 @@ pub(crate) fn others(view: &View) -> Vec<PeerAddr> {
         .map(|(id, beacon)| {
             let mut addrs = beacon.quic.clone();
             addrs.sort_by_key(|addr| !is_public(addr.ip()));
-            (!addrs.iter().any(|addr| is_public(addr.ip())), PeerAddr { machine: *id, addrs })
+            Other {
+                hidden: !addrs.iter().any(|addr| is_public(addr.ip())),
+                gives: beacon.image.is_some() && beacon.image == published,
+                peer: PeerAddr { machine: *id, addrs },
+            }
         })
         .collect();
-    others.sort_by_key(|(hidden, _)| *hidden);
+    rank(&mut others);
     others.truncate(MAX_OTHERS);
-    others.into_iter().map(|(_, peer)| peer).collect()
+    others.into_iter().map(|other| other.peer).collect()
+}
+
+/// Another machine, and what makes it worth naming.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Other {
+    /// Whether nobody outside its own network may reach it.
+    hidden: bool,
+    /// Whether it has the image that newcomers run.
+    gives: bool,
+    peer: PeerAddr,
+}
+
+fn rank(others: &mut [Other]) {
+    others.sort_by_key(|other| (other.hidden, !other.gives));
+    let first = others.iter().position(|other| other.gives);
+    if let Some(behind) = first.filter(|first| *first > 1).and_then(|first| others.get_mut(1..=first)) {
+        behind.rotate_right(1);
+    }
 }
 
 /// Whether an address is nobody's private one (RFC 1918, 6598, 4193).
@@ -203,4 +227,31 @@ fn path(view: &View, status: Option<&WgPeerStatus>, link: Option<&Connection>) -
             why: "no address of the machine answers".to_owned(),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// By their numbers.
+    fn ranked(others: &[(u8, bool, bool)]) -> Vec<u8> {
+        let other = |&(n, hidden, gives): &(u8, bool, bool)| {
+            let peer = PeerAddr { machine: MachineId::from_bytes([n; 32]), addrs: Vec::new() };
+            Other { hidden, gives, peer }
+        };
+        let mut others: Vec<Other> = others.iter().map(other).collect();
+        rank(&mut others);
+        others.iter().map(|other| other.peer.machine.as_bytes()[0]).collect()
+    }
+
+    #[test]
+    fn a_link_names_public_machines_and_one_that_gives_the_image() {
+        assert!(ranked(&[]).is_empty());
+        assert_eq!(ranked(&[(1, true, true)]), [1]);
+        assert_eq!(ranked(&[(1, true, true), (2, false, false), (3, true, false)]), [2, 1, 3]);
+        assert_eq!(ranked(&[(1, false, false), (2, false, true), (3, true, true)]), [2, 1, 3]);
+        let integrated = [(1, false, false), (2, false, false), (3, false, false), (4, true, true), (5, true, true)];
+        assert_eq!(ranked(&integrated), [1, 4, 2, 3, 5], "not crowded out");
+        assert_eq!(ranked(&[(1, true, false), (2, false, false)]), [2, 1], "nobody has it");
+    }
 }

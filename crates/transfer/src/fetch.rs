@@ -50,12 +50,21 @@ pub struct Source {
 /// What happens on the way.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Event {
-    /// So many bytes are here, checked.
+    /// It is known what of the files an earlier attempt left. Told once.
+    Found {
+        /// Bytes that are here, checked.
+        here: u64,
+        /// Bytes of all files.
+        total: u64,
+    },
+    /// A piece has arrived: so many bytes are here, checked.
     Progress {
         /// Bytes that are here.
         here: u64,
         /// Bytes of all files.
         total: u64,
+        /// The machine that gave the piece.
+        from: String,
     },
     /// A machine failed, and why.
     Failed {
@@ -234,6 +243,9 @@ impl<R: Fn(Event) + Send + Sync> Fetch<'_, R> {
         for (number, wanted) in self.pool.unopened() {
             self.open(number, wanted, &line).await?;
         }
+        if let Some((here, total)) = self.pool.found() {
+            (self.report)(Event::Found { here, total });
+        }
         let mut changes = self.pool.changes();
         let mut flying = FuturesUnordered::new();
         let mut mine: Vec<(usize, usize)> = Vec::new();
@@ -252,7 +264,7 @@ impl<R: Fn(Event) + Send + Sync> Fetch<'_, R> {
                     mine.retain(|m| *m != (claim.file, claim.index));
                     self.pool.fulfil(&claim, &source.name);
                     let (here, total) = self.pool.progress();
-                    (self.report)(Event::Progress { here, total });
+                    (self.report)(Event::Progress { here, total, from: source.name.clone() });
                 }
                 _ = changes.changed() => {}
                 () = line.stalled(), if !mine.is_empty() => return Err(Broke::Cut("the transfer stands still".into())),

@@ -29,6 +29,8 @@ struct State {
     here: u64,
     /// Pieces that each machine gave.
     taken: BTreeMap<String, u64>,
+    /// Whether it has been told what is here of the files.
+    told: bool,
 }
 
 struct PoolFile {
@@ -55,12 +57,18 @@ pub(crate) struct Claim {
     pub(crate) index: usize,
 }
 
+impl State {
+    fn progress(&self) -> (u64, u64) {
+        (self.here, self.files.iter().map(|f| f.wanted.size).fold(0, u64::saturating_add))
+    }
+}
+
 impl Pool {
     pub(crate) fn new(wanted: Vec<Wanted>) -> Self {
         let file = |wanted| PoolFile { wanted, part: None, pieces: Vec::new(), next: 0, missing: 0 };
         let files = wanted.into_iter().map(file).collect();
         Self {
-            state: Mutex::new(State { files, here: 0, taken: BTreeMap::new() }),
+            state: Mutex::new(State { files, here: 0, taken: BTreeMap::new(), told: false }),
             opening: Mutex::new(()),
             changes: watch::Sender::new(0),
         }
@@ -104,6 +112,13 @@ impl Pool {
         Ok(())
     }
 
+    /// Bytes that an earlier attempt left, and bytes of all files: for the first who asks when every file is open.
+    pub(crate) fn found(&self) -> Option<(u64, u64)> {
+        let mut state = self.state();
+        let first = !std::mem::replace(&mut state.told, true);
+        first.then(|| state.progress())
+    }
+
     /// A piece that nobody has been asked for. If there is none and `double`, one that another has been asked for.
     pub(crate) fn claim(self: &Arc<Self>, mine: &[(usize, usize)], double: bool) -> Option<Claim> {
         let mut state = self.state();
@@ -137,7 +152,7 @@ impl Pool {
     pub(crate) fn fulfil(&self, claim: &Claim, by: &str) {
         {
             let mut state = self.state();
-            let State { files, here, taken } = &mut *state;
+            let State { files, here, taken, .. } = &mut *state;
             let Some(file) = files.get_mut(claim.file) else { return };
             match file.pieces.get_mut(claim.index) {
                 // Two were asked, and both gave it.
@@ -172,8 +187,7 @@ impl Pool {
 
     /// Bytes that are here, and bytes of all files.
     pub(crate) fn progress(&self) -> (u64, u64) {
-        let state = self.state();
-        (state.here, state.files.iter().map(|f| f.wanted.size).fold(0, u64::saturating_add))
+        self.state().progress()
     }
 
     /// What is here of all files.

@@ -1,12 +1,16 @@
 //! The image, from every machine of the link at once.
 
-use std::time::Duration;
+use std::{
+    collections::BTreeSet,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use clan_api::{ApiProblem, ErrorCode};
 use clan_build::{ImageStore, StoreError, StoredImage};
 use clan_ledger::State;
 use clan_transfer::{Event, FetchError, Source, Wanted};
-use clan_types::ImageId;
+use clan_types::{ByteSize, ImageId};
 use clan_wire::image::Manifest;
 
 use super::{Fetcher, blocking};
@@ -59,8 +63,23 @@ impl Fetcher {
             let incoming = blocking(move || images.begin(manifest)).await?.map_err(|e| problem::store(&e))?;
             let missing = incoming.files().into_iter().filter(|f| !f.is_complete());
             let wanted: Vec<Wanted> = missing.map(|f| Wanted { hash: f.hash, size: f.size, place: f.path }).collect();
+            let givers = Mutex::new(BTreeSet::new());
             let report = |event| match event {
-                Event::Progress { here, total } => task.progress(here, Some(total)),
+                Event::Found { here, total } => {
+                    task.progress(here, Some(total));
+                    if here > 0 {
+                        let (here, total) = (ByteSize::from_bytes(here), ByteSize::from_bytes(total));
+                        task.log(format!("{here} of {total} are here from an earlier attempt"));
+                    }
+                }
+                Event::Progress { here, total, from } => {
+                    task.progress(here, Some(total));
+                    let mut givers = givers.lock().unwrap_or_else(PoisonError::into_inner);
+                    if givers.insert(from) {
+                        let names: Vec<&str> = givers.iter().map(String::as_str).collect();
+                        task.detail(format!("from {}", names.join(", ")));
+                    }
+                }
                 Event::Failed { name, why } => task.log(format!("{name} does not give the image: {why}")),
                 Event::Lied { name, what } => {
                     task.log(format!("{name} gives a false image, and is not asked again: {what}"));

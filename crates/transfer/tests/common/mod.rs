@@ -174,7 +174,12 @@ pub(crate) async fn take(image: &Image, into: &Path, from: &[&Member]) -> (Resul
     let sources: Vec<Source> = from.iter().map(|m| m.source()).collect();
     let events = Mutex::new(Vec::new());
     let report = |event: Event| match event {
-        Event::Progress { here, total } => assert!(here <= total),
+        Event::Progress { here, total, from } => {
+            assert!(here <= total);
+            assert!(sources.iter().any(|source| source.name == from), "{from}");
+        }
+        // What a test expects of it is in what was taken.
+        Event::Found { here, total } => assert!(here <= total),
         other => events.lock().unwrap().push(other),
     };
     let taken = tokio::time::timeout(LIMIT, fetch(&here, &sources, None, image.wanted(into), report)).await;

@@ -1,0 +1,147 @@
+//! An image as newcomers and members meet it, by real commands: given by two members at once, and gone on with after
+//! cuts. Machines are containers; needs root, for network namespaces, and what `make deps` installs.
+#![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
+
+#[allow(dead_code, reason = "not every test looks at processes")]
+mod boxes;
+
+use std::{fs, os::unix::fs::MetadataExt, path::Path, thread, time::Instant};
+
+use boxes::{HEAL, MANAGER, kill_all, online, pinged, promise, running, tree, with_boxes};
+use clan_lab::{Lab, LabError, Person, Screen, story};
+use clan_types::InviteLink;
+use serde_json::Value;
+
+const CLAN: &str = "offers";
+/// What each member's wire carries, in Mbit/s: a debug image takes some ten seconds from two.
+const WIRE: u32 = 60;
+/// Of the image, before the first cut and before the second.
+const FIRST: u64 = 20 << 20;
+const THEN: u64 = 20 << 20;
+const PIECE: u64 = 256 << 10;
+
+#[test]
+fn an_image_comes_from_two_members_and_goes_on_after_cuts() {
+    with_boxes("images", true, tell);
+}
+
+fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
+    for name in ["founder", "second", "stranger"] {
+        lab.person(name).start_manager(MANAGER)?;
+    }
+    let founded = ["create", CLAN, "--container", "--person", "founder", "--machine", "founder"];
+    lab.person("founder").clan(&founded)?.success()?;
+    let link = story::link_in(&lab.person("founder").clan(&["invite", CLAN])?.success()?.stdout)?;
+    join(lab.person("second"), &link)?;
+    pinged(lab.person("second"), "founder")?;
+    from_two(lab, screen)
+}
+
+fn join(person: &Person, link: &str) -> Result<Value, LabError> {
+    let name = person.name();
+    person.clan_json(&["join", link, "--container", "--yes", "--person", name, "--machine", name])
+}
+
+/// A link that names two members. The founder's machine has told it of the second one's image by now, or soon does.
+fn link_of_two(lab: &mut Lab) -> Result<String, LabError> {
+    let founder = lab.person("founder");
+    story::until(HEAL, "a link that names both members", || {
+        let link = story::link_in(&founder.clan_quietly(&["invite", CLAN])?.success()?.stdout)?;
+        let parsed: InviteLink = link.parse().map_err(|e| LabError::Promise(format!("{link}: {e}")))?;
+        Ok((parsed.peers.len() == 2).then_some(link))
+    })
+}
+
+fn from_two(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
+    let link = link_of_two(lab)?;
+    let preview = lab.person("stranger").clan_json(&["join", &link, "--container", "--dry-run"])?;
+    let download = &preview["container"]["download"];
+    let total = download["total"].as_u64().unwrap_or_default();
+    promise(total > FIRST + THEN + (8 << 20), || format!("too small an image to be cut twice: {preview}"))?;
+    promise(download["missing"] == download["total"], || format!("some of it is there: {preview}"))?;
+    for name in ["founder", "second"] {
+        lab.slow(name, WIRE)?;
+    }
+
+    // The newcomer's manager is killed in the middle. `clan join` waits for it to come back, in vain.
+    let began = Instant::now();
+    let stranger = lab.person("stranger");
+    let staging = stranger.data().join("images");
+    let person = &*stranger;
+    let joined = thread::scope(|scope| {
+        let joining = scope.spawn(|| join(person, &link));
+        let arrived = until_here(&staging, FIRST);
+        kill_all(&[person.manager_pid().unwrap()]);
+        (joining.join().unwrap(), arrived)
+    });
+    joined.1?;
+    promise(joined.0.is_err(), || "it joined without a manager".into())?;
+    stranger.kill_manager()?;
+    let kept = here(&staging);
+    promise(kept >= FIRST && kept < total, || format!("{kept} bytes of {total} are there after the cut"))?;
+    screen.seen(
+        &format!("the newcomer's manager is killed with {} MiB of {} there", kept >> 20, total >> 20),
+        began.elapsed(),
+    );
+
+    // The next manager goes on. In the middle of that, one of the members goes off.
+    let began = Instant::now();
+    stranger.start_manager(MANAGER)?;
+    let task = story::until(HEAL, "the joining that goes on", || {
+        let status = stranger.clan_json(&["status"])?;
+        let tasks = status["tasks"].as_array().cloned().unwrap_or_default();
+        Ok(tasks.into_iter().find(|task| task["kind"] == "join_clan" && task["state"] == "running"))
+    })?;
+    until_here(&staging, kept + THEN)?;
+    let second = lab.person("second");
+    let machine = tree(running(second)?);
+    second.kill_manager()?;
+    kill_all(&machine);
+    let stranger = lab.person("stranger");
+    story::until(HEAL, "the newcomer in the clan", || online(stranger))?;
+    screen.seen("the rest comes from the other member, after one goes off", began.elapsed());
+
+    let log = task_log(stranger, &task)?;
+    let pieces =
+        |from: &str| given(&log, from).ok_or_else(|| LabError::Promise(format!("nothing from {from}: {log:?}")));
+    let (founder, second) = (pieces("founder")?, pieces("second")?);
+    screen.said(&format!("{founder} pieces came from founder, {second} from second"));
+    promise(founder > 10 && second > 10, || format!("one gave next to nothing: {log:?}"))?;
+    // What was there is not fetched again: the last piece of a file may be a short one, and those under way were lost.
+    let (most, fetched) = ((total - kept) / PIECE + 4 + 32, founder + second);
+    promise(fetched <= most, || format!("{fetched} pieces were fetched where {most} were missing: {log:?}"))?;
+    promise(log.iter().any(|line| line.ends_with("are here from an earlier attempt")), || format!("{log:?}"))?;
+    pinged(stranger, "founder")?;
+    stranger.clan(&["image", "verify"])?.success()?;
+    let left: Vec<_> = fs::read_dir(&staging).unwrap().flatten().map(|e| e.file_name()).collect();
+    promise(left.len() == 1, || format!("something half-made is left: {left:?}"))?;
+
+    lab.person("second").start_manager(MANAGER)?;
+    pinged(lab.person("second"), "founder")
+}
+
+/// Bytes of an image that arrives which are on disk. Its files have their full length from the start.
+fn here(images: &Path) -> u64 {
+    let staged = fs::read_dir(images).into_iter().flatten().flatten();
+    let staged = staged.filter(|entry| entry.file_name().to_string_lossy().starts_with(".incoming-"));
+    let files = staged.flat_map(|entry| fs::read_dir(entry.path()).into_iter().flatten().flatten());
+    files.filter_map(|file| file.metadata().ok()).map(|meta| meta.blocks() * 512).sum()
+}
+
+fn until_here(images: &Path, bytes: u64) -> Result<(), LabError> {
+    story::until(HEAL, &format!("{} MiB of the image", bytes >> 20), || Ok((here(images) >= bytes).then_some(())))
+}
+
+fn task_log(person: &Person, task: &Value) -> Result<Vec<String>, LabError> {
+    let path = person.data().join("tasks").join(format!("{}.json", task["id"].as_str().unwrap_or_default()));
+    let kept = story::until(HEAL, "the task's log", || Ok(fs::read_to_string(&path).ok()))?;
+    let kept: Value = serde_json::from_str(&kept).map_err(|e| LabError::Promise(format!("{}: {e}", path.display())))?;
+    let lines = kept["task"]["log"].as_array().cloned().unwrap_or_default();
+    Ok(lines.iter().filter_map(|line| line.as_str().map(str::to_owned)).collect())
+}
+
+/// Pieces that a machine gave.
+fn given(log: &[String], from: &str) -> Option<u64> {
+    let end = format!(" pieces of the image came from {from}");
+    log.iter().find_map(|line| line.strip_suffix(end.as_str())?.parse().ok())
+}
