@@ -40,6 +40,9 @@ pub struct ImageGc {
     /// Which.
     #[schema(value_type = Vec<String>)]
     pub removed: Vec<ImageId>,
+    /// Beginnings of images that broke off, removed with them.
+    #[serde(default)]
+    pub unfinished: u32,
     /// Room on the disk that this gave back, or would give.
     #[schema(value_type = u64)]
     pub freed: ByteSize,

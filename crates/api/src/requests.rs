@@ -56,6 +56,17 @@ pub struct PreviewJoin {
     /// Whether the machine is a container, instead of a VM.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub container: bool,
+    /// Memory of the VM, bytes; as the clan recommends if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub memory: Option<ByteSize>,
+    /// Size that its data disk may grow to, bytes; as the clan recommends if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<u64>)]
+    pub disk: Option<ByteSize>,
+    /// Processors of the VM; as the clan recommends if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
 }
 
 /// Looks for an invitation in what a person pasted or typed.
@@ -110,7 +121,7 @@ pub struct Transfer {
     /// Bytes of the whole.
     #[schema(value_type = u64)]
     pub total: ByteSize,
-    /// Bytes that are not here yet; zero if everything is here.
+    /// Bytes that are not here yet; zero if everything is here. What an attempt that broke off left counts as here.
     #[schema(value_type = u64)]
     pub missing: ByteSize,
 }
@@ -147,6 +158,10 @@ pub struct ContainerPlan {
     pub image_title: String,
     /// What must be downloaded.
     pub download: Transfer,
+    /// What the image takes on this computer once it is unpacked, about. What the machine writes is beside that, and nothing
+    /// bounds it.
+    #[schema(value_type = u64)]
+    pub unpacked: ByteSize,
     /// Why there can be none here now, and what to do; absent if there can.
     pub problem: Option<ApiProblem>,
 }

@@ -5,6 +5,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     process,
     sync::atomic::{AtomicU64, Ordering},
@@ -276,6 +277,33 @@ impl ImageStore {
         Ok(incoming)
     }
 
+    /// Bytes of an image's files that are not here: neither with another image, nor from a transfer that broke off, of which
+    /// nothing has been checked.
+    pub fn missing(&self, manifest: &Manifest) -> u64 {
+        let here = self.list();
+        let has = |file: &ImageFile| {
+            here.iter().any(|i| i.manifest.files.iter().any(|f| (f.hash, f.size) == (file.hash, file.size)))
+        };
+        let begun = manifest.id().map(|id| self.dir.join(format!("{STAGING}{id}")));
+        let arrived = |file: &ImageFile| {
+            let dir = begun.as_ref().ok()?;
+            // A file that arrives has its full length from the start: what it takes on the disk is what has come.
+            let names = [file_name(file.role).to_owned(), format!("{}.part", file_name(file.role))];
+            let taken = names.iter().filter_map(|name| fs::metadata(dir.join(name)).ok()).map(|m| m.blocks() * 512);
+            taken.max()
+        };
+        let missing = manifest.files.iter().filter(|file| !has(file));
+        missing.map(|file| file.size.as_bytes().saturating_sub(arrived(file).unwrap_or(0))).fold(0, u64::saturating_add)
+    }
+
+    /// Directories of transfers and removals that broke off, which [`Self::gc`] removes.
+    pub fn left_over(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(&self.dir).into_iter().flatten().flatten().map(|entry| entry.path());
+        entries
+            .filter(|path| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| is_left_over(n, path)))
+            .collect()
+    }
+
     /// Reads every file of an image and compares it with the manifest.
     pub fn verify(&self, id: &ImageId) -> Result<(), StoreError> {
         let image = self.get(id).ok_or(StoreError::Unknown(*id))?;
@@ -331,9 +359,7 @@ impl ImageStore {
                     self.remove(&id)?;
                     removed.push(id);
                 }
-            } else if name.starts_with(".removed-")
-                || (name.starts_with(STAGING) && !is_locked(&entry.path().join(LOCK)))
-            {
+            } else if is_left_over(name, &entry.path()) {
                 fs::remove_dir_all(entry.path()).map_err(io_error("remove", &entry.path()))?;
             }
         }
@@ -496,6 +522,10 @@ fn read_manifest(path: &Path, id: &ImageId) -> Result<Manifest, StoreError> {
     let file = File::open(path).map_err(io_error("open", path))?;
     file.take(MAX_MANIFEST as u64 + 1).read_to_end(&mut bytes).map_err(io_error("read", path))?;
     Ok(Manifest::decode(&bytes, Some(id))?)
+}
+
+fn is_left_over(name: &str, path: &Path) -> bool {
+    name.starts_with(".removed-") || (name.starts_with(STAGING) && !is_locked(&path.join(LOCK)))
 }
 
 fn is_locked(path: &Path) -> bool {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clan_api::{AcceleratorKind, ControlMode, Flavour, PathInfo, PathKind, VmState};
+use clan_api::{AcceleratorKind, ControlMode, Flavour, PathInfo, PathKind, Transfer, VmState};
 use clan_types::Timestamp;
 
 use crate::printer::Tone;
@@ -58,6 +58,15 @@ pub(crate) fn now() -> Timestamp {
 /// `1 machine`, `2 machines`.
 pub(crate) fn count(number: usize, one: &str) -> String {
     if number == 1 { format!("1 {one}") } else { format!("{number} {one}s") }
+}
+
+/// What of an image has to come.
+pub(crate) fn download(transfer: &Transfer) -> String {
+    match transfer.missing.as_bytes() {
+        0 => format!("nothing: its {} are here already", transfer.total),
+        missing if missing == transfer.total.as_bytes() => transfer.missing.to_string(),
+        _ => format!("{} of {}; the rest is here", transfer.missing, transfer.total),
+    }
 }
 
 /// `1 person`, `2 people`.

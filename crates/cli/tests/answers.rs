@@ -144,7 +144,7 @@ anna invites you to the clan family.
   Will run     a virtual machine: Debian 12, small
   Image        beeqscijbe
   Memory       512 MiB
-  Disk         up to 2 GiB
+  Disk         up to 2 GiB, beside the image's 180 MiB
   Processors   2
   Download     180 MiB
   Control      shared: you and the clan's admins steer it
@@ -208,7 +208,7 @@ anna invites you to the clan family.
   Will run     a virtual machine: Debian 12, small
   Image        beeqscijbe
   Memory       512 MiB
-  Disk         up to 2 GiB
+  Disk         up to 2 GiB, beside the image's 180 MiB
   Processors   2
   Download     180 MiB
   Control      shared: you and the clan's admins steer it

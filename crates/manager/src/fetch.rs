@@ -11,7 +11,7 @@ use clan_api::{ApiProblem, ErrorCode};
 use clan_ledger::{AuthorId, Intake, InviteProblem, Ledger, VmDescription};
 use clan_os::channel::{recv_message, send_message};
 use clan_relay::Names;
-use clan_types::{DeviceId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
+use clan_types::{ClanId, DeviceId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
 use clan_wire::peer::{
     ALPN_JOIN, EncodedEntry, InviteProof, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE, Vector,
 };
@@ -113,10 +113,20 @@ fn no_endpoint(why: &dyn std::fmt::Display) -> ApiProblem {
     ApiProblem::new(ErrorCode::Internal, "cannot open a network endpoint").why(why.to_string())
 }
 
-/// Fetches by right of an invitation link.
+/// Where a link leads, or a member goes: what is left of it without its secret.
+struct Way {
+    purpose: Purpose,
+    clan: ClanId,
+    peers: Vec<PeerAddr>,
+    relays: Vec<RelayAddr>,
+    /// Whether a member goes it, whom nobody has to invite.
+    member: bool,
+}
+
+/// Fetches by right of an invitation link, or of being a member.
 pub(crate) struct Fetcher {
     endpoint: PassingEndpoint,
-    link: InviteLink,
+    way: Way,
     invite_key: SigningKey,
     /// The machine that answered last.
     answered: Mutex<Option<MachineId>>,
@@ -153,18 +163,33 @@ impl Fetcher {
         key: SigningKey,
         first: Option<MachineId>,
     ) -> Result<Self, ApiProblem> {
+        let InviteLink { purpose, clan, peers, relays, .. } = link;
+        Self::on(Way { purpose, clan, peers, relays, member: false }, key, first).await
+    }
+
+    /// The same by right of a device's key, from machines that its own one knows.
+    pub(crate) async fn of_member(
+        clan: ClanId,
+        key: SigningKey,
+        peers: Vec<PeerAddr>,
+        relays: Vec<RelayAddr>,
+    ) -> Result<Self, ApiProblem> {
+        Self::on(Way { purpose: Purpose::Device, clan, peers, relays, member: true }, key, None).await
+    }
+
+    async fn on(way: Way, key: SigningKey, first: Option<MachineId>) -> Result<Self, ApiProblem> {
         let passing = Passing::new()?;
         let names = passing.relays.clone();
         let endpoint = passing.bind().await?;
         let machine = MachineId::from_bytes(*endpoint.id().as_bytes());
-        let proof = InviteProof::new(&key, &link.clan, &machine);
-        let relays = clan_relay::introduce(&endpoint, &names, &link.relays, Some(&proof)).await;
-        Ok(Self { endpoint, link, invite_key: key, answered: Mutex::new(first), part: Mutex::new(None), relays })
+        let proof = InviteProof::new(&key, &way.clan, &machine);
+        let relays = clan_relay::introduce(&endpoint, &names, &way.relays, Some(&proof)).await;
+        Ok(Self { endpoint, way, invite_key: key, answered: Mutex::new(first), part: Mutex::new(None), relays })
     }
 
     /// What the link is for.
     pub(crate) fn purpose(&self) -> Purpose {
-        self.link.purpose
+        self.way.purpose
     }
 
     /// The device whose key this fetcher has, for links that are for one.
@@ -211,7 +236,7 @@ impl Fetcher {
 
     /// The relays of the link.
     pub(crate) fn relays(&self) -> Vec<RelayAddr> {
-        self.link.relays.clone()
+        self.way.relays.clone()
     }
 
     /// Closes the endpoint in good order.
@@ -220,7 +245,7 @@ impl Fetcher {
     }
 
     fn proof(&self) -> InviteProof {
-        InviteProof::new(&self.invite_key, &self.link.clan, &MachineId::from_bytes(*self.endpoint.id().as_bytes()))
+        InviteProof::new(&self.invite_key, &self.way.clan, &MachineId::from_bytes(*self.endpoint.id().as_bytes()))
     }
 
     /// Asks the machines of the link what it leads to, and checks the answer: the first at once, each further one when those
@@ -293,7 +318,7 @@ impl Fetcher {
     /// The machines of the link, the one that answered before in front.
     fn ordered(&self) -> Vec<PeerAddr> {
         let answered = self.answered();
-        let mut peers = self.link.peers.clone();
+        let mut peers = self.way.peers.clone();
         peers.sort_by_key(|peer| Some(peer.machine) != answered);
         peers
     }
@@ -309,7 +334,7 @@ impl Fetcher {
             )
             .hint("ask for a new link: `clan invite` makes one"));
         }
-        match self.link.purpose {
+        match self.way.purpose {
             Purpose::Join => {
                 state.check_invite(&self.invite(), now()).map_err(|p| problem::refusal(&refusal_of(p)))?;
             }
@@ -323,13 +348,16 @@ impl Fetcher {
 
     fn unreachable(&self, waited: Duration, last: Option<String>) -> ApiProblem {
         let addrs: Vec<String> =
-            self.link.peers.iter().flat_map(|p| p.addrs.iter().map(SocketAddr::to_string)).collect();
+            self.way.peers.iter().flat_map(|p| p.addrs.iter().map(SocketAddr::to_string)).collect();
         let mut problem = ApiProblem::new(ErrorCode::Unreachable, "no machine of the clan answers").why(format!(
             "tried {} for {} s{}",
-            if addrs.is_empty() { "no address, as the link names none".to_owned() } else { addrs.join(", ") },
+            if addrs.is_empty() { "no address, as none is named".to_owned() } else { addrs.join(", ") },
             waited.as_secs(),
             last.map(|l| format!("; the last attempt: {l}")).unwrap_or_default()
         ));
+        if self.way.member {
+            return problem.hint("try again when other machines of the clan are there: `clan machines`");
+        }
         problem =
             problem.hint("the computer of whoever invited you must be on, and its clan running: `clan status` there");
         problem.hint("if it is on another network, its UDP port must be reachable from yours")
@@ -357,7 +385,7 @@ impl Fetcher {
         request: impl FnOnce(Vector) -> JoinRequest,
     ) -> Result<(JoinResponse, Ledger), String> {
         let connection = self.connect(peer, ALPN_JOIN).await?;
-        let begun = self.part().take().unwrap_or_else(|| Ledger::open(self.link.clan));
+        let begun = self.part().take().unwrap_or_else(|| Ledger::open(self.way.clan));
         let request = request(begun.vector());
         let answer = timeout(PREVIEW, async {
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;

@@ -120,7 +120,9 @@ pub(crate) async fn gc(shared: &Arc<Shared>, dry_run: bool) -> Result<ImageGc, A
     blocking(move || {
         let (kept, doomed): (Vec<_>, Vec<_>) = images.list().into_iter().partition(|image| keep.contains(&image.id));
         let shared_files: BTreeSet<_> = kept.iter().flat_map(|i| files(&i.dir).into_keys()).collect();
-        let going: BTreeMap<_, _> = doomed.iter().flat_map(|i| files(&i.dir)).collect();
+        let broken_off = images.left_over();
+        let going = doomed.iter().map(|i| &i.dir).chain(&broken_off);
+        let going: BTreeMap<_, _> = going.flat_map(|dir| files(dir)).collect();
         let freed = going.into_iter().filter(|(file, _)| !shared_files.contains(file)).map(|(_, size)| size);
         let freed = ByteSize::from_bytes(freed.sum());
         let removed: Vec<ImageId> = doomed.iter().map(|i| i.id).collect();
@@ -129,7 +131,7 @@ pub(crate) async fn gc(shared: &Arc<Shared>, dry_run: bool) -> Result<ImageGc, A
             templates.keep_images(|id| keep.contains(id));
             images.gc(&keep).map_err(|e| problem::store(&e))?;
         }
-        Ok(ImageGc { removed, freed })
+        Ok(ImageGc { removed, unfinished: u32::try_from(broken_off.len()).unwrap_or(u32::MAX), freed })
     })
     .await?
 }

@@ -2,33 +2,31 @@
 
 use std::sync::{Arc, PoisonError};
 
-use clan_api::{
-    ApiProblem, ContainerPlan, ErrorCode, IntegratedPlan, JoinClan, JoinPreview, PreviewJoin, TaskKind, TaskResult,
-    Transfer, VmPlan,
-};
-use clan_ledger::{Body, State, VmDescription};
-use clan_types::{ByteSize, DEVICE_LINK_LIFETIME, InviteLink, MachineName, PersonName, Purpose, Role, Timestamp};
-use clan_wire::{
-    control::Redeem,
-    image::{FileRole, Manifest},
-    peer::InviteProof,
-};
+use clan_api::{ApiProblem, ErrorCode, JoinClan, TaskKind, TaskResult};
+use clan_ledger::Body;
+use clan_types::{InviteLink, MachineName, PersonName, Purpose};
+use clan_wire::{control::Redeem, peer::InviteProof};
 use ed25519_dalek::SigningKey;
 
+use self::offer::Asked;
 use crate::{
     boot,
-    clan::{Clan, fingerprint},
-    create::{self, Home, Size},
+    clan::Clan,
+    create::{self, Home},
     devices,
     disk::{self, DiskError},
     fetch::{Fetcher, Found, blocking},
-    guest, integrated,
+    guest,
     manager::Shared,
-    problem, publish,
+    problem,
     record::{ClanRecord, Flavour, PersonLog, Phase, Staging},
     sign,
     tasks::{Task, TaskHandle, now},
 };
+
+mod offer;
+
+pub(crate) use offer::{check_image, manifest, preview};
 
 const STEPS: [&str; 6] = [
     "Ask the clan",
@@ -48,21 +46,19 @@ const CONTAINER_STEPS: [&str; 6] = [
 ];
 const INTEGRATED_STEPS: [&str; 3] = ["Ask the clan", "Reach the controller", "Be admitted to the clan"];
 
-/// How much larger an image is when it is unpacked, about.
-const UNPACKED: u64 = 2;
-/// What a container is not.
-const CONTAINER_WARNING: &str = "A container shares this computer's kernel: it keeps less apart than a virtual machine. \
-     A fault in the kernel that the clan's machine makes use of opens this computer to it, with your rights at least, and \
-     nothing bounds the memory, the disk and the processors that it takes. Choose it for clans whose admins you trust.";
-
 fn parse(shared: &Shared, link: &str) -> Result<InviteLink, ApiProblem> {
     let link: InviteLink = link.parse().map_err(|e| problem::link(&e))?;
     if let Some(clan) = shared.get(&link.clan) {
-        return Err(ApiProblem::new(
-            ErrorCode::AlreadyJoined,
-            format!("this computer is in the clan `{}` already", clan.name()),
-        )
-        .hint("see it with `clan status`"));
+        let name = clan.name();
+        let problem = |message: String| ApiProblem::new(ErrorCode::AlreadyJoined, message);
+        return Err(match clan.record.get().phase {
+            Phase::Joining => problem(format!("this computer is joining the clan `{name}` just now"))
+                .hint("see how far it is with `clan status`"),
+            Phase::Leaving | Phase::Removing => problem(format!("this computer is leaving the clan `{name}` just now"))
+                .hint("try again when it has left: `clan status`"),
+            Phase::Ready | Phase::Creating => problem(format!("this computer is in the clan `{name}` already"))
+                .hint(format!("see it with `clan status`; to join anew, leave it first: `clan leave {name}`")),
+        });
     }
     Ok(link)
 }
@@ -81,198 +77,6 @@ fn close(shared: &Shared, fetcher: Fetcher) {
     shared.closing.spawn(fetcher.close());
 }
 
-/// Fetches and checks what a link leads to.
-pub(crate) async fn preview(shared: &Shared, question: &PreviewJoin) -> Result<JoinPreview, ApiProblem> {
-    let link = parse(shared, &question.link)?;
-    if let Some(socket) = &question.integrate {
-        integrated::socket_path(socket)?;
-        if question.container {
-            return Err(create::one_or_the_other());
-        }
-    }
-    let fetcher = open(shared, link, None).await?;
-    let outcome = look(shared, &fetcher, question).await;
-    close(shared, fetcher);
-    outcome
-}
-
-async fn look(shared: &Shared, fetcher: &Fetcher, question: &PreviewJoin) -> Result<JoinPreview, ApiProblem> {
-    let found = fetcher.preview().await?;
-    let state = found.ledger.state();
-    let (Some(offer), Some(clan_name)) = (Offer::of(fetcher, state), &state.clan_name) else {
-        return Err(problem::refusal(&clan_wire::peer::JoinRefusal::UnknownInvite));
-    };
-    let mut warnings = Vec::new();
-    if shared.find_named(clan_name).is_some() {
-        warnings
-            .push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
-    }
-    let mut container = None;
-    let (vm, integrated) = match (question.integrate.as_deref(), &found.description) {
-        (Some(socket), _) => (None, Some(integrated_plan(shared, socket, &mut warnings).await)),
-        (None, Some(description)) if question.container => {
-            container = Some(container_plan(shared, fetcher, state, description, &mut warnings).await?);
-            (None, None)
-        }
-        (None, Some(description)) => (Some(vm_plan(shared, fetcher, state, description, &mut warnings).await?), None),
-        (None, None) => {
-            warnings.push(
-                "This clan names no image for virtual machines: join with this computer itself, `--integrate`.".into(),
-            );
-            (None, None)
-        }
-    };
-    Ok(JoinPreview {
-        clan: found.ledger.clan(),
-        clan_name: clan_name.clone(),
-        fingerprint: fingerprint(&found.ledger.clan()),
-        device_of: (fetcher.purpose() == Purpose::Device).then(|| offer.by.clone()),
-        inviter: offer.by,
-        role: offer.role,
-        expires: offer.expires,
-        people: state.people.keys().filter_map(|id| state.person(id)).map(|p| p.name.clone()).collect(),
-        machines: state.good_machines().map(|(_, m)| m.name.clone()).collect(),
-        vm,
-        container,
-        integrated,
-        control_mode: state.suggested_control.into(),
-        warnings,
-    })
-}
-
-/// What a link offers.
-struct Offer {
-    by: PersonName,
-    role: Role,
-    expires: Timestamp,
-}
-
-impl Offer {
-    fn of(fetcher: &Fetcher, state: &State) -> Option<Self> {
-        match fetcher.purpose() {
-            Purpose::Join => {
-                let invite = state.invites.get(&fetcher.invite())?;
-                let by = state.people.get(&invite.by)?.name.clone();
-                Some(Self { by, role: invite.role, expires: invite.expires })
-            }
-            Purpose::Device => {
-                let device = state.device_in_good_standing(&fetcher.device())?;
-                let person = state.person(&device.owner)?;
-                // A phrase does not expire: what it opened here has the time of a link.
-                let began = if device.is_link() { device.since } else { now() };
-                let expires = began.plus(DEVICE_LINK_LIFETIME);
-                Some(Self { by: person.name.clone(), role: person.role, expires })
-            }
-        }
-    }
-}
-
-async fn integrated_plan(shared: &Shared, socket: &str, warnings: &mut Vec<String>) -> IntegratedPlan {
-    warnings.push(
-        "Machines of the clan will reach this computer as the clan's rules say: at first its published services, and admins its SSH port."
-            .into(),
-    );
-    let problem = Home::integrated(shared, socket, false).await.err();
-    IntegratedPlan { socket: socket.to_owned(), problem }
-}
-
-async fn vm_plan(
-    shared: &Shared,
-    fetcher: &Fetcher,
-    state: &State,
-    description: &VmDescription,
-    warnings: &mut Vec<String>,
-) -> Result<VmPlan, ApiProblem> {
-    let manifest = manifest(shared, fetcher, state, description).await?;
-    let size = size(shared, description, None, None, None)?;
-    let accelerator = crate::status::accelerator(shared).await;
-    let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
-    let host = crate::status::host(&shared.paths);
-    if host.memory_available < size.memory {
-        warnings.push(format!("The VM may take {} of memory; {} are free now.", size.memory, host.memory_available));
-    }
-    let disk_needed = ByteSize::from_bytes(download.missing.as_bytes().saturating_add(size.disk.as_bytes()));
-    if host.disk_available < disk_needed {
-        warnings.push(format!("The VM may take up to {disk_needed} of disk; {} are free now.", host.disk_available));
-    }
-    if accelerator.kind == clan_api::AcceleratorKind::Tcg {
-        warnings.push(format!("The VM will be slow. {}", accelerator.reason));
-    }
-    if let Some(exposure) = clan_vm::network::exposure() {
-        warnings.push(format!("{} {}", exposure.why, exposure.remedy));
-    }
-    Ok(VmPlan {
-        image: description.image,
-        image_title: description.title.to_string(),
-        download,
-        memory: size.memory,
-        disk: size.disk,
-        cpus: u32::from(size.cpus),
-        accelerator,
-    })
-}
-
-async fn container_plan(
-    shared: &Shared,
-    fetcher: &Fetcher,
-    state: &State,
-    description: &VmDescription,
-    warnings: &mut Vec<String>,
-) -> Result<ContainerPlan, ApiProblem> {
-    let manifest = manifest(shared, fetcher, state, description).await?;
-    let download = Transfer { total: manifest.total_size(), missing: missing(shared, &manifest) };
-    let host = crate::status::host(&shared.paths);
-    // It is kept as it came, and unpacked beside.
-    let unpacked = manifest.files.iter().filter(|f| matches!(f.role, FileRole::Root | FileRole::Layer));
-    let unpacked = unpacked.map(|f| f.size.as_bytes()).fold(0, u64::saturating_add).saturating_mul(UNPACKED);
-    let disk_needed = ByteSize::from_bytes(download.missing.as_bytes().saturating_add(unpacked));
-    if host.disk_available < disk_needed {
-        warnings.push(format!("The container takes some {disk_needed} of disk; {} are free now.", host.disk_available));
-    }
-    warnings.push(CONTAINER_WARNING.into());
-    let problem = Home::container(shared, false).err();
-    Ok(ContainerPlan { image: description.image, image_title: description.title.to_string(), download, problem })
-}
-
-async fn manifest(
-    shared: &Shared,
-    fetcher: &Fetcher,
-    state: &State,
-    description: &VmDescription,
-) -> Result<Manifest, ApiProblem> {
-    match shared.images.get(&description.image) {
-        Some(stored) => Ok(stored.manifest),
-        None => fetcher.manifest(state, &description.image).await,
-    }
-}
-
-/// Bytes of an image that no image here has.
-fn missing(shared: &Shared, manifest: &Manifest) -> ByteSize {
-    let here = shared.images.list();
-    let has = |hash| here.iter().any(|image| image.manifest.files.iter().any(|f| f.hash == hash));
-    ByteSize::from_bytes(
-        manifest.files.iter().filter(|f| !has(f.hash)).map(|f| f.size.as_bytes()).fold(0, u64::saturating_add),
-    )
-}
-
-/// The size that the clan recommends, unless the person says otherwise, fitted to this computer.
-fn size(
-    shared: &Shared,
-    description: &VmDescription,
-    memory: Option<ByteSize>,
-    disk: Option<ByteSize>,
-    cpus: Option<u32>,
-) -> Result<Size, ApiProblem> {
-    let cpus = match cpus {
-        None => description.cpus.clamp(1, create::default_cpus(shared)),
-        Some(n) => u8::try_from(n)
-            .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
-    };
-    let size = Size { memory: memory.unwrap_or(description.memory), disk: disk.unwrap_or(description.disk), cpus };
-    create::check_computer(shared, size)?;
-    Ok(size)
-}
-
 /// Starts joining. The link is checked again; only then anything is put on disk.
 pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc<Task>, ApiProblem> {
     let link = parse(shared, &request.link)?;
@@ -289,23 +93,19 @@ async fn begin_by(
     fetcher: &Fetcher,
 ) -> Result<Arc<Task>, ApiProblem> {
     let found = fetcher.preview().await?;
+    let asked = Asked { memory: request.memory, disk: request.disk, cpus: request.cpus };
     let home = match (&request.integrate, &found.description) {
         (Some(_), _) if request.container => return Err(create::one_or_the_other()),
-        (Some(socket), _) => {
-            let sized = request.memory.is_some() || request.disk.is_some() || request.cpus.is_some();
-            Home::integrated(shared, socket, sized).await?
-        }
-        (None, Some(_)) if request.container => {
-            let sized = request.memory.is_some() || request.disk.is_some() || request.cpus.is_some();
-            Home::container(shared, sized)?
-        }
-        (None, Some(description)) => {
-            let size = size(shared, description, request.memory, request.disk, request.cpus)?;
-            publish::check_disk(size.disk, crate::status::host(&shared.paths).disk_available)?;
-            Home::vm(shared, size)?
-        }
+        (Some(socket), _) => Home::integrated(shared, socket, asked.anything()).await?,
+        (None, Some(_)) if request.container => Home::container(shared, asked.anything())?,
+        (None, Some(description)) => Home::vm(shared, offer::size(shared, description, asked)?)?,
         (None, None) => return Err(no_image()),
     };
+    if let (None, Some(description)) = (&request.integrate, &found.description) {
+        // INVARIANT: nothing is on disk of a clan whose image cannot run here.
+        let manifest = offer::manifest(shared, fetcher, found.ledger.state(), description).await?;
+        check_image(shared, &manifest, (!request.container).then_some(home.size.memory))?;
+    }
     let home = home.steered(request.control);
     check_names(&found, (link.purpose == Purpose::Join).then_some(&request.person), &request.machine)?;
     let _one = shared.admission.lock().await;
@@ -455,13 +255,14 @@ async fn prepare(
         Err(problem) => return Err(problem),
     };
     if !record.is_integrated() {
-        let image = found.description.as_ref().ok_or_else(no_image)?.image;
+        let description = found.description.as_ref().ok_or_else(no_image)?;
+        let image = description.image;
         task.begin(1);
         if shared.images.get(&image).is_some() {
             task.skip();
         } else {
-            let manifest = fetcher.manifest(found.ledger.state(), &image).await?;
-            check_image(&manifest, missing(shared, &manifest), clan)?;
+            let manifest = offer::manifest(shared, fetcher, found.ledger.state(), description).await?;
+            check_image(shared, &manifest, (!record.is_container()).then_some(record.memory))?;
             let _one = shared.building.lock().await;
             if shared.images.get(&image).is_none() {
                 fetcher.image(&shared.images, found.ledger.state(), &manifest, task).await?;
@@ -470,34 +271,4 @@ async fn prepare(
         clan.record.update(|r| r.image = Some(image)).map_err(|e| problem::disk(&e))?;
     }
     Ok(found.ledger.entries().map(clan_ledger::Entry::encode).collect())
-}
-
-/// `missing` is what of the image has yet to come.
-fn check_image(manifest: &Manifest, missing: ByteSize, clan: &Clan) -> Result<(), ApiProblem> {
-    let record = clan.record.get();
-    if manifest.architecture != std::env::consts::ARCH {
-        return Err(ApiProblem::new(
-            ErrorCode::TooSmall,
-            format!("the image is for {} computers, this one is {}", manifest.architecture, std::env::consts::ARCH),
-        ));
-    }
-    if !record.is_container() && record.memory < manifest.memory_min {
-        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {} of memory", manifest.memory_min))
-            .hint("give the VM more with `--memory`"));
-    }
-    // Kernel and initramfs are there twice: on the boot disk, too.
-    let boot = [FileRole::Kernel, FileRole::Initramfs].into_iter().filter_map(|role| manifest.file(role).ok());
-    let needed = boot.map(|f| f.size.as_bytes()).fold(missing.as_bytes(), u64::saturating_add);
-    match problem::available(&record_dir(clan)) {
-        Some(free) if free.as_bytes() < needed => {
-            Err(ApiProblem::new(ErrorCode::DiskFull, "there is no room for the image")
-                .why(format!("it takes {} more, {free} are free", ByteSize::from_bytes(needed)))
-                .hint("free some space, or use another data folder with `--data`"))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn record_dir(clan: &Clan) -> std::path::PathBuf {
-    clan.record.paths().dir.clone()
 }

@@ -11,8 +11,9 @@ use std::{
 
 use clan_api::{ApiProblem, ErrorCode, HealthProblem, Severity};
 use clan_build::ImageStore;
-use clan_types::{ByteSize, ClanId, ClanName, MachineId};
+use clan_types::{ByteSize, ClanId, ClanName, ImageId, MachineId};
 use clan_vm::Qemu;
+use clan_wire::image::Manifest;
 use rustix::fs::FlockOperation;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -172,6 +173,8 @@ pub(crate) struct Shared {
     pub(crate) building: tokio::sync::Mutex<()>,
     /// The machine that answered a newcomer's questions last: the first to be asked more.
     pub(crate) answered: Mutex<Option<MachineId>>,
+    /// The image that was offered to a newcomer last: what was shown is mostly what is fetched next.
+    pub(crate) offered: Mutex<Option<(ImageId, Manifest)>>,
     /// Endpoints on their way down; nobody has to wait for their goodbyes but the manager's end.
     pub(crate) closing: TaskTracker,
     /// Held while a clan is added.
@@ -272,6 +275,7 @@ impl Shared {
             address,
             building: tokio::sync::Mutex::new(()),
             answered: Mutex::default(),
+            offered: Mutex::default(),
             closing: TaskTracker::new(),
             admission: tokio::sync::Mutex::new(()),
             clans: RwLock::default(),

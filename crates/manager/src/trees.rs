@@ -4,6 +4,7 @@ use std::{collections::BTreeSet, path::PathBuf, sync::Arc};
 
 use clan_api::ApiProblem;
 use clan_build::StoredImage;
+use clan_types::FileHash;
 use clan_vm::container;
 use clan_wire::image::FileRole;
 
@@ -35,6 +36,11 @@ impl Trees {
         // Layers lie above the root.
         layers.sort_by_key(|(role, _)| *role == FileRole::Root);
         Ok(layers.into_iter().map(|(_, tree)| tree).collect())
+    }
+
+    /// Whether a file of an image is unpacked already.
+    pub(crate) fn has(&self, file: &FileHash) -> bool {
+        self.dir.join(file.to_string()).is_dir()
     }
 
     /// Removes what none of these images needs.

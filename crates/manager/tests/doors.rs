@@ -76,7 +76,7 @@ fn problem<T: std::fmt::Debug>(outcome: Result<T, ClientError>) -> clan_api::Api
 }
 
 fn preview(link: &str) -> PreviewJoin {
-    PreviewJoin { link: link.to_owned(), integrate: None, container: false }
+    PreviewJoin { link: link.to_owned(), integrate: None, container: false, memory: None, disk: None, cpus: None }
 }
 
 fn create() -> CreateClan {

@@ -429,6 +429,12 @@ function runsBy({ vm, warnings }) {
   return warnings.some((warning) => warning.includes(vm.accelerator.reason)) ? word : `${word}: ${vm.accelerator.reason}`;
 }
 
+/** What of an image has to come. */
+function download({ total, missing }) {
+  if (!missing) return `nothing: its ${bytes(total)} are here already`;
+  return missing === total ? bytes(total) : `${bytes(missing)} of ${bytes(total)}; the rest is here`;
+}
+
 function confirmJoin(link, p, home) {
   ask({
     title: p.device_of ? `Make this computer yours in ${p.clan_name}?` : `Join ${p.clan_name}?`,
@@ -442,8 +448,9 @@ function confirmJoin(link, p, home) {
         ["Will run", p.vm ? p.vm.image_title : p.container ? `A container: ${p.container.image_title}` : p.integrated && "No virtual machine: this computer itself becomes the clan’s machine"],
         ["Not now", p.container?.problem && [p.container.problem.why ?? p.container.problem.message, ...p.container.problem.hints.slice(0, 1)].join("; ")],
         ["Controller", p.integrated && `${p.integrated.socket}: ${p.integrated.problem ? p.integrated.problem.message : "it runs, and is free"}`],
-        ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk`],
-        ["Download", (p.vm ?? p.container) && ((p.vm ?? p.container).download.missing ? bytes((p.vm ?? p.container).download.missing) : "nothing, it is here already")],
+        ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk beside the image’s ${bytes(p.vm.download.total)}`],
+        ["Takes", p.container && `${bytes(p.container.download.total)} of disk for the image, some ${bytes(p.container.unpacked)} to unpack it, and what it writes`],
+        ["Download", (p.vm ?? p.container) && download((p.vm ?? p.container).download)],
         ["Runs by", p.vm && runsBy(p)],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),

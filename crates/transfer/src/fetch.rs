@@ -158,26 +158,42 @@ pub async fn fetch(
     Ok(fetch.pool.taken())
 }
 
-/// Asks one machine for the manifest of an image. The outer error is the machine's, after which another may be asked.
+/// Why a machine gave no manifest.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NoManifest {
+    /// It did not; another may.
+    #[error("{0}")]
+    Failed(String),
+    /// It gave something else; another may give the right one.
+    #[error("{0}")]
+    Lied(String),
+    /// It gave the right one, which cannot be used. Everybody has the same.
+    #[error(transparent)]
+    Unusable(#[from] ManifestError),
+}
+
+/// Asks one machine for the manifest of an image.
 pub async fn manifest(
     endpoint: &Endpoint,
     source: &Source,
     proof: Option<InviteProof>,
     image: &ImageId,
-) -> Result<Result<Manifest, ManifestError>, String> {
-    let connection = connect(endpoint, source).await?;
+) -> Result<Manifest, NoManifest> {
+    let connection = connect(endpoint, source).await.map_err(NoManifest::Failed)?;
     let line = Line::new(&connection, proof);
     let bytes = match timeout(ANSWER, line.ask(ImagePart::Manifest(*image), MAX_MANIFEST)).await {
         Ok(Ok(bytes)) => bytes,
-        Ok(Err(Broke::Cut(why) | Broke::Without(why) | Broke::Lied(why))) => return Err(why),
-        Ok(Err(Broke::Disk(error))) => return Err(error.to_string()),
-        Err(_) => return Err(format!("no answer within {} s", ANSWER.as_secs())),
+        Ok(Err(Broke::Cut(why) | Broke::Without(why))) => return Err(NoManifest::Failed(why)),
+        Ok(Err(Broke::Lied(what))) => return Err(NoManifest::Lied(what)),
+        Ok(Err(Broke::Disk(error))) => return Err(NoManifest::Failed(error.to_string())),
+        Err(_) => return Err(NoManifest::Failed(format!("no answer within {} s", ANSWER.as_secs()))),
     };
     connection.close(0u32.into(), b"done");
-    match Manifest::decode(&bytes, Some(image)) {
-        Err(ManifestError::WrongImage) => Err(ManifestError::WrongImage.to_string()),
-        decoded => Ok(decoded),
-    }
+    Manifest::decode(&bytes, Some(image)).map_err(|error| match error {
+        // Its hash is not the image's name.
+        ManifestError::WrongImage => NoManifest::Lied(error.to_string()),
+        error => NoManifest::Unusable(error),
+    })
 }
 
 async fn connect(endpoint: &Endpoint, source: &Source) -> Result<Connection, String> {

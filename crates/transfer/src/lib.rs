@@ -12,6 +12,6 @@ mod part;
 mod pool;
 mod serve;
 
-pub use fetch::{Event, FetchError, Source, Taken, fetch, manifest};
+pub use fetch::{Event, FetchError, NoManifest, Source, Taken, fetch, manifest};
 pub use part::Wanted;
 pub use serve::{Extent, Held, serve};

@@ -58,6 +58,9 @@ pub enum ManifestError {
     /// Not a manifest, or over a limit.
     #[error("the image manifest is damaged")]
     Malformed,
+    /// A file is larger than any image's may be.
+    #[error("the image manifest names a file of {0}, and {max} is the most", max = ByteSize::from_bytes(MAX_FILE))]
+    TooLarge(ByteSize),
     /// From a newer Clan.
     #[error("the image manifest has version {0}, which this version of Clan does not know")]
     NewerVersion(u32),
@@ -87,8 +90,11 @@ impl Manifest {
         if manifest.version != 1 {
             return Err(ManifestError::NewerVersion(manifest.version));
         }
-        if manifest.files.len() > MAX_FILES || manifest.files.iter().any(|f| f.size.as_bytes() > MAX_FILE) {
+        if manifest.files.len() > MAX_FILES {
             return Err(ManifestError::Malformed);
+        }
+        if let Some(file) = manifest.files.iter().find(|f| f.size.as_bytes() > MAX_FILE) {
+            return Err(ManifestError::TooLarge(file.size));
         }
         for role in [FileRole::Kernel, FileRole::Initramfs, FileRole::Root] {
             if manifest.files.iter().filter(|f| f.role == role).count() != 1 {
@@ -163,7 +169,8 @@ mod tests {
         for size in [MAX_FILE + 1, 1 << 40, u64::MAX] {
             let mut huge = manifest();
             huge.files[2].size = ByteSize::from_bytes(size);
-            assert_eq!(Manifest::decode(&huge.encode().unwrap(), None), Err(ManifestError::Malformed));
+            let refused = Manifest::decode(&huge.encode().unwrap(), None);
+            assert_eq!(refused, Err(ManifestError::TooLarge(ByteSize::from_bytes(size))));
         }
         let mut many = manifest();
         many.files.extend(vec![many.files[3].clone(); MAX_FILES]);

@@ -188,6 +188,35 @@ fn collection_keeps_what_is_asked_for_and_what_is_under_way() {
 }
 
 #[test]
+fn what_is_missing_counts_what_other_images_have_and_what_arrived_before_a_cut() {
+    let (_dir, store) = store();
+    let layer = vec![7; 40 << 10];
+    let all = manifest(&layer).total_size().as_bytes();
+    assert_eq!(store.missing(&manifest(&layer)), all);
+    stored(&store, b"another");
+    let layer_only = layer.len() as u64;
+    assert_eq!(store.missing(&manifest(&layer)), layer_only, "the others are another image's, too");
+    // At its full length from the start, with some of it written.
+    let incoming = store.begin(manifest(&layer)).unwrap();
+    let place = incoming.files().into_iter().find(|f| f.role == FileRole::Layer).unwrap().path;
+    let part = File::create(format!("{}.part", place.display())).unwrap();
+    part.set_len(layer_only).unwrap();
+    assert_eq!(store.missing(&manifest(&layer)), layer_only);
+    std::os::unix::fs::FileExt::write_all_at(&part, &layer[..16 << 10], 8 << 10).unwrap();
+    part.sync_all().unwrap();
+    // Some file systems take a little more than was written.
+    let missing = store.missing(&manifest(&layer));
+    assert!((layer_only - (24 << 10)..=layer_only - (16 << 10)).contains(&missing), "{missing}");
+    assert_eq!(store.left_over(), Vec::<PathBuf>::new(), "somebody is at it");
+    let staged = incoming.dir.clone();
+    drop(incoming);
+    assert_eq!(store.left_over(), [staged]);
+    stored(&store, &layer);
+    assert_eq!(store.missing(&manifest(&layer)), 0);
+    assert_eq!(store.left_over(), Vec::<PathBuf>::new());
+}
+
+#[test]
 fn a_manifest_over_a_limit_is_refused() {
     let (_dir, store) = store();
     let mut two_layers = manifest(b"layer");

@@ -1,6 +1,6 @@
 //! `clan image`: what VMs boot from.
 
-use clan_api::{ImageInfo, Publication, PublishImage, PublishedVm};
+use clan_api::{ImageGc, ImageInfo, Publication, PublishImage, PublishedVm};
 use clan_types::ByteSize;
 
 use crate::{context::Context, error::CliError, printer::harmless, progress, table::Table, words};
@@ -109,29 +109,39 @@ async fn verify(image: Option<String>, context: &Context) -> Result<(), CliError
 
 async fn gc(dry_run: bool, context: &Context) -> Result<(), CliError> {
     let would = context.ask(context.client.gc_images(true)).await?;
-    let tell = |verb: &str, count: usize, freed: ByteSize| format!("{verb} {}, {freed}.", words::count(count, "image"));
-    if dry_run || would.removed.is_empty() {
+    let nothing = would.removed.is_empty() && would.unfinished == 0;
+    if dry_run || nothing {
         if context.printer.is_json() {
             return context.printer.json(&would);
         }
-        context.printer.talk(&if would.removed.is_empty() {
+        context.printer.talk(&if nothing {
             "There is nothing to remove: machines here run every image.".to_owned()
         } else {
-            tell("Would remove", would.removed.len(), would.freed)
+            format!("Would remove {}, {}.", going(&would), would.freed)
         });
         return Ok(());
     }
-    let count = words::count(would.removed.len(), "image");
     context.confirm(
-        &format!("Remove {count} that no machine here runs? {} become free.", would.freed),
+        &format!("Remove {}? {} become free.", going(&would), would.freed),
         "remove them without being asked",
     )?;
     let done = context.ask(context.client.gc_images(false)).await?;
     if context.printer.is_json() {
         return context.printer.json(&done);
     }
-    context.printer.talk(&tell("Removed", done.removed.len(), done.freed));
+    context.printer.talk(&format!("Removed {}, {}.", going(&done), done.freed));
     Ok(())
+}
+
+/// What of images goes, in words.
+fn going(gc: &ImageGc) -> String {
+    let images = words::count(gc.removed.len(), "image");
+    let begun = format!("{} that broke off", words::count(gc.unfinished as usize, "download"));
+    match (gc.removed.len(), gc.unfinished) {
+        (_, 0) => format!("{images} that no machine here runs"),
+        (0, _) => begun,
+        _ => format!("{images} that no machine here runs and {begun}"),
+    }
 }
 
 async fn publish(clan: Option<String>, request: PublishImage, context: &Context) -> Result<(), CliError> {

@@ -1,6 +1,6 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
-use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, Transfer, VmPlan};
+use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPlan};
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
@@ -112,7 +112,14 @@ async fn go(
     let printer = &context.printer;
     let Place { machine, size, integrate, control, contain: Contain { container } } = place;
     let integrate = integrate.controller()?;
-    let question = PreviewJoin { link: link.to_owned(), integrate: integrate.clone(), container };
+    let question = PreviewJoin {
+        link: link.to_owned(),
+        integrate: integrate.clone(),
+        container,
+        memory: size.memory,
+        disk: size.disk,
+        cpus: size.cpus,
+    };
     let mut preview =
         progress::waiting(printer, "Asking the clan…", context.ask(context.client.preview_join(&question))).await?;
     // INVARIANT: what is shown and agreed to is what is asked for.
@@ -123,7 +130,7 @@ async fn go(
         if printer.is_json() {
             printer.json(&preview)?;
         } else {
-            facts(&preview, &size).iter().try_for_each(|l| printer.data(l))?;
+            facts(&preview).iter().try_for_each(|l| printer.data(l))?;
         }
         return Ok(None);
     }
@@ -133,7 +140,7 @@ async fn go(
     };
     let machine = names::machine(machine, &preview.machines)?;
     if !printer.is_json() || context.will_ask() {
-        show(&preview, &size, printer);
+        show(&preview, printer);
     }
     let question = match &preview.device_of {
         Some(_) => format!("Make this computer one of {person}'s devices in {}, as {machine}?", preview.clan_name),
@@ -158,14 +165,14 @@ async fn go(
     Ok(Some(preview.clan_name))
 }
 
-fn show(preview: &JoinPreview, size: &Size, printer: &Printer) {
+fn show(preview: &JoinPreview, printer: &Printer) {
     let clan = printer.err_style(Tone::Strong, preview.clan_name.as_str());
     printer.talk(&match &preview.device_of {
         Some(person) => format!("This makes this computer one of {person}'s devices in the clan {clan}."),
         None => format!("{} invites you to the clan {clan}.", preview.inviter),
     });
     printer.talk("");
-    for line in facts(preview, size) {
+    for line in facts(preview) {
         printer.talk(&line);
     }
     printer.talk("");
@@ -183,7 +190,7 @@ fn show(preview: &JoinPreview, size: &Size, printer: &Printer) {
     });
 }
 
-fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
+fn facts(preview: &JoinPreview) -> Vec<String> {
     let mut facts = vec![
         ("Clan", preview.clan_name.to_string()),
         ("Fingerprint", preview.fingerprint.clone()),
@@ -196,7 +203,7 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
         ),
     ];
     if let Some(vm) = &preview.vm {
-        vm_facts(vm, size, &mut facts);
+        vm_facts(vm, &mut facts);
     }
     if let Some(container) = &preview.container {
         facts.extend([
@@ -206,7 +213,14 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
                 "Apart",
                 "less than a virtual machine: it shares this computer's kernel, and nothing bounds it".to_owned(),
             ),
-            ("Download", download(&container.download)),
+            (
+                "Disk",
+                format!(
+                    "the image's {}, some {} to unpack it, and what it writes",
+                    container.download.total, container.unpacked
+                ),
+            ),
+            ("Download", words::download(&container.download)),
         ]);
         if let Some(problem) = &container.problem {
             let why = problem.why.as_deref().unwrap_or(&problem.message);
@@ -233,24 +247,15 @@ fn facts(preview: &JoinPreview, size: &Size) -> Vec<String> {
     table::facts(&facts)
 }
 
-fn vm_facts(vm: &VmPlan, size: &Size, facts: &mut Vec<(&'static str, String)>) {
-    let cpus = size.cpus.unwrap_or(vm.cpus) as usize;
+fn vm_facts(vm: &VmPlan, facts: &mut Vec<(&'static str, String)>) {
     facts.extend([
         ("Will run", format!("a virtual machine: {}", vm.image_title)),
         ("Image", vm.image.short()),
-        ("Memory", size.memory.unwrap_or(vm.memory).to_string()),
-        ("Disk", format!("up to {}", size.disk.unwrap_or(vm.disk))),
-        ("Processors", cpus.to_string()),
-        ("Download", download(&vm.download)),
+        ("Memory", vm.memory.to_string()),
+        ("Disk", format!("up to {}, beside the image's {}", vm.disk, vm.download.total)),
+        ("Processors", vm.cpus.to_string()),
+        ("Download", words::download(&vm.download)),
     ]);
-}
-
-fn download(transfer: &Transfer) -> String {
-    match transfer.missing.as_bytes() {
-        0 => format!("nothing: its {} are here already", transfer.total),
-        missing if missing == transfer.total.as_bytes() => transfer.missing.to_string(),
-        _ => format!("{} of {}; the rest is here", transfer.missing, transfer.total),
-    }
 }
 
 /// Names to take where none was given.

@@ -9,9 +9,9 @@ use std::{
 use clan_api::{ApiProblem, ErrorCode};
 use clan_build::{ImageStore, StoreError, StoredImage};
 use clan_ledger::State;
-use clan_transfer::{Event, FetchError, Source, Wanted};
+use clan_transfer::{Event, FetchError, NoManifest, Source, Wanted};
 use clan_types::{ByteSize, ImageId};
-use clan_wire::image::Manifest;
+use clan_wire::image::{Manifest, ManifestError};
 
 use super::{Fetcher, blocking};
 use crate::{problem, tasks::TaskHandle};
@@ -31,18 +31,22 @@ impl Fetcher {
     /// The manifest of an image, from the first machine that has it.
     pub(crate) async fn manifest(&self, state: &State, image: &ImageId) -> Result<Manifest, ApiProblem> {
         let began = std::time::Instant::now();
-        let mut last = None;
+        let (mut last, mut liars) = (None, Vec::new());
         for source in &self.sources(state) {
             match clan_transfer::manifest(&self.endpoint, source, Some(self.proof()), image).await {
-                Ok(Ok(manifest)) => return Ok(manifest),
-                Ok(Err(error)) => {
-                    return Err(ApiProblem::new(ErrorCode::Untrusted, error.to_string())
-                        .hint("update Clan, or ask for a new link"));
+                Ok(manifest) => return Ok(manifest),
+                Err(NoManifest::Unusable(error)) => return Err(unusable(&error)),
+                Err(NoManifest::Lied(what)) => {
+                    tracing::warn!(machine = source.name, what, "a machine gives a false image");
+                    liars.push(source.name.clone());
                 }
-                Err(why) => last = Some(why),
+                Err(NoManifest::Failed(why)) => last = Some(why),
             }
         }
-        Err(self.unreachable(began.elapsed(), last))
+        if liars.is_empty() {
+            return Err(self.unreachable(began.elapsed(), last));
+        }
+        Err(self.not_fetched(FetchError::NoSource { last, liars }))
     }
 
     /// Fetches an image into the store, going on where an earlier attempt stopped.
@@ -86,7 +90,7 @@ impl Fetcher {
                 }
             };
             let taken = clan_transfer::fetch(&self.endpoint, &sources, Some(self.proof()), wanted, report).await;
-            let taken = taken.map_err(not_fetched)?;
+            let taken = taken.map_err(|error| self.not_fetched(error))?;
             for (name, pieces) in taken {
                 task.log(format!("{pieces} pieces of the image came from {name}"));
             }
@@ -101,23 +105,39 @@ impl Fetcher {
         }
         Err(ApiProblem::new(ErrorCode::DamagedFile, "the image is damaged on this disk as soon as it is written"))
     }
+
+    fn not_fetched(&self, error: FetchError) -> ApiProblem {
+        const KEPT: &str = "try again: what is here already is kept";
+        match error {
+            FetchError::NoSource { liars, .. } if !liars.is_empty() => {
+                let problem = ApiProblem::new(ErrorCode::Untrusted, "the image that is offered is not the clan's");
+                let from = liars.join(", ");
+                if self.way.member {
+                    return problem.why(format!("a false one came from {from}, and no other machine gives it")).hint(
+                        "tell an admin of the clan, and try again when other machines are there: `clan machines`",
+                    );
+                }
+                problem
+                    .why(format!("a false one came from {from}, and no other machine of the link gives it"))
+                    .hint("tell whoever invited you, and ask for a link that another machine of the clan made")
+            }
+            FetchError::NoSource { last, .. } => {
+                let problem = ApiProblem::new(ErrorCode::Unreachable, "the image could not be downloaded").hint(KEPT);
+                match last {
+                    Some(why) => problem.why(why),
+                    None => problem,
+                }
+            }
+            FetchError::Io { path, source } => problem::store(&StoreError::on_write(path, source)),
+        }
+    }
 }
 
-fn not_fetched(error: FetchError) -> ApiProblem {
-    const KEPT: &str = "try again: what is here already is kept";
+/// The manifest is what the clan published, and no image can be like this.
+fn unusable(error: &ManifestError) -> ApiProblem {
+    let problem = ApiProblem::new(ErrorCode::Untrusted, "the clan's image cannot be used").why(error.to_string());
     match error {
-        FetchError::NoSource { liars, .. } if !liars.is_empty() => {
-            ApiProblem::new(ErrorCode::Untrusted, "the image that is offered is not the clan's")
-                .why(format!("a false one came from {}, and no other machine of the link gives it", liars.join(", ")))
-                .hint("tell whoever invited you, and ask for a link that another machine of the clan made")
-        }
-        FetchError::NoSource { last, .. } => {
-            let problem = ApiProblem::new(ErrorCode::Unreachable, "the image could not be downloaded").hint(KEPT);
-            match last {
-                Some(why) => problem.why(why),
-                None => problem,
-            }
-        }
-        FetchError::Io { path, source } => problem::store(&StoreError::on_write(path, source)),
+        ManifestError::NewerVersion(_) => problem.hint("update Clan on this computer, then try again"),
+        _ => problem.hint("tell whoever invited you: an admin of the clan can publish another, `clan image publish`"),
     }
 }
