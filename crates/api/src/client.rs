@@ -233,7 +233,14 @@ mod tests {
             r#"{"type":"urn:clan:problem:invite_used","code":"invite_used","message":"this invite has been used already","hints":["ask for a new one"],"status":410}"#
         ))
         .await;
-        let question = PreviewJoin { link: "clan://join/x".into(), integrate: None, container: false };
+        let question = PreviewJoin {
+            link: "clan://join/x".into(),
+            integrate: None,
+            container: false,
+            memory: None,
+            disk: None,
+            cpus: None,
+        };
         let Err(ClientError::Problem(problem)) = client.preview_join(&question).await else {
             panic!("a problem was expected")
         };

@@ -20,7 +20,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         machine_report, machine_log, machine_journal, change_setting, revert_change, restart_machine, machine_terminal, set_control, suggest_control,
-        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, publish_image, login
+        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, preview_update, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, publish_image, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
     modifiers(&Security),
@@ -245,6 +245,10 @@ fn restart_vm() {}
 /// Give a VM another image; its disk stays, and its previous image comes back if it is not well
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/update", params(("vm" = String, Path)), request_body = UpdateVm, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn update_vm() {}
+
+/// What giving a VM another image would do: which, where it comes from, how much of it has to come
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/update/preview", params(("vm" = String, Path)), request_body = UpdateVm, responses((status = 200, body = UpdatePlan), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn preview_update() {}
 
 /// Suggest to newcomers who is to steer their machine
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/control", params(("clan" = String, Path)), request_body = SuggestControl, responses((status = 201, body = ControlSuggestion, description = "Done"), (status = 200, body = ControlSuggestion, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

@@ -1,8 +1,10 @@
 //! What is asked of, and told about, a VM beyond its state.
 
-use clan_types::{ByteSize, ImageId, Timestamp};
+use clan_types::{ByteSize, ClanName, ImageId, Timestamp};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
+
+use crate::{Flavour, Transfer};
 
 /// A snapshot of a VM's data disk.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -34,13 +36,51 @@ pub struct MakeSnapshot {
     pub name: Option<String>,
 }
 
-/// Gives a VM another image. Its disk stays; it gets its previous image back if it is not well with the new one.
+/// Gives a VM or a container another image. Its disk stays; it gets its previous image back if it is not well with the new one.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct UpdateVm {
-    /// Id of an image on this computer, or a unique beginning of one; that of this version of Clan if absent.
+    /// Id of an image on this computer, or a unique beginning of one; or the whole id of what the clan publishes. If absent it is
+    /// what the clan publishes: newcomers run it, and it comes from members unless it is here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image: Option<String>,
+    /// Instead of all that: the image of this version of Clan, built here unless it is there.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub build: bool,
+}
+
+/// What an [`UpdateVm`] would do.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct UpdatePlan {
+    /// The clan whose machine it is.
+    #[schema(value_type = String)]
+    pub clan: ClanName,
+    /// What the machine is.
+    pub flavour: Flavour,
+    /// The image that it runs now.
+    #[schema(value_type = Option<String>)]
+    pub before: Option<ImageId>,
+    /// The image that it would run; absent if that is to be built.
+    #[schema(value_type = Option<String>)]
+    pub image: Option<ImageId>,
+    /// Its title, for people.
+    pub image_title: Option<String>,
+    /// Where it comes from.
+    pub source: ImageSource,
+    /// What must be downloaded.
+    pub download: Transfer,
+}
+
+/// Where an image comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ImageSource {
+    /// It is on this computer.
+    Here,
+    /// Machines of the clan give it.
+    Members,
+    /// It is built here.
+    Build,
 }
 
 /// Gives a VM another size. What is absent stays.

@@ -1,5 +1,5 @@
-//! An image as newcomers and members meet it, by real commands: given by two members at once, and gone on with after
-//! cuts. Machines are containers; needs root, for network namespaces, and what `make deps` installs.
+//! An image as newcomers and members meet it, by real commands: given by two members at once, gone on with after cuts, made
+//! anew and published. Machines are containers; needs root, for network namespaces, and what `make deps` installs.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 #[allow(dead_code, reason = "not every test looks at processes")]
@@ -34,7 +34,9 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let link = story::link_in(&lab.person("founder").clan(&["invite", CLAN])?.success()?.stdout)?;
     join(lab.person("second"), &link)?;
     pinged(lab.person("second"), "founder")?;
-    from_two(lab, screen)
+    let link = from_two(lab, screen)?;
+    joined_already(lab.person("stranger"), &link)?;
+    published(lab, screen)
 }
 
 fn join(person: &Person, link: &str) -> Result<Value, LabError> {
@@ -52,7 +54,7 @@ fn link_of_two(lab: &mut Lab) -> Result<String, LabError> {
     })
 }
 
-fn from_two(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
+fn from_two(lab: &mut Lab, screen: &Screen) -> Result<String, LabError> {
     let link = link_of_two(lab)?;
     let preview = lab.person("stranger").clan_json(&["join", &link, "--container", "--dry-run"])?;
     let download = &preview["container"]["download"];
@@ -117,7 +119,104 @@ fn from_two(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     promise(left.len() == 1, || format!("something half-made is left: {left:?}"))?;
 
     lab.person("second").start_manager(MANAGER)?;
-    pinged(lab.person("second"), "founder")
+    pinged(lab.person("second"), "founder")?;
+    Ok(link)
+}
+
+/// Whoever follows a link to a clan that they are in is told so, and in which.
+fn joined_already(person: &Person, link: &str) -> Result<(), LabError> {
+    let before = (machine_id(person)?, runs(person)?);
+    for more in [&["--yes"][..], &["--dry-run"], &["--dry-run", "--json"]] {
+        let arguments: Vec<&str> = ["join", link, "--container"].iter().chain(more).copied().collect();
+        let refused = person.clan(&arguments)?;
+        let said = refused.stderr.contains(&format!("this computer is in the clan `{CLAN}` already"));
+        promise(refused.status.code() == Some(1) && said, || format!("{more:?}: {}", refused.output()))?;
+        let coded = !more.contains(&"--json") || refused.stderr.contains(r#""code":"already_joined""#);
+        promise(coded && refused.stdout.is_empty(), || format!("{more:?}: {}", refused.output()))?;
+    }
+    promise((machine_id(person)?, runs(person)?) == before, || "it is another machine now".into())?;
+    let clans = person.clan_json(&["status"])?["clans"].as_array().map_or(0, Vec::len);
+    promise(clans == 1, || format!("it is in {clans} clans"))
+}
+
+/// The founder runs another image, publishes it, and a member takes it over.
+fn published(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
+    for name in ["founder", "second"] {
+        lab.slow(name, 10_000)?;
+    }
+    // Another build of the same program: what follows the last section is never looked at.
+    let program = lab.record().programs().join("clan");
+    let next = program.with_extension("next");
+    let changed = fs::read(&program).and_then(|mut bytes| {
+        bytes.extend_from_slice(b"another build");
+        fs::write(&next, bytes)?;
+        fs::set_permissions(&next, fs::metadata(&program)?.permissions())?;
+        // Whoever runs the present one goes on with it.
+        fs::rename(&next, &program)
+    });
+    changed.map_err(|e| LabError::Promise(format!("{}: {e}", program.display())))?;
+
+    let began = Instant::now();
+    let old = runs(lab.person("second"))?;
+    let founder = lab.person("founder");
+    founder.clan(&["vm", "update", "--build", "--yes"])?.success()?;
+    let new = runs(founder)?;
+    promise(new != old, || "the founder's container has its old image".into())?;
+    let early = founder.clan_json(&["vm", "update", "--dry-run"])?;
+    promise(early["image"] == old, || format!("what is not published is offered: {early}"))?;
+    let told = founder.clan(&["image", "publish", &new[..12], "--yes"])?.success()?.output();
+    promise(told.contains("so far"), || format!("what changes is not said: {told}"))?;
+    screen.seen("the founder runs another image, and publishes it", began.elapsed());
+
+    let began = Instant::now();
+    let second = lab.person("second");
+    let plan = story::until(HEAL, "the published image at a member", || {
+        let plan = second.clan_json(&["vm", "update", "--dry-run"])?;
+        Ok((plan["image"] == new).then_some(plan))
+    })?;
+    let bytes = |plan: &Value, what: &str| plan["download"][what].as_u64().unwrap_or_default();
+    let (total, missing) = (bytes(&plan, "total"), bytes(&plan, "missing"));
+    promise(plan["source"] == "members" && plan["before"] == old, || format!("{plan}"))?;
+    // The distribution is the same, and not fetched again.
+    promise(missing > 0 && missing < total / 2, || format!("{missing} bytes of {total} are missing: {plan}"))?;
+    let asked = second.clan(&["vm", "update"])?;
+    let shown = asked.output();
+    let size =
+        shown.contains("Download") && shown.contains("members of the clan") && shown.contains("the rest is here");
+    promise(asked.status.code() == Some(1) && size, || format!("nobody is told before: {shown}"))?;
+    promise(runs(second)? == old, || "it was updated without being asked".into())?;
+
+    let machine = machine_id(second)?;
+    second.console(CLAN)?.run("echo kept > /root/mark", HEAL)?;
+    let done = second.clan_json(&["vm", "update", "--yes"])?;
+    let log = task_log(second, &done)?;
+    promise(given(&log, "founder").is_some(), || format!("the founder gave nothing: {log:?}"))?;
+    promise(runs(second)? == new, || "the container has its old image".into())?;
+    promise(machine_id(second)? == machine, || "the machine is another one with its new image".into())?;
+    let (said, _) = second.console(CLAN)?.run("cat /root/mark", HEAL)?;
+    promise(said.lines().any(|line| line.trim() == "kept"), || format!("its disk has {said:?} on it"))?;
+    pinged(second, "founder")?;
+    let again = second.clan(&["vm", "update", "--yes"])?.success()?.output();
+    promise(again.contains("runs exactly this image already"), || again.clone())?;
+    screen.seen("a member takes it over from members", began.elapsed());
+
+    // Of the old one nothing is left once nobody runs it.
+    second.clan(&["image", "gc", "--yes"])?.success()?;
+    let images = second.clan_json(&["image", "list"])?;
+    promise(images.as_array().is_some_and(|all| all.len() == 1), || format!("{images}"))
+}
+
+fn runs(person: &Person) -> Result<String, LabError> {
+    let vms = person.clan_json(&["vm", "list"])?;
+    let image = vms[0]["image"].as_str().map(str::to_owned);
+    image.ok_or_else(|| LabError::Promise(format!("it runs no image: {vms}")))
+}
+
+fn machine_id(person: &Person) -> Result<String, LabError> {
+    let status = person.clan_json(&["status"])?;
+    let machines = status["clans"][0]["machines"].as_array().cloned().unwrap_or_default();
+    let own = machines.iter().find(|machine| machine["this"] == true).and_then(|machine| machine["id"].as_str());
+    own.map(str::to_owned).ok_or_else(|| LabError::Promise(format!("no machine is this computer's: {status}")))
 }
 
 /// Bytes of an image that arrives which are on disk. Its files have their full length from the start.

@@ -93,15 +93,20 @@ pub(crate) async fn ways(
 
 /// Other machines that can admit a newcomer.
 async fn others(control: &Channel) -> Vec<PeerAddr> {
-    let mut others = match guest::open(control, &ControlRequest::Peers, guest::PATIENCE).await {
-        Ok((_, ControlResponse::Peers(others))) => others,
-        outcome => {
-            // A controller of an earlier version does not know the question.
-            tracing::debug!(?outcome, "the link names no other machine");
-            Vec::new()
-        }
-    };
+    let mut others = members(control).await;
     others.truncate(MAX_OTHERS);
     others.iter_mut().for_each(|other| other.addrs.truncate(MAX_OTHER_ADDRS));
     others
+}
+
+/// Other machines that the one here has heard of lately.
+pub(crate) async fn members(control: &Channel) -> Vec<PeerAddr> {
+    match guest::open(control, &ControlRequest::Peers, guest::PATIENCE).await {
+        Ok((_, ControlResponse::Peers(others))) => others,
+        outcome => {
+            // A controller of an earlier version does not know the question.
+            tracing::debug!(?outcome, "the machine here names no other");
+            Vec::new()
+        }
+    }
 }

@@ -1,45 +1,181 @@
-//! Another image for a VM, whose disk stays. What was so before must be so again afterwards: its controller answers, it
-//! reaches others, its services are in good health. If not, it gets its previous image back by itself.
+//! Another image for a VM or a container, whose disk stays: one that is here, what the clan publishes and its machines give, or a
+//! new one. What was so before must be so again afterwards: its controller answers, it reaches others, its services are in
+//! good health. If not, it gets its previous image back by itself.
 
 use std::{sync::Arc, time::Duration};
 
-use clan_api::{ApiProblem, ErrorCode, TaskKind, UpdateVm};
+use clan_api::{ApiProblem, ErrorCode, Flavour, ImageSource, TaskKind, Transfer, UpdatePlan, UpdateVm};
 use clan_build::StoredImage;
-use clan_types::{ImageId, ServiceName};
-use clan_wire::control::NodeStatus;
+use clan_ledger::{State, VmDescription};
+use clan_types::{ByteSize, ImageId, ServiceName};
+use clan_wire::{control::NodeStatus, image::Manifest};
 use tokio::time::{Instant, sleep};
 
 use crate::{
     clan::Clan,
-    fetch::blocking,
-    guest, image, images,
-    leave::{is_vm, start, vm_task},
+    fetch::{Fetcher, blocking},
+    guest, image, images, invite, join,
+    leave::{is_kept, start, vm_task},
     machine,
     manager::Shared,
     problem,
-    record::{Phase, Trial},
+    record::{self, Phase, Trial},
+    sign,
     tasks::{Task, TaskHandle},
 };
 
-const STEPS: [&str; 4] =
-    ["Get the image", "Stop the virtual machine", "Start it with the new image", "See whether all is well"];
 /// How long others and services may take to be there again once the controller answers.
 const WELL: Duration = Duration::from_secs(60);
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 const ANSWER: Duration = Duration::from_secs(5);
 
-/// Switches a VM to another image, as a task.
-pub(crate) fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) -> Result<Arc<Task>, ApiProblem> {
-    is_vm(&clan, "restart")?;
+/// Which image a VM is to get.
+enum Choice {
+    /// That of this version of Clan.
+    Build,
+    Here(Box<StoredImage>),
+    /// What the clan publishes, which is not here.
+    Published(Box<(State, VmDescription)>),
+}
+
+async fn choose(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<Choice, ApiProblem> {
+    is_kept(clan, "restart")?;
+    let what = clan.record.get().what();
     if clan.record.get().phase != Phase::Ready {
-        return Err(ApiProblem::new(ErrorCode::Conflict, "the VM is being made or removed").hint("wait for that task"));
+        return Err(ApiProblem::new(ErrorCode::Conflict, format!("the {what} is being made or removed"))
+            .hint("wait for that task"));
     }
-    let named = request.image.as_deref().map(|text| images::find(shared, text)).transpose()?;
+    if request.build {
+        return match request.image {
+            Some(_) => Err(ApiProblem::new(ErrorCode::BadRequest, "an image is named or built, not both")
+                .hint("leave out `--image` or `--build`")),
+            None => Ok(Choice::Build),
+        };
+    }
+    let named = request.image.as_deref().map(|text| (text, images::find(shared, text)));
+    if let Some((_, Ok(image))) = named {
+        return Ok(Choice::Here(Box::new(image)));
+    }
+    let published = sign::ledger(clan).await.map(|ledger| ledger.state().clone());
+    let described = |state: &State| state.published.as_ref().map(|published| published.description.clone());
+    match (named, published) {
+        (Some((text, Err(unknown))), state) => match state.ok().and_then(|s| Some((described(&s)?, s))) {
+            Some((description, state)) if description.image.to_string() == text.to_ascii_lowercase() => {
+                Ok(Choice::Published(Box::new((state, description))))
+            }
+            _ => Err(unknown.hint("without `--image` it is what the clan publishes")),
+        },
+        (_, Err(problem)) => {
+            Err(problem.hint("what the clan publishes is known to its machine here; name an image instead: `--image`"))
+        }
+        (_, Ok(state)) => {
+            let description = described(&state).ok_or_else(|| {
+                ApiProblem::new(ErrorCode::NotFound, "the clan publishes no image")
+                    .hint("name one that is here, `--image`, or build that of this version of Clan, `--build`")
+            })?;
+            Ok(match shared.images.get(&description.image) {
+                Some(image) => Choice::Here(Box::new(image)),
+                None => Choice::Published(Box::new((state, description))),
+            })
+        }
+    }
+}
+
+/// What an update would do, and how much would have to come for it.
+pub(crate) async fn preview(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<UpdatePlan, ApiProblem> {
+    let record = clan.record.get();
+    let nothing = ByteSize::from_bytes(0);
+    let plan = UpdatePlan {
+        clan: record.name.clone(),
+        flavour: if record.is_container() { Flavour::Container } else { Flavour::Vm },
+        before: record.image,
+        image: None,
+        image_title: None,
+        source: ImageSource::Build,
+        download: Transfer { total: nothing, missing: nothing },
+    };
+    let of = |image: ImageId, manifest: &Manifest, source: ImageSource| -> Result<UpdatePlan, ApiProblem> {
+        let download = join::check_image(shared, manifest, memory(clan))?;
+        let title = manifest.title.chars().filter(|c| !c.is_control()).take(100).collect();
+        Ok(UpdatePlan { image: Some(image), image_title: Some(title), source, download, ..plan.clone() })
+    };
+    match choose(shared, clan, request).await? {
+        Choice::Build => Ok(plan),
+        Choice::Here(image) => of(image.id, &image.manifest, ImageSource::Here),
+        Choice::Published(published) => {
+            let (state, description) = *published;
+            let fetcher = members(clan).await?;
+            let manifest = join::manifest(shared, &fetcher, &state, &description).await;
+            shared.closing.spawn(fetcher.close());
+            of(description.image, &manifest?, ImageSource::Members)
+        }
+    }
+}
+
+/// What an image may count on.
+fn memory(clan: &Clan) -> Option<ByteSize> {
+    let record = clan.record.get();
+    (!record.is_container()).then_some(record.memory)
+}
+
+/// The way to the clan's other machines, as one of its people.
+async fn members(clan: &Clan) -> Result<Fetcher, ApiProblem> {
+    let control = clan.control().map_err(|e| problem::guest(&e))?;
+    let peers = invite::members(&control).await;
+    if peers.is_empty() {
+        return Err(ApiProblem::new(ErrorCode::Unreachable, "no other machine of the clan is there to give the image")
+            .hint("try again when one is: `clan machines`"));
+    }
+    let status = guest::status(&control, guest::PATIENCE).await.map_err(|e| problem::guest(&e))?;
+    Fetcher::of_member(clan.id(), clan.key.clone(), peers, status.relays).await
+}
+
+/// Gets what the clan publishes from its machines.
+async fn fetch(
+    shared: &Shared,
+    clan: &Clan,
+    task: &TaskHandle,
+    (state, description): (State, VmDescription),
+) -> Result<StoredImage, ApiProblem> {
+    let fetcher = members(clan).await?;
+    let fetched = async {
+        let manifest = join::manifest(shared, &fetcher, &state, &description).await?;
+        join::check_image(shared, &manifest, memory(clan))?;
+        let _one = shared.building.lock().await;
+        match shared.images.get(&description.image) {
+            Some(image) => Ok(image),
+            None => fetcher.image(&shared.images, &state, &manifest, task).await,
+        }
+    };
+    let fetched = task.unless_cancelled(fetched).await;
+    shared.closing.spawn(fetcher.close());
+    fetched
+}
+
+fn steps(clan: &Clan) -> [String; 4] {
+    let what = match clan.record.get().flavour {
+        record::Flavour::Container => "container",
+        _ => "virtual machine",
+    };
+    [
+        "Get the image".into(),
+        format!("Stop the {what}"),
+        "Start it with the new image".into(),
+        "See whether all is well".into(),
+    ]
+}
+
+/// Switches a VM to another image, as a task.
+pub(crate) async fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) -> Result<Arc<Task>, ApiProblem> {
+    let choice = choose(shared, &clan, request).await?;
     let shared_ = shared.clone();
-    vm_task(shared, clan, TaskKind::UpdateVm, "Update", &STEPS, move |clan, task| async move {
-        let image = match named {
-            Some(image) => image,
-            None => task.unless_cancelled(image::default_image(&shared_, &task)).await?,
+    let steps = steps(&clan);
+    let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
+    vm_task(shared, clan, TaskKind::UpdateVm, "Update", &steps, move |clan, task| async move {
+        let image = match choice {
+            Choice::Here(image) => *image,
+            Choice::Build => task.unless_cancelled(image::default_image(&shared_, &task)).await?,
+            Choice::Published(published) => fetch(&shared_, &clan, &task, *published).await?,
         };
         switch(&shared_, &clan, &task, image).await
     })
@@ -48,26 +184,22 @@ pub(crate) fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) ->
 /// Goes on with what an earlier manager began, as a task.
 pub(crate) fn go_on(shared: &Arc<Shared>, clan: Arc<Clan>) {
     let shared_ = shared.clone();
-    let steps = &STEPS[3..];
-    let begun = vm_task(shared, clan, TaskKind::UpdateVm, "Update", steps, move |clan, task| async move {
+    let steps = steps(&clan);
+    let begun = vm_task(shared, clan, TaskKind::UpdateVm, "Update", &[&steps[3]], move |clan, task| async move {
         judge(&shared_, &clan, &task).await
     });
     if let Err(problem) = begun {
-        tracing::warn!(problem = problem.message, "a VM's new image is not judged yet");
+        tracing::warn!(problem = problem.message, "a machine's new image is not judged yet");
     }
 }
 
 async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredImage) -> Result<(), ApiProblem> {
     let record = clan.record.get();
     let Some(previous) = record.image.filter(|previous| *previous != image.id) else {
-        task.log("the VM has this image already");
+        task.log(format!("the {} has this image already", record.what()));
         return Ok(());
     };
-    if record.memory < image.manifest.memory_min {
-        let least = image.manifest.memory_min;
-        return Err(ApiProblem::new(ErrorCode::TooSmall, format!("the image needs {least} of memory"))
-            .hint(format!("give the VM more: `clan vm resize --memory {least}`")));
-    }
+    join::check_image(shared, &image.manifest, memory(clan))?;
     let (store, id) = (shared.images.clone(), image.id);
     task.unless_cancelled(blocking(move || store.verify(&id))).await?.map_err(|e| problem::store(&e))?;
     let trial = was(clan, previous).await;
@@ -82,7 +214,7 @@ async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredIm
     let runs = machine::release(clan).await?;
     held?;
     if !runs {
-        task.log("it is judged when the VM is started");
+        task.log("it is judged when it is started");
         return Ok(());
     }
     task.begin(2);
@@ -120,7 +252,14 @@ pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Re
         well(clan, &trial).await
     };
     let problem = match task.unless_cancelled(tried).await {
-        Ok(()) => return clan.record.update(|r| r.trial = None).map_err(|e| problem::disk(&e)),
+        Ok(()) => {
+            clan.record.update(|r| r.trial = None).map_err(|e| problem::disk(&e))?;
+            if clan.record.get().is_container() {
+                // What only the previous image needed unpacked.
+                shared.keep_trees().await;
+            }
+            return Ok(());
+        }
         // The next manager judges.
         Err(problem) if shared.is_stopping() => return Err(problem),
         Err(problem) => problem,
@@ -130,10 +269,12 @@ pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Re
     clan.record.update(|r| (r.image, r.trial) = (Some(trial.previous), None)).map_err(|e| problem::disk(&e))?;
     let runs = machine::release(clan).await?;
     held?;
-    let back = "the VM is not well with the new image, and has its previous one again";
+    let what = clan.record.get().what();
+    let back = format!("the {what} is not well with the new image, and has its previous one again");
     if runs {
         start(clan, task).await.map_err(|again| {
-            ApiProblem::new(ErrorCode::VmFailed, "the VM is not well with the new image, nor with its previous one")
+            let neither = format!("the {what} is not well with the new image, nor with its previous one");
+            ApiProblem::new(ErrorCode::VmFailed, neither)
                 .why(format!("{}; then {}", problem.message, again.message))
                 .hint("look at its console: `clan vm logs --console`")
         })?;

@@ -5,7 +5,7 @@ use hyper::Method;
 use super::{ByteStream, ClientError, Console, ManagerClient, segment};
 use crate::{
     CONSOLE_UPGRADE, DeleteQuery, ImageGc, ImageInfo, LogQuery, LogSource, MakeSnapshot, Publication, PublishImage,
-    ResizeVm, SnapshotInfo, TaskInfo, UpdateVm, VmInfo, VmSize, VmStats,
+    ResizeVm, SnapshotInfo, TaskInfo, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
 };
 
 impl ManagerClient {
@@ -42,6 +42,11 @@ impl ManagerClient {
     /// Gives a VM another image.
     pub async fn update_vm(&self, vm: &str, request: &UpdateVm) -> Result<TaskInfo, ClientError> {
         self.post(&format!("/vms/{}/update", segment(vm)), request).await
+    }
+
+    /// Finds out what giving a VM another image would do.
+    pub async fn preview_update(&self, vm: &str, request: &UpdateVm) -> Result<UpdatePlan, ClientError> {
+        self.post(&format!("/vms/{}/update/preview", segment(vm)), request).await
     }
 
     /// Gives a VM another size, or finds out what it would be.

@@ -7,6 +7,7 @@ use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, T
 mod control;
 mod disk;
 pub(crate) mod stats;
+mod update;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
@@ -75,9 +76,15 @@ pub(crate) enum Verb {
     Update {
         #[command(flatten)]
         which: Which,
-        /// An image on this computer, as `clan image list` shows them [default: that of this version of clan]
+        /// An image on this computer, as `clan image list` shows them [default: what newcomers run; it comes from members]
         #[arg(long, value_name = "ID")]
         image: Option<String>,
+        /// The image of this version of clan, built here unless it is there
+        #[arg(long, conflicts_with = "image")]
+        build: bool,
+        /// Only say which image it would be, and how much of it has to come
+        #[arg(long)]
+        dry_run: bool,
     },
     /// Give one another size: memory and processors from its next start on, a larger disk at once
     Resize(disk::Resize),
@@ -126,11 +133,8 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             let vm = context.clan(which.clan).await?;
             follow(context, context.ask(context.client.restart_vm(&vm)).await?).await
         }
-        Verb::Update { which, image } => {
-            let vm = context.clan(which.clan).await?;
-            let question = "Stop the virtual machine and start it with another image? Its disk stays.";
-            context.confirm(question, "update without being asked")?;
-            follow(context, context.ask(context.client.update_vm(&vm, &UpdateVm { image })).await?).await
+        Verb::Update { which, image, build, dry_run } => {
+            update::run(which.clan, UpdateVm { image, build }, dry_run, context).await
         }
         Verb::Pause(which) => {
             let vm = context.clan(which.clan).await?;

@@ -242,7 +242,7 @@ fn updated(lab: &mut Lab) -> Checked {
     founder.console(story::CLAN)?.run("echo kept > /root/mark && sync", HEAL)?;
     // Another build of the same program: what follows the last section is never looked at.
     let another = another(&programs.join("clan"), |bytes| bytes.extend_from_slice(b"another build"))?;
-    founder.clan(&["vm", "update", "--yes"])?.success()?;
+    founder.clan(&["vm", "update", "--build", "--yes"])?.success()?;
     let after = runs_image(founder)?;
     promise(after != before, || "the VM has its old image".into())?;
     promise(machine_id(founder)? == machine, || "the machine is another one with its new image".into())?;
@@ -252,7 +252,7 @@ fn updated(lab: &mut Lab) -> Checked {
     // An agent that ends at once: the kernel has nothing to go on with.
     let clan = std::fs::read(programs.join("clan")).map_err(|e| LabError::Promise(e.to_string()))?;
     let broken = self::another(&programs.join("clan-agent"), |bytes| *bytes = clan)?;
-    refused(&founder.clan(&["vm", "update", "--yes"])?, &["not well", "previous one again"])?;
+    refused(&founder.clan(&["vm", "update", "--build", "--yes"])?, &["not well", "previous one again"])?;
     drop((another, broken));
     promise(runs_image(founder)? == after, || "the VM has an image that does not boot".into())?;
     story::until(HEAL, "founder's VM with its previous image", || running_vm(founder))?;

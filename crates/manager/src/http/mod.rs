@@ -363,6 +363,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/vms/{vm}/resume", post(vms::resume))
         .route("/vms/{vm}/restart", post(vms::restart))
         .route("/vms/{vm}/update", post(vms::update))
+        .route("/vms/{vm}/update/preview", post(vms::preview_update))
         .route("/vms/{vm}/size", post(vms::resize))
         .route("/vms/{vm}/control", post(helm::set_control))
         .route("/vms/{vm}/snapshots", get(vms::snapshots).post(vms::make_snapshot))

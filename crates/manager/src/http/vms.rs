@@ -10,7 +10,7 @@ use axum::{
 };
 use clan_api::{
     ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, MakeSnapshot, ResizeVm, SnapshotInfo,
-    TaskInfo, UpdateVm, VmInfo, VmSize, VmStats,
+    TaskInfo, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
 };
 use clan_wire::control::{ControlRequest, ControlResponse};
 use hyper_util::rt::TokioIo;
@@ -68,7 +68,17 @@ pub(super) async fn update(
 ) -> Answer<Json<TaskInfo>> {
     let request: UpdateVm = parse(&body)?;
     let clan = shared.find(&vm)?;
-    Ok(Json(StatusCode::ACCEPTED, update::task(&shared, clan, &request)?.info()))
+    Ok(Json(StatusCode::ACCEPTED, update::task(&shared, clan, &request).await?.info()))
+}
+
+pub(super) async fn preview_update(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    body: Bytes,
+) -> Answer<Json<UpdatePlan>> {
+    let request: UpdateVm = parse(&body)?;
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::OK, update::preview(&shared, &clan, &request).await?))
 }
 
 pub(super) async fn resize(

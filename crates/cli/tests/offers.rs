@@ -1,0 +1,185 @@
+//! What is offered, and what an update would take: how it is shown before anything happens.
+
+mod common;
+
+use clan_types::{ClanId, ImageId};
+use common::{Computer, link};
+use serde_json::{Value, json};
+use snapbox::str;
+
+fn problem(code: &str, status: u16, message: &str, why: Option<&str>, hint: &str) -> String {
+    let mut problem = json!({"type": format!("urn:clan:problem:{code}"), "code": code, "message": message, "hints": [hint], "status": status});
+    if let Some(why) = why {
+        problem["why"] = why.into();
+    }
+    problem.to_string()
+}
+
+#[test]
+fn a_link_to_a_clan_that_is_here_names_it() {
+    let computer = Computer::new();
+    let already = problem(
+        "already_joined",
+        409,
+        "this computer is in the clan `family` already",
+        None,
+        "see it with `clan status`; to join anew, leave it first: `clan leave family`",
+    );
+    computer.manager(&[("POST /api/v1/joins/preview", 409, already)]);
+    computer.clan(&["join", &link(), "--yes"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
+error: this computer is in the clan `family` already
+hint: see it with `clan status`; to join anew, leave it first: `clan leave family`
+
+"#]]);
+    computer.clan(&["join", &link(), "--dry-run", "--json"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
+{"type":"urn:clan:problem:already_joined","code":"already_joined","message":"this computer is in the clan `family` already","hints":["see it with `clan status`; to join anew, leave it first: `clan leave family`"],"status":409,"exit":1}
+
+"#]]);
+}
+
+#[test]
+fn an_image_that_is_not_the_clans_is_refused_with_who_gave_it() {
+    let computer = Computer::new();
+    let false_one = problem(
+        "untrusted",
+        502,
+        "the image that is offered is not the clan's",
+        Some("a false one came from laptop, and no other machine of the link gives it"),
+        "tell whoever invited you, and ask for a link that another machine of the clan made",
+    );
+    computer.manager(&[("POST /api/v1/joins/preview", 502, false_one)]);
+    computer.clan(&["join", &link(), "--yes"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
+error: the image that is offered is not the clan's
+why: a false one came from laptop, and no other machine of the link gives it
+hint: tell whoever invited you, and ask for a link that another machine of the clan made
+
+"#]]);
+}
+
+fn container(missing: u64) -> String {
+    json!({"clan": ClanId::from_bytes([1; 32]), "clan_name": "family", "fingerprint": "k3f9 2d8s 7qpa", "inviter": "anna", "role": "member", "expires": 4_000_000_000_000u64,
+        "people": ["anna"], "machines": ["laptop"], "control_mode": "local", "integrated": null, "vm": null, "warnings": [],
+        "container": {"image": ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small", "unpacked": 360u64 << 20, "problem": null,
+            "download": {"total": 180u64 << 20, "missing": missing}}})
+    .to_string()
+}
+
+#[test]
+fn a_container_says_what_it_takes_and_how_much_of_it_has_to_come() {
+    let computer = Computer::new();
+    computer.manager(&[("POST /api/v1/joins/preview", 200, container(60 << 20))]);
+    computer.clan(&["join", &link(), "--container", "--dry-run"]).assert().success().stderr_eq("").stdout_eq(str![[
+        r#"
+  Clan         family
+  Fingerprint  k3f9 2d8s 7qpa
+  Invited by   anna
+  Your role    member
+  Expires      in [..]
+  Members      1 person, 1 machine
+  Will run     a container: Debian 12, small
+  Image        beeqscijbe
+  Apart        less than a virtual machine: it shares this computer's kernel, and nothing bounds it
+  Disk         the image's 180 MiB, some 360 MiB to unpack it, and what it writes
+  Download     60 MiB of 180 MiB; the rest is here
+  Control      local: only you steer it
+
+"#
+    ]]);
+    let computer = Computer::new();
+    computer.manager(&[("POST /api/v1/joins/preview", 200, container(0))]);
+    let shown = computer.clan(&["join", &link(), "--container", "--dry-run"]).assert().success();
+    let shown = String::from_utf8_lossy(&shown.get_output().stdout).into_owned();
+    assert!(shown.contains("nothing: its 180 MiB are here already"), "{shown}");
+}
+
+#[test]
+fn the_size_that_a_person_asks_for_is_what_the_offer_is_judged_by() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[]);
+    computer.clan(&["join", &link(), "--memory", "1G", "--disk", "4G", "--cpus", "1", "--dry-run"]).assert().code(1);
+    let expected =
+        format!(r#"POST /api/v1/joins/preview {{"link":"{}","memory":1073741824,"disk":4294967296,"cpus":1}}"#, link());
+    assert_eq!(asked.all(), [expected]);
+}
+
+fn plan(change: impl FnOnce(&mut Value)) -> String {
+    let mut plan = json!({"clan": "family", "flavour": "vm", "before": ImageId::from_bytes([8; 32]), "image": ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small",
+        "source": "members", "download": {"total": 180u64 << 20, "missing": 24u64 << 20}});
+    change(&mut plan);
+    plan.to_string()
+}
+
+const PREVIEW: &str = "POST /api/v1/vms/family/update/preview";
+
+#[test]
+fn an_update_tells_which_image_and_how_much_has_to_come_and_needs_yes() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[(PREVIEW, 200, plan(|_| ()))]);
+    computer.clan(&["vm", "update", "family"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
+  Runs now    baeaqcaiba
+  Next        Debian 12, small (beeqscijbe)
+  Comes from  members of the clan
+  Download    24 MiB of 180 MiB; the rest is here
+error: this needs your consent, and there is no terminal to ask on
+hint: add `--yes` to update without being asked; `--dry-run` shows the image
+
+"#]]);
+    computer.clan(&["vm", "update", "family", "--dry-run"]).assert().success().stderr_eq("").stdout_eq(str![[r#"
+  Runs now    baeaqcaiba
+  Next        Debian 12, small (beeqscijbe)
+  Comes from  members of the clan
+  Download    24 MiB of 180 MiB; the rest is here
+
+"#]]);
+    assert!(asked.all().iter().all(|asked| asked.starts_with(PREVIEW)), "nothing was done: {:?}", asked.all());
+}
+
+#[test]
+fn what_was_shown_is_what_a_machine_is_updated_to() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[(PREVIEW, 200, plan(|_| ()))]);
+    computer.clan(&["vm", "update", "family", "--yes"]).assert().code(1);
+    let image = ImageId::from_bytes([9; 32]);
+    let update = format!(r#"POST /api/v1/vms/family/update {{"image":"{image}"}}"#);
+    assert_eq!(asked.all(), [format!("{PREVIEW} {{}}"), update]);
+
+    let computer = Computer::new();
+    let build = plan(|plan| {
+        plan["image"] = Value::Null;
+        plan["source"] = "build".into();
+    });
+    let asked = computer.manager(&[(PREVIEW, 200, build)]);
+    computer.clan(&["vm", "update", "family", "--build", "--yes"]).assert().code(1);
+    let update = r#"POST /api/v1/vms/family/update {"build":true}"#;
+    assert_eq!(asked.all(), [format!(r#"{PREVIEW} {{"build":true}}"#), update.to_owned()]);
+}
+
+#[test]
+fn a_machine_that_runs_what_is_published_is_left_alone() {
+    let computer = Computer::new();
+    let same = plan(|plan| plan["before"] = plan["image"].clone());
+    let asked = computer.manager(&[(PREVIEW, 200, same)]);
+    computer.clan(&["vm", "update", "family", "--yes"]).assert().success().stdout_eq("").stderr_eq(str![[r#"
+It runs exactly this image already.
+
+"#]]);
+    assert_eq!(asked.all().len(), 1);
+}
+
+#[test]
+fn downloads_that_broke_off_are_collected_even_if_every_image_is_run() {
+    let computer = Computer::new();
+    let left = json!({"removed": [], "unfinished": 1, "freed": 60u64 << 20}).to_string();
+    computer.manager(&[
+        ("DELETE /api/v1/images?dry_run=true", 200, left.clone()),
+        ("DELETE /api/v1/images?dry_run=false", 200, left),
+    ]);
+    computer.clan(&["image", "gc", "--dry-run"]).assert().success().stdout_eq("").stderr_eq(str![[r#"
+Would remove 1 download that broke off, 60 MiB.
+
+"#]]);
+    computer.clan(&["image", "gc", "--yes"]).assert().success().stdout_eq("").stderr_eq(str![[r#"
+Removed 1 download that broke off, 60 MiB.
+
+"#]]);
+}
