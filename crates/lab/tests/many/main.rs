@@ -1,7 +1,8 @@
-//! One manager with many virtual machines. Needs root, for network namespaces, and what
+//! One manager with many virtual machines, and what a crash leaves of one. Needs root, for network namespaces, and what
 //! `make deps` installs.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+mod crashes;
 mod twenty;
 
 use std::{

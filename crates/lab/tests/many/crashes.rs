@@ -1,0 +1,190 @@
+//! The manager, QEMU or both are killed in the middle of an image switch. What is told afterwards is so: the one image or the
+//! other, and nothing of the attempt is left.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use clan_lab::{Lab, LabError, Person, Screen, story};
+use serde_json::Value;
+
+use crate::{Beside, MANAGER, emulators, kill, promise, text, vms, with_manager};
+
+const CLAN: &str = "crash";
+/// For a boot under emulation, and whatever is tried before it.
+const HEAL: Duration = Duration::from_secs(120);
+/// How often it is looked whether the moment has come.
+const MOMENT: Duration = Duration::from_micros(500);
+
+#[test]
+fn whatever_is_killed_in_the_middle_a_machine_is_the_one_or_the_other() {
+    with_manager("clancrash", &[], tell);
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victims {
+    Manager,
+    Qemu,
+    Both,
+}
+
+/// A state on disk in which somebody is killed.
+type Moment = fn(&Place) -> bool;
+
+/// The clan's folder.
+struct Place(PathBuf);
+
+impl Place {
+    fn of(person: &Person) -> Result<Self, LabError> {
+        let clans = fs::read_dir(person.data().join("clans")).into_iter().flatten().flatten();
+        let found = clans.map(|clan| clan.path()).find(|path| path.join("clan.json").exists());
+        found.map(Self).ok_or_else(|| LabError::Promise("there is no clan on disk".into()))
+    }
+
+    fn record(&self) -> Value {
+        let text = fs::read(self.0.join("clan.json")).unwrap_or_default();
+        serde_json::from_slice(&text).unwrap_or_default()
+    }
+
+    /// Whether its QEMU runs.
+    fn has_emulator(&self) -> bool {
+        let text = fs::read(self.0.join("vm/pid.json")).unwrap_or_default();
+        let pid = serde_json::from_slice::<Value>(&text).unwrap_or_default()["pid"].as_u64().unwrap_or_default();
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        program.to_string_lossy().contains("qemu")
+    }
+}
+
+fn names(folder: &Path) -> BTreeSet<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// It is being stopped for another image, which is not chosen yet.
+fn stops(place: &Place) -> bool {
+    let record = place.record();
+    record["held"] == true && record["wanted"] == false && record["trial"].is_null()
+}
+
+/// The other image is chosen, and the machine not started.
+fn chosen(place: &Place) -> bool {
+    let record = place.record();
+    record["held"] == true && record["trial"].is_object()
+}
+
+/// The machine starts with the other image, which is not judged yet.
+fn starts(place: &Place) -> bool {
+    let record = place.record();
+    record["wanted"] == true && record["held"].is_null() && record["trial"].is_object() && place.has_emulator()
+}
+
+fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
+    let began = Instant::now();
+    let made = ["create", CLAN, "--person", "founder", "--machine", "box", "--memory", "256M", "--cpus", "1"];
+    lab.person("founder").clan(&made)?.success()?;
+    let first = image(lab.person("founder"))?;
+    // Another build of the same program: what follows the last section is never looked at.
+    let program = lab.record().programs().join("clan");
+    let complain = |source| LabError::Io { what: "make another build".into(), source };
+    let (kept, next) = (program.with_extension("kept"), program.with_extension("next"));
+    let mut bytes = fs::read(&program).map_err(complain)?;
+    bytes.extend_from_slice(b"another build");
+    fs::write(&next, bytes).map_err(complain)?;
+    fs::set_permissions(&next, fs::metadata(&program).map_err(complain)?.permissions()).map_err(complain)?;
+    fs::rename(&program, &kept).and_then(|()| fs::rename(&next, &program)).map_err(complain)?;
+    let built = lab.person("founder").clan(&["image", "build"]);
+    fs::rename(&kept, &program).map_err(complain)?;
+    built?.success()?;
+    let images = lab.person("founder").clan_json(&["image", "list"])?;
+    let mut other = images.as_array().into_iter().flatten().map(|image| text(image, "id").to_owned());
+    let other = other.find(|id| *id != first).ok_or_else(|| LabError::Promise(format!("one image: {images}")))?;
+    write(lab.person("founder"), "kept")?;
+    screen.seen("a machine with a choice of two images", began.elapsed());
+
+    let rounds: [(&str, Moment, Victims); 5] = [
+        ("the manager, while it stops the machine", stops, Victims::Manager),
+        ("both, when the other image is chosen", chosen, Victims::Both),
+        ("QEMU, while it starts", starts, Victims::Qemu),
+        ("both, while it starts", starts, Victims::Both),
+        ("both, while the machine is stopped", stops, Victims::Both),
+    ];
+    for (what, moment, victims) in rounds {
+        let began = Instant::now();
+        let present = image(lab.person("founder"))?;
+        let target = if present == first { &other } else { &first };
+        let told = interrupted(lab, &["vm", "update", "--image", target.as_str(), "--yes"], moment, victims)?;
+        let now = image(lab.person("founder"))?;
+        promise([&present, target].contains(&&now), || format!("the machine has the image {now}"))?;
+        promise(told != Some(true) || now == *target, || "an image that was said to be there is not".into())?;
+        // Its QEMU uses the image that is said to be the machine's.
+        let line = fs::read(format!("/proc/{}/cmdline", emulators(lab.person("founder"))[0])).unwrap_or_default();
+        promise(String::from_utf8_lossy(&line).contains(&format!("/{now}/")), || {
+            format!("QEMU has another than {now}")
+        })?;
+        reads(lab.person("founder"), &["kept"])?;
+        screen.seen(&format!("an image switch survives a kill of {what}"), began.elapsed());
+    }
+
+    Ok(())
+}
+
+/// Runs a command, and kills when the moment has come. Returns whether the command said that it was done, if it could say;
+/// then the machine runs again, alone, and nothing of the attempt is left.
+fn interrupted(lab: &mut Lab, arguments: &[&str], moment: Moment, victims: Victims) -> Result<Option<bool>, LabError> {
+    let place = Place::of(lab.person("founder"))?;
+    let mut command = Beside::start(lab, arguments)?;
+    let began = Instant::now();
+    while !moment(&place) {
+        if command.ended().is_some() || began.elapsed() > HEAL {
+            return Err(LabError::Promise(format!("the moment to kill did not come: {}", command.said())));
+        }
+        thread::sleep(MOMENT);
+    }
+    let founder = lab.person("founder");
+    if victims != Victims::Qemu {
+        founder.kill_manager()?;
+    }
+    if victims != Victims::Manager {
+        emulators(founder).into_iter().for_each(kill);
+    }
+    let told = if victims == Victims::Qemu {
+        Some(command.finish(HEAL)?.0.success())
+    } else {
+        // Nobody is there any more who could tell.
+        drop(command);
+        founder.start_manager(MANAGER)?;
+        None
+    };
+    story::until(HEAL, "the machine running again", || {
+        let settled = place.record()["trial"].is_null() && place.record()["held"].is_null();
+        let all = vms(founder)?;
+        let status = founder.clan_json(&["status"])?;
+        let online = status["clans"][0]["online"] == true;
+        Ok((settled && online && all[0]["state"] == "running" && all[0]["task"].is_null()).then_some(()))
+    })?;
+    promise(emulators(founder).len() == 1, || format!("emulators: {:?}", emulators(founder)))?;
+    let known = ["clan.json", "person.key", "person.log", "ledger.redb", "data.ext4", "snapshots", "vm"];
+    let odd: Vec<String> = names(&place.0).into_iter().filter(|name| !known.contains(&name.as_str())).collect();
+    promise(odd.is_empty(), || format!("this is left in the clan's folder: {odd:?}"))?;
+    let drafts = names(&place.0.join("snapshots")).into_iter().filter(|name| name.starts_with('.')).count();
+    promise(drafts == 0, || format!("{drafts} half snapshots are left"))?;
+    Ok(told)
+}
+
+/// The image that the machine is said to have.
+fn image(person: &Person) -> Result<String, LabError> {
+    Ok(text(&vms(person)?[0], "image").to_owned())
+}
+
+fn write(person: &Person, mark: &str) -> Result<(), LabError> {
+    person.console(CLAN)?.run(&format!("echo {mark} > /root/mark && sync"), HEAL).map(drop)
+}
+
+fn reads(person: &Person, may: &[&str]) -> Result<(), LabError> {
+    let (said, _) = person.console(CLAN)?.run("cat /root/mark", HEAL)?;
+    promise(said.lines().any(|line| may.contains(&line.trim())), || format!("the disk has {said:?} on it, not {may:?}"))
+}
