@@ -18,6 +18,7 @@ use crate::{
     files::{free_space, hash_file, io_error, link_or_copy},
     initramfs::KernelBundle,
     kernel, layer,
+    lock::Held,
     process::{Tool, find},
     root::{self, Source},
 };
@@ -135,16 +136,12 @@ impl Builder {
     }
 
     /// The lock of the cache directory, held for a whole build.
-    fn lock(&self) -> Result<File, BuildError> {
+    fn lock(&self) -> Result<Held, BuildError> {
         let logs = self.cache_dir.join("logs");
         fs::create_dir_all(&logs).map_err(io_error(Step::Check, "create", &logs))?;
         let path = self.cache_dir.join("lock");
-        let lock = File::create(&path).map_err(io_error(Step::Check, "create", &path))?;
-        match lock.try_lock() {
-            Ok(()) => Ok(lock),
-            Err(fs::TryLockError::WouldBlock) => Err(BuildError::Busy { path: self.cache_dir.clone() }),
-            Err(fs::TryLockError::Error(source)) => Err(io_error(Step::Check, "lock", &path)(source)),
-        }
+        let held = Held::take(&path).map_err(io_error(Step::Check, "lock", &path))?;
+        held.ok_or_else(|| BuildError::Busy { path: self.cache_dir.clone() })
     }
 
     fn work(&self) -> PathBuf {

@@ -14,6 +14,7 @@ mod files;
 mod initramfs;
 mod kernel;
 mod layer;
+mod lock;
 mod modules;
 mod process;
 mod progress;

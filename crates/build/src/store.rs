@@ -17,6 +17,8 @@ use clan_wire::{
     pieces::{PIECE, Pieces, hash_of, piece_len},
 };
 
+use crate::lock::Held;
+
 const MANIFEST: &str = "manifest";
 const BOOT_DISK: &str = "boot.img";
 const PIECES: &str = "pieces";
@@ -113,7 +115,7 @@ pub struct Incoming {
     manifest: Manifest,
     dir: PathBuf,
     /// Held while this value lives.
-    _lock: File,
+    _held: Held,
 }
 
 /// One file of an [`Incoming`] image.
@@ -266,13 +268,9 @@ impl ImageStore {
         let dir = self.dir.join(format!("{STAGING}{id}"));
         fs::create_dir_all(&dir).map_err(io_error("create", &dir))?;
         let lock_path = dir.join(LOCK);
-        let lock = File::create(&lock_path).map_err(io_error("create", &lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(fs::TryLockError::WouldBlock) => return Err(StoreError::Busy(id)),
-            Err(fs::TryLockError::Error(source)) => return Err(io_error("lock", &lock_path)(source)),
-        }
-        let incoming = Incoming { store: self.clone(), id, manifest, dir, _lock: lock };
+        let held = Held::take(&lock_path).map_err(io_error("lock", &lock_path))?;
+        let held = held.ok_or(StoreError::Busy(id))?;
+        let incoming = Incoming { store: self.clone(), id, manifest, dir, _held: held };
         incoming.share_files();
         Ok(incoming)
     }
@@ -529,7 +527,7 @@ fn is_left_over(name: &str, path: &Path) -> bool {
 }
 
 fn is_locked(path: &Path) -> bool {
-    File::open(path).is_ok_and(|f| matches!(f.try_lock(), Err(fs::TryLockError::WouldBlock)))
+    path.exists() && Held::take(path).is_ok_and(|free| free.is_none())
 }
 
 fn sync_dir(dir: &Path) -> Result<(), StoreError> {
