@@ -3,11 +3,13 @@
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod boxes;
+mod people;
 
 use std::{fs, io::Write, thread, time::Instant};
 
-use boxes::{HEAL, MANAGER, alive, kill_all, name, online, pinged, promise, running, tree, with_boxes};
+use boxes::{HEAL, MANAGER, alive, kill_all, name, online, pinged, running, tree, with_boxes};
 use clan_lab::{Browser, Lab, LabError, Person, Screen, story};
+use people::promise;
 use serde_json::Value;
 
 const CLAN: &str = "boxes";

@@ -4,12 +4,14 @@
 
 #[allow(dead_code, reason = "not every test looks at processes")]
 mod boxes;
+mod people;
 
 use std::{fs, os::unix::fs::MetadataExt, path::Path, thread, time::Instant};
 
-use boxes::{HEAL, MANAGER, kill_all, online, pinged, promise, running, tree, with_boxes};
+use boxes::{HEAL, MANAGER, kill_all, online, pinged, running, tree, with_boxes};
 use clan_lab::{Lab, LabError, Person, Screen, story};
 use clan_types::InviteLink;
+use people::promise;
 use serde_json::Value;
 
 const CLAN: &str = "offers";

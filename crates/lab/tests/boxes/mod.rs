@@ -1,66 +1,22 @@
 //! What the tests of containers share.
 
-use std::{
-    fs::{self, DirBuilder},
-    os::unix::fs::{DirBuilderExt, chown},
-    path::Path,
-    process::Command,
-    time::Duration,
-};
+use std::{fs, time::Duration};
 
-use clan_lab::{Account, Lab, LabConfig, LabError, Person, Screen, leftovers, matching, story};
+use clan_lab::{Lab, LabConfig, LabError, Person, Screen, matching, story};
 use rustix::process::{Pid, Signal, kill_process};
+
+use crate::people::with_people;
 
 pub(crate) const HEAL: Duration = Duration::from_secs(60);
 pub(crate) const MANAGER: Duration = Duration::from_secs(20);
 
-/// Lays a lab of its own name in which nobody but the founder has an image, runs `tell`, and takes the lab down again. The test fails when `tell`
-/// does, and when anything is left behind.
+/// Lays a lab of its own name in which nobody but the founder has an image: see [`with_people`].
 pub(crate) fn with_boxes(name: &str, stranger: bool, tell: impl FnOnce(&mut Lab, &Screen) -> Result<(), LabError>) {
-    assert!(
-        rustix::process::geteuid().is_root(),
-        "the lab needs network namespaces: run it as root, as `make test` does"
-    );
-    let screen = Screen::stdout();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let own = std::env::current_exe().unwrap();
-    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
-    let account = Account::for_lab(None).unwrap_or_else(|error| panic!("{}", error.chain()));
-    config.prefix = format!("clan{name}");
-    config.state = Some(account.state_root().with_file_name(format!("clan-lab-{name}")));
-    config.any_ports = true;
-    config.fresh_second = true;
-    config.stranger = stranger;
-    let mut lab = Lab::up(&config, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = lab.record().clone();
-    share_packages(&account.state_root().with_file_name("clan-lab-test"), lab.person("founder"), &account).unwrap();
-    let told = tell(&mut lab, &screen);
-    if let Err(error) = &told {
-        screen.failed(&error.chain());
-        story::post_mortem(&mut lab);
-    }
-    lab.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}; the logs are in {}", error.chain(), record.logs().display()));
-    let left = leftovers(&record);
-    assert!(left.is_empty(), "{left:?}");
-}
-
-/// What the story has downloaded need not be downloaded again.
-fn share_packages(story: &Path, person: &Person, account: &Account) -> std::io::Result<()> {
-    let cache = person.data().join("cache");
-    for folder in [person.data(), cache.clone()] {
-        if !folder.is_dir() {
-            DirBuilder::new().mode(0o700).create(&folder)?;
-            chown(&folder, Some(account.uid), Some(account.gid))?;
-        }
-    }
-    for root in fs::read_dir(story.join("founder/data/cache")).into_iter().flatten().flatten() {
-        let place = cache.join(root.file_name());
-        if root.file_name().to_string_lossy().starts_with("root-") && !place.exists() {
-            Command::new("cp").arg("-a").args([root.path(), place]).status()?;
-        }
-    }
-    Ok(())
+    let adapt = |config: &mut LabConfig| {
+        config.fresh_second = true;
+        config.stranger = stranger;
+    };
+    with_people(&format!("clan{name}"), &format!("clan-lab-{name}"), adapt, tell);
 }
 
 pub(crate) fn running(person: &Person) -> Result<u32, LabError> {
@@ -113,8 +69,4 @@ pub(crate) fn kill_all(pids: &[u32]) {
         // One that went with another is gone.
         let _ = kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), Signal::KILL);
     }
-}
-
-pub(crate) fn promise(kept: bool, what: impl FnOnce() -> String) -> Result<(), LabError> {
-    if kept { Ok(()) } else { Err(LabError::Promise(what())) }
 }

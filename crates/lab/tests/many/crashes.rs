@@ -12,7 +12,7 @@ use std::{
 use clan_lab::{Lab, LabError, Person, Screen, story};
 use serde_json::Value;
 
-use crate::{Beside, MANAGER, emulators, kill, promise, text, vms, with_manager};
+use crate::{Beside, MANAGER, emulators, kill, people::promise, text, vms, with_manager};
 
 const CLAN: &str = "crash";
 /// For a boot under emulation, and whatever is tried before it.

@@ -3,79 +3,41 @@
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod crashes;
+#[path = "../people/mod.rs"]
+mod people;
 mod twenty;
 
 use std::{
-    fs::{self, DirBuilder, File},
-    io,
-    os::unix::fs::{DirBuilderExt, chown},
-    path::{Path, PathBuf},
-    process::{Child, Command, ExitStatus, Stdio},
+    fs::{self, File},
+    path::PathBuf,
+    process::{Child, ExitStatus, Stdio},
     time::{Duration, Instant},
 };
 
-use clan_lab::{Account, Lab, LabConfig, LabError, Person, Screen, leftovers, matching, story};
+use clan_lab::{Lab, LabError, Person, Screen, matching, story};
+use people::with_people;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 const MANAGER: Duration = Duration::from_secs(20);
 
-/// Lays a lab, of whose people the founder only has a manager, started with these options and with an image; runs `tell`; and
-/// takes the lab down again. Nothing may be left.
+/// Lays a lab, of whose people the founder only has a manager, started with these options and with an image, and runs `tell`: see
+/// [`with_people`].
 fn with_manager(tag: &str, options: &[&str], tell: impl FnOnce(&mut Lab, &Screen) -> Result<(), LabError>) {
-    assert!(
-        rustix::process::geteuid().is_root(),
-        "the lab needs network namespaces: run it as root, as `make test` does"
+    with_people(
+        tag,
+        "clan-lab-many",
+        |_| {},
+        |lab, screen| {
+            let began = Instant::now();
+            let founder = lab.person("founder");
+            founder.set_options(options);
+            founder.start_manager(MANAGER)?;
+            founder.clan(&["image", "build"])?.success()?;
+            screen.seen("the image is there", began.elapsed());
+            tell(lab, screen)
+        },
     );
-    let screen = Screen::stdout();
-    // target/<triple>/<profile>/deps/<test>: the programs are two above.
-    let own = std::env::current_exe().unwrap();
-    let mut config = LabConfig::new(own.parent().and_then(Path::parent).unwrap());
-    let account = Account::for_lab(None).unwrap_or_else(|error| panic!("{}", error.chain()));
-    config.prefix = tag.into();
-    config.state = Some(account.state_root().with_file_name("clan-lab-many"));
-    config.any_ports = true;
-    let mut lab = Lab::up(&config, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = lab.record().clone();
-    let began = Instant::now();
-    let mut prepare = || {
-        let founder = lab.person("founder");
-        share_packages(&account.state_root().with_file_name("clan-lab-test"), founder, &account)
-            .map_err(|source| LabError::Io { what: "share packages".into(), source })?;
-        founder.set_options(options);
-        founder.start_manager(MANAGER)?;
-        founder.clan(&["image", "build"])?.success().map(drop)
-    };
-    let told = prepare().and_then(|()| {
-        screen.seen("the image is there", began.elapsed());
-        tell(&mut lab, &screen)
-    });
-    if let Err(error) = &told {
-        screen.failed(&error.chain());
-        story::post_mortem(&mut lab);
-    }
-    lab.down().unwrap_or_else(|error| panic!("{}", error.chain()));
-    told.unwrap_or_else(|error| panic!("{}; the logs are in {}", error.chain(), record.logs().display()));
-    let left = leftovers(&record);
-    assert!(left.is_empty(), "{left:?}");
-}
-
-/// What the story has downloaded need not be downloaded again.
-fn share_packages(story: &Path, person: &Person, account: &Account) -> io::Result<()> {
-    let cache = person.data().join("cache");
-    for folder in [person.data(), cache.clone()] {
-        if !folder.is_dir() {
-            DirBuilder::new().mode(0o700).create(&folder)?;
-            chown(&folder, Some(account.uid), Some(account.gid))?;
-        }
-    }
-    for root in fs::read_dir(story.join("founder/data/cache")).into_iter().flatten().flatten() {
-        let place = cache.join(root.file_name());
-        if root.file_name().to_string_lossy().starts_with("root-") && !place.exists() {
-            Command::new("cp").arg("-a").args([root.path(), place]).status()?;
-        }
-    }
-    Ok(())
 }
 
 /// A `clan` command that goes on beside the test; ended with it.
@@ -141,8 +103,4 @@ fn kill(pid: u32) {
         // It may be gone.
         let _ = kill_process(pid, Signal::KILL);
     }
-}
-
-fn promise(kept: bool, what: impl FnOnce() -> String) -> Result<(), LabError> {
-    if kept { Ok(()) } else { Err(LabError::Promise(what())) }
 }

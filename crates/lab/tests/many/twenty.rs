@@ -10,7 +10,7 @@ use std::{
 use clan_lab::{Lab, LabError, Person, Screen, leftovers, story};
 use serde_json::Value;
 
-use crate::{Beside, MANAGER, emulators, kill, promise, text, vms, with_manager};
+use crate::{Beside, MANAGER, emulators, kill, people::promise, text, vms, with_manager};
 
 const CLANS: usize = 20;
 /// So many fit into what the manager may give at first: each needs its 256 MiB, and QEMU 64.
