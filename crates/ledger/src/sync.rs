@@ -123,7 +123,7 @@ impl Ledger {
     }
 
     /// What a machine that is out may still see: what it lacks of all that is not later than what put it out, at most
-    /// `limit` entries. Without its vector, only what put it out.
+    /// `limit` entries. Without its vector, or if it lacks nothing, only what put it out.
     pub fn farewell(&self, machine: &MachineId, vector: Option<&[([u8; 32], u64)]>, limit: usize) -> Vec<&Entry> {
         let out = self.put_out_by(machine);
         let (Some(vector), Some(last)) = (vector, out.iter().map(|entry| (entry.time(), entry.id())).max()) else {
@@ -132,7 +132,8 @@ impl Ledger {
         let theirs: HashMap<&[u8; 32], u64> = vector.iter().map(|(key, value)| (key, *value)).collect();
         let lacks = |entry: &&Entry| entry.seq() >= theirs.get(entry.author().as_bytes()).copied().unwrap_or(0);
         let entries = self.order.range(..=last).filter_map(|(_, (author, seq))| self.logs.get(author)?.get(*seq));
-        entries.filter(lacks).take(limit).collect()
+        let lacking: Vec<_> = entries.filter(lacks).take(limit).collect();
+        if lacking.is_empty() { out } else { lacking }
     }
 }
 

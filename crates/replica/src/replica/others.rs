@@ -60,10 +60,7 @@ impl Replica {
 
     /// A machine that is out learns by what, and nothing that came later. If it knows, it learns that it is known here too.
     pub(super) fn bid_farewell(&mut self, link: LinkId, machine: &MachineId, vector: Option<&Vector>) {
-        let mut entries = self.ledger.farewell(machine, vector.map(Vec::as_slice), BATCH);
-        if entries.is_empty() {
-            entries = self.ledger.put_out_by(machine);
-        }
+        let entries = self.ledger.farewell(machine, vector.map(Vec::as_slice), BATCH);
         if !entries.is_empty() {
             let message = PeerMessage::Entries(entries.into_iter().map(Entry::encode).collect());
             self.actions.push_back(Action::Send { link, message });
