@@ -16,7 +16,11 @@ pub(crate) struct Held(File);
 impl Held {
     /// Takes the lock on a file, which is created if needed; `None` if somebody has it.
     pub(crate) fn take(path: &Path) -> io::Result<Option<Self>> {
-        let file = File::create(path)?;
+        Self::on(File::create(path)?)
+    }
+
+    /// The same on a file that is open already.
+    pub(crate) fn on(file: File) -> io::Result<Option<Self>> {
         match file.try_lock() {
             Ok(()) => Ok(Some(Self(file))),
             Err(TryLockError::WouldBlock) => Ok(None),

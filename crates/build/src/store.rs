@@ -527,7 +527,7 @@ fn is_left_over(name: &str, path: &Path) -> bool {
 }
 
 fn is_locked(path: &Path) -> bool {
-    path.exists() && Held::take(path).is_ok_and(|free| free.is_none())
+    File::open(path).and_then(Held::on).is_ok_and(|free| free.is_none())
 }
 
 fn sync_dir(dir: &Path) -> Result<(), StoreError> {
