@@ -13,7 +13,8 @@ use clan_os::channel::{recv_message, send_message};
 use clan_relay::Names;
 use clan_types::{ClanId, DeviceId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
 use clan_wire::peer::{
-    ALPN_JOIN, EncodedEntry, InviteProof, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE, Vector,
+    ALPN_JOIN, EncodedEntry, InviteProof, JoinRefusal, JoinRequest, JoinResponse, MAX_JOIN_REQUEST, MAX_MESSAGE,
+    Vector, have,
 };
 use ed25519_dalek::SigningKey;
 use futures_util::{StreamExt, stream::FuturesUnordered};
@@ -386,10 +387,10 @@ impl Fetcher {
     ) -> Result<(JoinResponse, Ledger), String> {
         let connection = self.connect(peer, ALPN_JOIN).await?;
         let begun = self.part().take().unwrap_or_else(|| Ledger::open(self.way.clan));
-        let request = request(begun.vector());
+        let request = request(have(begun.vector()));
         let answer = timeout(PREVIEW, async {
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
-            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+            send_message(&mut send, &request, MAX_JOIN_REQUEST).await.map_err(|e| e.to_string())?;
             let response = recv_message(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
             Ok::<_, String>((recv, response))
         });

@@ -6,7 +6,7 @@ use clan_api::{ApiProblem, ErrorCode, FindRecovery};
 use clan_ledger::{Entry, Intake, Ledger};
 use clan_os::channel::{recv_message, recv_page, send_message};
 use clan_types::{InviteLink, InviteSecret, MachineId, PeerAddr, PhraseError, Purpose, RecoveryPhrase};
-use clan_wire::peer::{ALPN_JOIN, DeviceProof, JoinRequest, JoinResponse, MAX_MESSAGE};
+use clan_wire::peer::{ALPN_JOIN, DeviceProof, JoinRequest, JoinResponse, MAX_JOIN_REQUEST, MAX_MESSAGE};
 use ed25519_dalek::SigningKey;
 use futures_util::StreamExt;
 use iroh::{Endpoint, EndpointAddr, TransportAddr};
@@ -95,7 +95,7 @@ async fn ask(endpoint: &Endpoint, addr: EndpointAddr, key: &SigningKey) -> Optio
     let answer = timeout(ANSWER, async {
         let (mut send, mut recv) = connection.open_bi().await.ok()?;
         let proof = DeviceProof::new(key, &machine, &id(endpoint.id()));
-        send_message(&mut send, &JoinRequest::Locate { proof, have: Vec::new() }, MAX_MESSAGE).await.ok()?;
+        send_message(&mut send, &JoinRequest::Locate { proof, have: Vec::new() }, MAX_JOIN_REQUEST).await.ok()?;
         let JoinResponse::Preview = recv_message(&mut recv, MAX_MESSAGE).await.ok()? else { return None };
         let first = recv_page(&mut recv).await.ok()?;
         Some((recv, first))

@@ -7,7 +7,7 @@ use clan_os::channel::{recv_message, recv_page, send_message};
 use clan_types::{MachineId, PeerAddr};
 use clan_wire::{
     control::Redeem,
-    peer::{ALPN_JOIN, JoinRefusal, JoinRequest, JoinResponse, MAX_MESSAGE, Vector},
+    peer::{ALPN_JOIN, JoinRefusal, JoinRequest, JoinResponse, MAX_JOIN_REQUEST, MAX_MESSAGE, Vector, have},
 };
 use iroh::{Endpoint, RelayUrl, endpoint::Connection};
 use tokio::{io::AsyncRead, time::timeout};
@@ -27,7 +27,7 @@ pub(crate) async fn serve(connection: Connection, core: CoreHandle) {
     for _ in 0..MAX_REQUESTS {
         let answered = timeout(REQUEST_LIMIT, async {
             let (mut send, mut recv) = connection.accept_bi().await.ok()?;
-            let request = recv_message::<JoinRequest, _>(&mut recv, MAX_MESSAGE).await.ok()?;
+            let request = recv_message::<JoinRequest, _>(&mut recv, MAX_JOIN_REQUEST).await.ok()?;
             let (response, have) = answer(request, endpoint, &core).await;
             send_message(&mut send, &response, MAX_MESSAGE).await.ok()?;
             let follows = matches!(response, JoinResponse::Preview | JoinResponse::Admitted { .. });
@@ -106,8 +106,8 @@ pub(crate) async fn redeem(
         let attempt = timeout(CONNECT_LIMIT, async {
             let connection = endpoint.connect(addr, ALPN_JOIN).await.map_err(|e| e.to_string())?;
             let (mut send, mut recv) = connection.open_bi().await.map_err(|e| e.to_string())?;
-            let request = JoinRequest::Redeem { entries: redeem.entries.clone(), have: intake.ledger().vector() };
-            send_message(&mut send, &request, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
+            let request = JoinRequest::Redeem { entries: redeem.entries.clone(), have: have(intake.ledger().vector()) };
+            send_message(&mut send, &request, MAX_JOIN_REQUEST).await.map_err(|e| e.to_string())?;
             let response = recv_message::<JoinResponse, _>(&mut recv, MAX_MESSAGE).await.map_err(|e| e.to_string())?;
             Ok::<_, String>((connection, recv, response))
         });

@@ -15,6 +15,10 @@ pub const ALPN_IMAGE: &[u8] = b"clan/image/2";
 pub const MAX_MESSAGE: usize = 4 << 20;
 /// Largest [`ImageRequest`] and [`ImageResponse`]: anybody may ask, and is listened to before it is known who they are.
 pub const MAX_IMAGE_MESSAGE: usize = 1 << 10;
+/// Largest [`JoinRequest`]: a stranger's, too, is read before it is known who asks.
+pub const MAX_JOIN_REQUEST: usize = 512 << 10;
+/// Most authors that a [`JoinRequest`] may say something of: more would not go into it.
+const MAX_HAVE: usize = 10_000;
 /// Most entries in one message.
 pub const MAX_ENTRIES: usize = 10_000;
 /// So many bytes of entries make a page full.
@@ -61,6 +65,11 @@ pub enum PeerMessage {
     Digest([u8; 32]),
     /// The receiver may send its [`PeerMessage::Vector`].
     Differs,
+}
+
+/// What a newcomer says in a [`JoinRequest`] that it has: nothing if that would be too long, and all is sent again.
+pub fn have(vector: Vector) -> Vector {
+    if vector.len() > MAX_HAVE { Vec::new() } else { vector }
 }
 
 /// A hash of what somebody has.
@@ -273,6 +282,16 @@ mod tests {
         let request = ImageRequest { proof: Some(proof), what };
         assert!(crate::codec::encode(&request, MAX_IMAGE_MESSAGE).is_ok());
         assert!(crate::codec::encode(&ImageResponse::Bytes(u64::MAX), MAX_IMAGE_MESSAGE).is_ok());
+    }
+
+    #[test]
+    fn what_a_newcomer_says_that_it_has_fits_into_its_question() {
+        let clan_of = |authors: usize| have(vec![([0xff; 32], u64::MAX); authors]);
+        let proof = InviteProof { invite: InviteId::from_bytes([1; 32]), signature: vec![0xff; 64] };
+        let largest = JoinRequest::Preview { proof, have: clan_of(MAX_HAVE) };
+        assert!(crate::codec::encode(&largest, MAX_JOIN_REQUEST).is_ok());
+        assert_eq!(clan_of(MAX_HAVE).len(), MAX_HAVE);
+        assert!(clan_of(MAX_HAVE + 1).is_empty(), "all is sent again, instead of a question that nobody reads");
     }
 
     #[test]
