@@ -1,10 +1,14 @@
 //! Just enough ELF: is this a program for the guest, is it static, can it be booted directly?
 
+const PT_LOAD: u32 = 1;
 const PT_INTERP: u32 = 3;
 const PT_NOTE: u32 = 4;
 const EM_X86_64: u16 = 62;
 /// Type of the note (owner `Xen`) that holds the 32-bit entry point of a direct boot.
 const XEN_ELFNOTE_PHYS32_ENTRY: u32 = 18;
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+const PAGE: usize = 4096;
 /// Larger notes are not looked into.
 const MAX_NOTES: usize = 64 << 10;
 
@@ -34,6 +38,38 @@ impl<'a> Elf<'a> {
     /// Whether this is a kernel with a PVH entry point.
     pub(crate) fn has_pvh_entry(&self) -> bool {
         self.segments().filter(|s| s.kind == PT_NOTE).any(|s| holds_pvh_note(s.content))
+    }
+
+    /// The same program without what is in no segment, and without the zeros at the end of segments, which a loader adds
+    /// by itself. `None` if the file is damaged.
+    pub(crate) fn packed(&self) -> Option<Vec<u8>> {
+        let table = usize::try_from(self.u64(32)?).ok()?;
+        let count = usize::from(self.u16(56)?);
+        let headers = self.bytes.get(table..table.checked_add(count * PROGRAM_HEADER)?)?;
+        let mut packed = self.bytes.get(..HEADER)?.to_vec();
+        packed[32..40].copy_from_slice(&(HEADER as u64).to_le_bytes());
+        // No table of sections: its place, the size of an entry, their number, and which one has the names.
+        packed[40..48].fill(0);
+        packed[58..64].fill(0);
+        packed.extend_from_slice(headers);
+        for at in (HEADER..).step_by(PROGRAM_HEADER).take(count) {
+            let field = |packed: &[u8], offset: usize| {
+                let bytes = packed.get(at + offset..at + offset + 8)?.try_into().ok()?;
+                usize::try_from(u64::from_le_bytes(bytes)).ok()
+            };
+            let (offset, size) = (field(&packed, 8)?, field(&packed, 32)?);
+            let mut content = self.bytes.get(offset..offset.checked_add(size)?)?;
+            if self.u32(table + at - HEADER)? == PT_LOAD {
+                let zeros = content.iter().rev().take_while(|byte| **byte == 0).count();
+                content = &content[..size - zeros];
+            }
+            let place = packed.len().next_multiple_of(PAGE);
+            packed.resize(place, 0);
+            packed.extend_from_slice(content);
+            packed[at + 8..at + 16].copy_from_slice(&(place as u64).to_le_bytes());
+            packed[at + 32..at + 40].copy_from_slice(&(content.len() as u64).to_le_bytes());
+        }
+        Some(packed)
     }
 
     fn segments(&self) -> impl Iterator<Item = Segment<'a>> + '_ {
@@ -124,19 +160,64 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn a_packed_kernel_keeps_its_entry_point() {
+        let packed = Elf::parse(&elf_with_segment(PT_NOTE, &pvh_notes())).unwrap().packed().unwrap();
+        assert!(Elf::parse(&packed).unwrap().has_pvh_entry());
+    }
+
+    #[test]
     fn the_entry_point_is_found_behind_other_notes() {
         assert!(Elf::parse(&elf_with_segment(PT_NOTE, &pvh_notes())).unwrap().has_pvh_entry());
         let other = &pvh_notes()[..24];
         assert!(!Elf::parse(&elf_with_segment(PT_NOTE, other)).unwrap().has_pvh_entry());
     }
 
+    /// What a loader puts into memory: address, content with the zeros.
+    fn loaded(bytes: &[u8]) -> Vec<(u64, Vec<u8>)> {
+        let elf = Elf::parse(bytes).unwrap();
+        let table = elf.u64(32).unwrap() as usize;
+        let of = |at: usize| {
+            let number = |offset: usize| elf.u64(at + offset).unwrap();
+            let (offset, in_file, in_memory) = (number(8) as usize, number(32) as usize, number(40) as usize);
+            let mut content = bytes[offset..offset + in_file].to_vec();
+            content.resize(in_memory, 0);
+            (number(24), content)
+        };
+        (0..usize::from(elf.u16(56).unwrap())).map(|i| of(table + i * PROGRAM_HEADER)).collect()
+    }
+
     proptest! {
+        #[test]
+        fn a_packed_program_puts_the_same_into_memory(
+            segments in proptest::collection::vec((proptest::collection::vec(0u8..3, 0..300), 0usize..9000), 1..5),
+            gap in 0usize..5000,
+        ) {
+            let mut bytes = elf_with_segment(PT_LOAD, b"")[..HEADER].to_vec();
+            bytes[56..58].copy_from_slice(&(segments.len() as u16).to_le_bytes());
+            bytes[40..48].copy_from_slice(&77u64.to_le_bytes());
+            let mut place = HEADER + segments.len() * PROGRAM_HEADER + gap;
+            let mut contents = Vec::new();
+            for (number, (content, zeros)) in segments.iter().enumerate() {
+                let content = [content.as_slice(), &vec![0; *zeros]].concat();
+                let header = [u64::from(PT_LOAD), place as u64, 0, number as u64, content.len() as u64, content.len() as u64 + 5, 0];
+                bytes.extend(header.iter().flat_map(|field| field.to_le_bytes()));
+                place += content.len();
+                contents.push(content);
+            }
+            bytes.resize(bytes.len() + gap, 9);
+            bytes.extend(contents.concat());
+            let packed = Elf::parse(&bytes).unwrap().packed().unwrap();
+            prop_assert_eq!(loaded(&packed), loaded(&bytes));
+            let needed: usize = segments.iter().map(|(content, _)| content.len() + PAGE).sum();
+            prop_assert!(packed.len() <= HEADER + segments.len() * PROGRAM_HEADER + needed, "zeros are left out");
+        }
+
         #[test]
         fn any_bytes_behind_the_header_are_survived(tail in proptest::collection::vec(any::<u8>(), 0..300), cut in 0usize..420) {
             let mut bytes = elf_with_segment(PT_NOTE, &tail);
             bytes.truncate(cut);
             if let Some(elf) = Elf::parse(&bytes) {
-                let _ = (elf.is_dynamic(), elf.has_pvh_entry());
+                let _ = (elf.is_dynamic(), elf.has_pvh_entry(), elf.packed());
             }
         }
     }

@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Change this when anything about the root changes that is not in the key: cached roots are then built anew.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 /// Times of files are cut off here, so that two builds of the same packages are equal. 2023-11-14T22:13:20Z.
 pub(crate) const EPOCH: u64 = 1_700_000_000;
 const HOOK: &str = include_str!("hook.sh");

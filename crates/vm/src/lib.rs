@@ -13,6 +13,7 @@ mod error;
 mod fence;
 mod file;
 mod host;
+mod kernel;
 mod limits;
 pub mod network;
 mod preflight;

@@ -73,19 +73,29 @@ pub(crate) fn executable(qemu: &Qemu) -> Result<PathBuf, VmError> {
     found.ok_or_else(|| VmError::MissingQemu { package: tool::qemu_package() })
 }
 
-/// What the QEMU that was asked last answered, by its fingerprint: asking takes as long as restoring a guest.
-static ASKED: Mutex<Option<(String, &'static str)>> = Mutex::new(None);
+/// What to use of a QEMU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Emulator {
+    /// The machine type.
+    pub(crate) machine: &'static str,
+    /// Whether it has [`args::QUICK_FIRMWARE`].
+    pub(crate) quick_firmware: bool,
+}
 
-/// The machine type to use with this QEMU.
-pub(crate) async fn machine(qemu: &Path) -> Result<&'static str, VmError> {
+/// What the QEMU that was asked last answered, by its fingerprint: asking takes as long as restoring a guest.
+static ASKED: Mutex<Option<(String, Emulator)>> = Mutex::new(None);
+
+/// What to use of this QEMU.
+pub(crate) async fn emulator(qemu: &Path) -> Result<Emulator, VmError> {
     let fingerprint = fingerprint(qemu)?;
     let asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    if let Some((_, machine)) = asked.filter(|(of, _)| *of == fingerprint) {
-        return Ok(machine);
+    if let Some((_, emulator)) = asked.filter(|(of, _)| *of == fingerprint) {
+        return Ok(emulator);
     }
-    let machine = ask(qemu).await?;
-    *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fingerprint, machine));
-    Ok(machine)
+    let (machines, folders) = tokio::join!(ask(qemu, &["-machine", "help"]), ask(qemu, &["-L", "help"]));
+    let emulator = Emulator { machine: machine(&machines?)?, quick_firmware: has_quick_firmware(&folders?) };
+    *ASKED.lock().unwrap_or_else(PoisonError::into_inner) = Some((fingerprint, emulator));
+    Ok(emulator)
 }
 
 /// Differs when another program is there: its path, its size, and when it was installed.
@@ -94,22 +104,27 @@ pub(crate) fn fingerprint(program: &Path) -> Result<String, VmError> {
     Ok(format!("{} {} {}.{}", program.display(), meta.size(), meta.mtime(), meta.mtime_nsec()))
 }
 
-async fn ask(qemu: &Path) -> Result<&'static str, VmError> {
+async fn ask(qemu: &Path, question: &[&str]) -> Result<String, VmError> {
     let mut command = Command::new(qemu);
-    command.args(["-machine", "help"]).env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
-    let output = match timeout(HELP_LIMIT, command.output()).await {
-        Ok(output) => output.map_err(VmError::io("run", qemu))?,
-        Err(_) => return Err(VmError::io("run", qemu)(io::ErrorKind::TimedOut.into())),
-    };
-    let known = String::from_utf8_lossy(&output.stdout);
-    let knows = |name: &str| known.lines().any(|line| line.split_whitespace().next() == Some(name));
-    if knows(args::PINNED_MACHINE) {
-        Ok(args::PINNED_MACHINE)
-    } else if knows(args::ANY_MACHINE) {
-        Ok(args::ANY_MACHINE)
-    } else {
-        Err(VmError::DiedAtStart { log: format!("it does not emulate the machine {}", args::ANY_MACHINE) })
+    command.args(question).env("LC_ALL", "C").stdin(Stdio::null()).kill_on_drop(true);
+    match timeout(HELP_LIMIT, command.output()).await {
+        Ok(Ok(output)) => Ok(String::from_utf8_lossy(&output.stdout).into_owned()),
+        Ok(Err(error)) => Err(VmError::io("run", qemu)(error)),
+        Err(_) => Err(VmError::io("run", qemu)(io::ErrorKind::TimedOut.into())),
     }
+}
+
+fn machine(known: &str) -> Result<&'static str, VmError> {
+    let knows = |name: &&str| known.lines().any(|line| line.split_whitespace().next() == Some(name));
+    [args::PINNED_MACHINE, args::ANY_MACHINE]
+        .into_iter()
+        .find(knows)
+        .ok_or_else(|| VmError::DiedAtStart { log: format!("it does not emulate the machine {}", args::ANY_MACHINE) })
+}
+
+/// `folders`: where it looks for firmware, one a line.
+fn has_quick_firmware(folders: &str) -> bool {
+    folders.lines().map(str::trim).any(|folder| Path::new(folder).join(args::QUICK_FIRMWARE).is_file())
 }
 
 /// What the end of QEMU's log means.

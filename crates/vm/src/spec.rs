@@ -46,11 +46,14 @@ impl Qemu {
         preflight::executable(self).map(drop)
     }
 
-    /// Differs when another QEMU would run: its path, its size, and when it was installed. A saved state is for one QEMU.
+    /// Differs when another QEMU would run, or be told something else: a saved state is for one computer of one QEMU.
     pub fn fingerprint(&self) -> Result<String, VmError> {
-        preflight::fingerprint(&preflight::executable(self)?)
+        Ok(format!("{} {HARDWARE}", preflight::fingerprint(&preflight::executable(self)?)?))
     }
 }
+
+/// To be counted up whenever the command line changes such that older saved states do not fit.
+const HARDWARE: u32 = 2;
 
 /// Where a guest begins.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

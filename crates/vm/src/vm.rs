@@ -25,9 +25,10 @@ use crate::{
     Begin, Console, HostStats, Network, Qmp, VmError, VmSpec, args, console, disk,
     fence::Fence,
     host,
+    kernel::Lent,
     limits::{self, Bounds, Group, Unlimited},
     network::{Feeder, Found, Namespace},
-    preflight,
+    preflight::{self, Emulator},
     process::{self, Confined, Dir, Identity, QEMU_LOG},
     qmp, saved,
 };
@@ -106,7 +107,8 @@ impl Vm {
         };
         preflight::check(&spec)?;
         let qemu = preflight::executable(&spec.qemu)?;
-        let (machine, namespace) = tokio::join!(preflight::machine(&qemu), Namespace::make(&dir, &spec.forwards));
+        let (emulator, namespace, kernel) =
+            tokio::join!(preflight::emulator(&qemu), Namespace::make(&dir, &spec.forwards), Lent::to(&spec, &dir));
         let (namespace, network) = match namespace {
             Ok(namespace) => (Some(namespace), Network::Apart),
             Err(exposure) => {
@@ -117,9 +119,10 @@ impl Vm {
         };
         let state = saved::open(&spec.begin);
         let group = Group::make(&dir.join("."), spec.memory);
-        let started = machine.and_then(|machine| Ok((machine, state?))).and_then(|(machine, state)| {
-            let around = Around { namespace: namespace.as_ref(), group: group.as_ref().ok(), state: state.as_ref() };
-            launch(&spec, &qemu, machine, &dir, &lock, &around)
+        let started = emulator.and_then(|emulator| Ok((emulator, state?))).and_then(|(emulator, state)| {
+            let (namespace, group) = (namespace.as_ref(), group.as_ref().ok());
+            let around = Around { namespace, group, kernel: kernel.path(), state: state.as_ref() };
+            launch(&spec, (&qemu, emulator), &dir, &lock, &around)
         });
         let (child, handle, identity) = match started {
             Ok(started) => started,
@@ -150,7 +153,12 @@ impl Vm {
             begun = async {
                 vm.0.qmp.ready().await;
                 match spec.begin {
-                    Begin::Boot | Begin::BootToSave => Ok(()),
+                    Begin::Boot | Begin::BootToSave => {
+                        // Answered by the main loop.
+                        vm.0.qmp.execute("query-status", serde_json::Value::Null).await?;
+                        kernel.take_back();
+                        Ok(())
+                    }
                     Begin::Saved(_) => saved::go_on(&vm.0.qmp).await,
                 }
             } => match begun {
@@ -409,22 +417,23 @@ impl Vm {
 struct Around<'a> {
     namespace: Option<&'a Namespace>,
     group: Option<&'a Group>,
+    kernel: &'a Path,
     state: Option<&'a File>,
 }
 
 /// Starts the process, and writes down which one it is. Nothing runs after an error.
 fn launch(
     spec: &VmSpec,
-    qemu: &Path,
-    machine: &str,
+    (qemu, emulator): (&Path, Emulator),
     dir: &Dir,
     lock: &process::Lock,
     around: &Around<'_>,
 ) -> Result<(Child, OwnedFd, Identity), VmError> {
-    let Around { namespace, group, state } = *around;
+    let Around { namespace, group, kernel, state } = *around;
     let failed = |source| VmError::Process { doing: "watch", source };
     let direct = disk::supports_direct(&spec.data_disk);
-    let arguments = args::arguments(spec, machine, direct, namespace.is_some(), state.map(AsRawFd::as_raw_fd))?;
+    let apart = namespace.is_some();
+    let arguments = args::arguments(spec, emulator, kernel, direct, apart, state.map(AsRawFd::as_raw_fd))?;
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
     let fence = Fence::around(&dir.join("."), spec, qemu).map_err(VmError::io("confine", qemu))?;
     let bounds = Bounds::new(group, spec.memory).map_err(VmError::io("confine", qemu))?;
