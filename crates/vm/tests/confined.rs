@@ -9,9 +9,9 @@ use clan_vm::{Qemu, Vm, VmError, has_fence};
 use guest::{LIMIT, Then, spec};
 use tokio::time::timeout;
 
-/// Answers as QEMU does when it is asked which machines it knows; then tries this and that, and ends.
+/// Answers as QEMU does when it is asked which machines it knows, and where its files are; then tries this and that, and ends.
 const SCRIPT: &str = r#"#!/bin/sh
-case "$*" in "-machine help") echo "pc-q35-7.2 a machine"; exit;; esac
+case "$*" in "-machine help") echo "pc-q35-7.2 a machine"; exit;; "-L help") exit;; esac
 try() { if sh -c "$2" 2>/dev/null; then echo "$1: yes"; else echo "$1: no"; fi; }
 {
 try "writes to its folder" ': >inside && rm inside'

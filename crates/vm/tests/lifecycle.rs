@@ -41,6 +41,21 @@ async fn a_guest_boots_and_its_monitor_answers() {
 }
 
 #[tokio::test]
+async fn a_guest_that_has_its_kernel_leaves_none_of_the_file_in_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let spec = spec(folder.path(), &Then::Halt);
+    let image = fs::read(&spec.image.kernel).unwrap();
+    let vm = started(&spec).await;
+    says_r(&vm).await;
+    assert!(!spec.dir.join("kernel").exists());
+    assert_eq!(fs::read(&spec.image.kernel).unwrap(), image, "what others boot from stays");
+    let maps = fs::read_to_string(format!("/proc/{}/smaps", vm.pid())).unwrap();
+    let mapped: Vec<_> = maps.split("VmFlags").filter(|map| map.contains("/kernel (deleted)")).collect();
+    assert!(!mapped.is_empty(), "QEMU keeps it mapped");
+    assert!(mapped.iter().all(|map| map.contains("Rss:                   0 kB")), "{mapped:?}");
+}
+
+#[tokio::test]
 async fn the_ports_of_agent_and_controller_are_there() {
     let folder = tempfile::tempdir().unwrap();
     let vm = started(&spec(folder.path(), &Then::Halt)).await;
