@@ -17,23 +17,23 @@ use clan_wire::peer::{
     Vector, have,
 };
 use ed25519_dalek::SigningKey;
-use futures_util::{StreamExt, stream::FuturesUnordered};
 use iroh::{
     Endpoint, EndpointAddr, RelayUrl, SecretKey, TransportAddr,
     endpoint::{Connection, QuicTransportConfig, presets},
 };
 use iroh_mdns_address_lookup::MdnsAddressLookup;
 use rustls::{CipherSuite, crypto::CryptoProvider};
-use tokio::time::{sleep_until, timeout};
+use tokio::time::timeout;
 
 use crate::{guest, problem, tasks::now};
 
 mod image;
+mod race;
+
+use race::{Due, Race};
 
 const CONNECT: Duration = Duration::from_secs(12);
 const PREVIEW: Duration = Duration::from_secs(10);
-/// How long a machine may be silent before the next one is asked too.
-const STAGGER: Duration = Duration::from_millis(700);
 /// A transfer that stands still for so long is tried anew.
 const STALL: Duration = Duration::from_secs(30);
 /// Addresses that discovery may add to those of a link, for each machine.
@@ -201,9 +201,13 @@ impl Fetcher {
     /// Hands entries of a device in good standing to a machine of the link, and gives the clan's, those included.
     pub(crate) async fn admit(&self, entries: Vec<EncodedEntry>) -> Result<Ledger, ApiProblem> {
         let began = Instant::now();
-        let mut last = None;
-        for peer in &self.ordered() {
-            match self.ask(peer, |have| JoinRequest::Redeem { entries: entries.clone(), have }).await {
+        let (mut last, peers, entries) = (None, self.ordered(), &entries);
+        // More than one may take them: what is in a ledger already it is not in twice.
+        let mut race = Race::new(&peers, |peer, due| {
+            self.ask(peer, due, move |have| JoinRequest::Redeem { entries: entries.clone(), have })
+        });
+        while let Some(answer) = race.next().await {
+            match answer {
                 Ok((JoinResponse::Admitted { .. }, ledger)) => return Ok(ledger),
                 Ok((JoinResponse::Refused(refusal @ JoinRefusal::NotReady), _)) => last = Some(refusal.to_string()),
                 Ok((JoinResponse::Refused(refusal), _)) => return Err(problem::refusal(&refusal)),
@@ -249,8 +253,7 @@ impl Fetcher {
         InviteProof::new(&self.invite_key, &self.way.clan, &MachineId::from_bytes(*self.endpoint.id().as_bytes()))
     }
 
-    /// Asks the machines of the link what it leads to, and checks the answer: the first at once, each further one when those
-    /// before it have failed, or been silent for [`STAGGER`].
+    /// Asks the machines of the link what it leads to, and checks the answers until one is right.
     pub(crate) async fn preview(&self) -> Result<Found, ApiProblem> {
         let began = Instant::now();
         let mut last = None;
@@ -267,24 +270,12 @@ impl Fetcher {
 
     async fn preview_round(&self, last: &mut Option<String>) -> Round {
         let peers = self.ordered();
-        let mut waiting = peers.iter();
-        let mut asked = FuturesUnordered::new();
         let mut refused = None;
-        let mut due = tokio::time::Instant::now();
-        loop {
-            let answered = tokio::select! {
-                biased;
-                Some(answered) = asked.next() => answered,
-                () = sleep_until(due), if waiting.len() > 0 => {
-                    if let Some(peer) = waiting.next() {
-                        let request = |have| JoinRequest::Preview { proof: self.proof(), have };
-                        asked.push(async move { (peer.machine, self.ask(peer, request).await) });
-                    }
-                    due = tokio::time::Instant::now() + STAGGER;
-                    continue;
-                }
-                else => break,
-            };
+        let mut race = Race::new(&peers, |peer, due| async move {
+            let request = |have| JoinRequest::Preview { proof: self.proof(), have };
+            (peer.machine, self.ask(peer, due, request).await)
+        });
+        while let Some(answered) = race.next().await {
             match answered {
                 (machine, Ok((JoinResponse::Preview, ledger))) => match self.check(ledger) {
                     Ok(found) => {
@@ -306,7 +297,6 @@ impl Fetcher {
                 (_, Ok((JoinResponse::Admitted { .. }, _))) => *last = Some("an answer to another question".into()),
                 (_, Err(why)) => *last = Some(why),
             }
-            due = tokio::time::Instant::now();
         }
         refused.map_or(Round::Silence, |problem| Round::Refused(Box::new(problem)))
     }
@@ -383,6 +373,7 @@ impl Fetcher {
     async fn ask(
         &self,
         peer: &PeerAddr,
+        due: Due,
         request: impl FnOnce(Vector) -> JoinRequest,
     ) -> Result<(JoinResponse, Ledger), String> {
         let connection = self.connect(peer, ALPN_JOIN).await?;
@@ -397,6 +388,7 @@ impl Fetcher {
         let answer = answer.await.unwrap_or_else(|_| Err(format!("no answer within {} s", PREVIEW.as_secs())));
         let outcome = match answer {
             Ok((mut recv, response @ (JoinResponse::Preview | JoinResponse::Admitted { .. }))) => {
+                due.heard();
                 let taken = guest::take_ledger(&mut recv, Intake::new(begun), STALL).await;
                 taken.map(|ledger| (response, ledger))
             }

@@ -13,7 +13,7 @@ use clan_transfer::{Event, FetchError, NoManifest, Source, Wanted};
 use clan_types::{ByteSize, ImageId};
 use clan_wire::image::{Manifest, ManifestError};
 
-use super::{Fetcher, blocking};
+use super::{Fetcher, blocking, race::Race};
 use crate::{problem, tasks::TaskHandle};
 
 impl Fetcher {
@@ -28,12 +28,16 @@ impl Fetcher {
         peers.iter().filter_map(source).collect()
     }
 
-    /// The manifest of an image, from the first machine that has it.
+    /// The manifest of an image, from whichever machine is first to give the right one.
     pub(crate) async fn manifest(&self, state: &State, image: &ImageId) -> Result<Manifest, ApiProblem> {
         let began = std::time::Instant::now();
         let (mut last, mut liars) = (None, Vec::new());
-        for source in &self.sources(state) {
-            match clan_transfer::manifest(&self.endpoint, source, Some(self.proof()), image).await {
+        let sources = self.sources(state);
+        let mut race = Race::new(&sources, |source, _| async move {
+            (source, clan_transfer::manifest(&self.endpoint, source, Some(self.proof()), image).await)
+        });
+        while let Some((source, answer)) = race.next().await {
+            match answer {
                 Ok(manifest) => return Ok(manifest),
                 Err(NoManifest::Unusable(error)) => return Err(unusable(&error)),
                 Err(NoManifest::Lied(what)) => {
