@@ -24,7 +24,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use crate::{
     clan::RecordCell,
     guest,
-    keeper::{Command, GUEST_QUIC, GUEST_WIREGUARD, KeeperConfig, Restarts, VmView, free_ports},
+    keeper::{self, Command, GUEST_QUIC, GUEST_WIREGUARD, KeeperConfig, Restarts, VmView, free_ports},
     link::{self, Outlets},
     problem,
     tasks::now,
@@ -92,6 +92,7 @@ impl Loop {
             // Starting it is refused too while somebody holds its lock, so nothing is doubled.
             Err(error) => tracing::warn!(%error, "cannot tell whether the container runs"),
         }
+        keeper::go_on(&self.with.record);
         if self.running.is_none() && self.with.record.get().wanted {
             self.retry_at = Some(Instant::now());
         }

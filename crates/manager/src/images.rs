@@ -9,7 +9,7 @@ use std::{
 };
 
 use clan_api::{ApiProblem, ErrorCode, ImageGc, ImageInfo, TaskKind, TaskResult};
-use clan_build::StoredImage;
+use clan_build::{StoreError, StoredImage};
 use clan_types::{ByteSize, ClanName, ImageId};
 
 use crate::{disk, fetch::blocking, image, manager::Shared, problem, tasks::Task};
@@ -83,6 +83,28 @@ pub(crate) fn build_task(shared: &Arc<Shared>) -> Arc<Task> {
     })
 }
 
+/// An image is not as its name says, or cannot be read: how it is made or fetched anew.
+pub(crate) fn not_whole(shared: &Shared, image: &ImageId, error: &StoreError) -> ApiProblem {
+    let problem = problem::store(error);
+    match error {
+        StoreError::Damaged { .. } | StoreError::Manifest(_) => {}
+        _ => return problem,
+    }
+    let anew = "`clan image gc` removes it; then `clan image build` makes, or `clan vm update` fetches it anew";
+    match users(shared).get(image) {
+        // Nothing that a machine runs is ever removed.
+        Some(clans) => {
+            let names: Vec<&str> = clans.iter().map(ClanName::as_str).collect();
+            let first = format!(
+                "give the machine of {} another image first, `clan vm update --image ID`: what one runs is not removed",
+                names.join(" and that of ")
+            );
+            problem.hint(first).hint(format!("after that {anew}"))
+        }
+        None => problem.hint(anew),
+    }
+}
+
 /// Reads every file of an image and compares it with what the image's name says, as a task.
 pub(crate) fn verify_task(shared: &Arc<Shared>, text: &str) -> Result<Arc<Task>, ApiProblem> {
     let image = find(shared, text)?;
@@ -92,11 +114,7 @@ pub(crate) fn verify_task(shared: &Arc<Shared>, text: &str) -> Result<Arc<Task>,
         task.begin(0);
         let (images, id) = (shared_.images.clone(), image.id);
         let verified = task.unless_cancelled(blocking(move || images.verify(&id))).await?;
-        verified.map_err(|e| {
-            let hint =
-                "build it again (`clan image gc`, then `clan image build`), or get it from another member by joining";
-            problem::store(&e).hint(hint)
-        })?;
+        verified.map_err(|e| not_whole(&shared_, &id, &e))?;
         Ok(TaskResult::Image { id })
     }))
 }
@@ -141,4 +159,33 @@ fn needs_images(kind: TaskKind) -> bool {
         kind,
         TaskKind::CreateClan | TaskKind::JoinClan | TaskKind::UpdateVm | TaskKind::BuildImage | TaskKind::VerifyImage
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use clan_build::Damage;
+
+    use super::*;
+    use crate::record::{ClanRecord, Phase, tests};
+
+    #[tokio::test]
+    async fn whoever_has_a_damaged_image_is_told_what_can_be_done_about_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Shared::for_tests(dir.path());
+        let id = ImageId::from_bytes([3; 32]);
+        let error = StoreError::Damaged { image: id, file: "root".into(), damage: Damage::Content };
+        insta::assert_snapshot!(
+            not_whole(&shared, &id, &error).hints.join("\n"),
+            @"`clan image gc` removes it; then `clan image build` makes, or `clan vm update` fetches it anew"
+        );
+        let record = ClanRecord { image: Some(id), ..tests::record(1, Phase::Ready) };
+        tests::put(&shared.paths, &record, None);
+        shared.adopt(record).unwrap();
+        insta::assert_snapshot!(not_whole(&shared, &id, &error).hints.join("\n"), @r"
+        give the machine of family another image first, `clan vm update --image ID`: what one runs is not removed
+        after that `clan image gc` removes it; then `clan image build` makes, or `clan vm update` fetches it anew
+        ");
+        let unread = StoreError::Unknown(id);
+        assert!(not_whole(&shared, &id, &unread).hints.is_empty());
+    }
 }

@@ -256,5 +256,14 @@ impl Keeper {
     }
 }
 
+/// What an earlier manager held, and was killed before it let it run again, is to run.
+pub(crate) fn go_on(record: &RecordCell) {
+    if record.get().held
+        && let Err(error) = record.update(|r| (r.wanted, r.held) = (true, false))
+    {
+        tracing::warn!(%error, "the machine's record is not written");
+    }
+}
+
 #[cfg(test)]
 mod tests;

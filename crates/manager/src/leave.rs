@@ -166,6 +166,8 @@ pub(crate) fn stop_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Tas
     is_kept(&clan, "stop")?;
     let step = format!("Stop the {}", clan.record.get().what());
     vm_task(shared, clan, TaskKind::StopVm, "Stop", &[&step], |clan, task| async move {
+        // Nor is it to run again after what could not be ended the last time.
+        clan.record.update(|r| r.held = false).map_err(|e| problem::disk(&e))?;
         task.unless_cancelled(stop(&clan)).await
     })
 }

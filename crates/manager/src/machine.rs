@@ -144,18 +144,81 @@ fn free_beside(clan: &Clan) -> Result<ByteSize, ApiProblem> {
     Ok(ByteSize::from_bytes(stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
 
-/// Stops a VM for something that needs it so. It runs again, if it was to, by [`release`].
+/// Does something for which a VM has to be stopped; `hold` is [`hold`], or that unless cancelled, and `work` begins when it has
+/// ended well. Gives what came of it, and whether the VM runs again.
+///
+/// INVARIANT: it runs again if it was to, whatever came of it.
+pub(crate) async fn while_held<T>(
+    clan: &Clan,
+    hold: impl Future<Output = Result<(), ApiProblem>>,
+    work: impl Future<Output = Result<T, ApiProblem>>,
+) -> Result<(T, bool), ApiProblem> {
+    let outcome = match hold.await {
+        Ok(()) => work.await,
+        Err(problem) => Err(problem),
+    };
+    match (outcome, release(clan).await) {
+        (Ok(done), Ok(runs)) => Ok((done, runs)),
+        (Err(problem), Ok(_)) => Err(problem),
+        (Ok(_), Err(problem)) => Err(problem.hint("it does not run now: `clan vm start`")),
+        (Err(problem), Err(_)) => Err(problem.hint("it does not run now: `clan vm start`")),
+    }
+}
+
+/// Stops a VM, which is to run again if it was to.
 pub(crate) async fn hold(clan: &Clan) -> Result<(), ApiProblem> {
-    clan.record.update(|r| r.held = r.wanted).map_err(|e| problem::disk(&e))?;
+    // One that could not be started again the last time is to run all the same.
+    clan.record.update(|r| r.held |= r.wanted).map_err(|e| problem::disk(&e))?;
     stop(clan).await
 }
 
 /// Whether the VM runs again after [`hold`]; it begins to, if so.
-pub(crate) async fn release(clan: &Clan) -> Result<bool, ApiProblem> {
+async fn release(clan: &Clan) -> Result<bool, ApiProblem> {
     let run = clan.record.get().held;
     if run {
         clan.keeper.want(true).await?;
         clan.record.update(|r| r.held = false).map_err(|e| problem::disk(&e))?;
     }
     Ok(run)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::record::{ClanRecord, tests};
+
+    #[tokio::test]
+    async fn a_disk_that_fails_while_a_vm_is_held_does_not_keep_it_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Shared::for_tests(dir.path());
+        let record = tests::record(1, Phase::Ready);
+        tests::put(&shared.paths, &record, None);
+        let clan = shared.adopt(record).unwrap();
+        clan.keeper.want(true).await.unwrap();
+        let file = clan.record.paths().record();
+        let aside = file.with_extension("aside");
+        let work = async {
+            assert!(clan.record.get().held && !clan.record.get().wanted);
+            // A folder in the way of the file.
+            fs::rename(&file, &aside).unwrap();
+            fs::create_dir(&file).unwrap();
+            let written = clan.record.update(|r| r.cpus += 1).map_err(|e| problem::disk(&e));
+            fs::remove_dir(&file).unwrap();
+            fs::rename(&aside, &file).unwrap();
+            written
+        };
+        let outcome = while_held(&clan, hold(&clan), work).await;
+        assert!(outcome.is_err(), "it is told");
+        let after = clan.record.get();
+        assert!(after.wanted && !after.held, "{after:?}");
+        assert_eq!(ClanRecord::load(clan.record.paths()).unwrap(), after);
+
+        // And where it cannot be said that it runs again, that is made up for the next time.
+        clan.record.update(|r| (r.wanted, r.held) = (false, true)).unwrap();
+        let ((), runs) = while_held(&clan, hold(&clan), async { Ok(()) }).await.unwrap();
+        assert!(runs && clan.record.get().wanted && !clan.record.get().held);
+        clan.keeper.destroy().await;
+    }
 }

@@ -53,22 +53,31 @@ impl Memory {
     /// Fetches what is new.
     pub(crate) async fn refresh(&self, control: &Channel) -> Result<Known, GuestError> {
         let mut kept = self.kept.lock().await;
-        let Kept { ledger, store, written } = match kept.take() {
-            Some(known) if known.store.is_some() => known,
-            lost => self.load(lost.map(|known| known.ledger)).await,
-        };
-        // What was remembered stays, whatever comes of this.
-        let known = kept.insert(Kept { ledger, store, written });
+        let known = self.stored(&mut kept).await;
         let (ledger, has) = guest::entries_since(control, known.ledger.clone()).await?;
         known.ledger = ledger;
         self.write(known).await;
         Ok(Known { ledger: known.ledger.clone(), has })
     }
 
-    async fn load(&self, before: Option<Ledger>) -> Kept {
+    /// What is remembered, with the file that keeps it if that can be opened.
+    ///
+    /// INVARIANT: what was remembered stays, also if this is dropped in the middle.
+    async fn stored<'a>(&self, kept: &'a mut Option<Kept>) -> &'a mut Kept {
+        match kept.take_if(|known| known.store.is_some()) {
+            Some(known) => kept.insert(known),
+            None => {
+                let mut loaded = self.load().await;
+                loaded.ledger.insert_all(kept.iter().flat_map(|known| known.ledger.entries()).cloned());
+                kept.insert(loaded)
+            }
+        }
+    }
+
+    async fn load(&self) -> Kept {
         let (clan, paths) = (self.clan, self.paths.clone());
         let opened = tokio::task::spawn_blocking(move || open(&clan, &paths)).await;
-        let (store, mut ledger) = match opened {
+        let (store, ledger) = match opened {
             Ok(Ok((store, ledger))) => (Some(Arc::new(store)), ledger),
             Ok(Err(why)) => {
                 tracing::warn!(clan = %self.clan, why, "what is known of the clan's ledger cannot be kept on disk");
@@ -77,7 +86,6 @@ impl Memory {
             Err(_) => (None, Ledger::open(self.clan)),
         };
         let written = ledger.vector();
-        ledger.insert_all(before.iter().flat_map(Ledger::entries).cloned());
         Kept { ledger, store, written }
     }
 
@@ -152,4 +160,38 @@ async fn remind(channel: &Channel, record: &RecordCell) -> Result<bool, GuestErr
         tracing::warn!(%error, "the clan's record is not written");
     }
     Ok(sure)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt;
+
+    use super::*;
+    use crate::{
+        authority::tests::clan,
+        paths::Paths,
+        record::{Phase, tests},
+    };
+
+    #[tokio::test]
+    async fn what_could_not_be_written_stays_when_whoever_asks_hangs_up_and_is_written_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        let (ledger, mut record) = (clan(), tests::record(1, Phase::Ready));
+        record.id = ledger.clan();
+        tests::put(&paths, &record, None);
+        let memory = Memory::new(record.id, paths.clan(&record.id));
+        let mut kept = Some(Kept { written: Vector::new(), store: None, ledger: ledger.clone() });
+        // The first poll opens the file, on another thread.
+        let _ = memory.stored(&mut kept).now_or_never();
+        assert_eq!(kept.as_ref().map(|known| known.ledger.len()), Some(ledger.len()));
+        // The file is free once that thread has let go of it.
+        while kept.as_ref().is_none_or(|known| known.store.is_none()) {
+            memory.stored(&mut kept).await;
+        }
+        memory.write(kept.as_mut().unwrap()).await;
+        drop(kept);
+        let again = Memory::new(record.id, paths.clan(&record.id));
+        assert_eq!(again.stored(&mut None).await.ledger.len(), ledger.len(), "on disk");
+    }
 }

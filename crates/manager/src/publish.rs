@@ -15,7 +15,6 @@ use crate::{
     fetch::blocking,
     images,
     manager::Shared,
-    problem,
     record::ClanRecord,
 };
 
@@ -26,9 +25,9 @@ pub(crate) async fn publish(shared: &Shared, clan: &Clan, request: &PublishImage
     check_runs(&record, &image)?;
     if !request.dry_run {
         // Nobody would take a damaged one; and it stays here, for the machine runs it.
-        let (images, id) = (shared.images.clone(), image.id);
-        let verified = blocking(move || images.verify(&id)).await?;
-        verified.map_err(|e| problem::store(&e).hint("get it anew: `clan image gc`, then `clan image build`"))?;
+        let (store, id) = (shared.images.clone(), image.id);
+        let verified = blocking(move || store.verify(&id)).await?;
+        verified.map_err(|e| images::not_whole(shared, &image.id, &e))?;
     }
     let author = clan.person();
     let decision = decide(clan, request.dry_run, |ledger| {

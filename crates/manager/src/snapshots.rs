@@ -124,13 +124,9 @@ pub(crate) fn make_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: Option<Stri
             return task.unless_cancelled(make(&clan, &name, vm)).await;
         }
         // One that waits for its turn, or for its next attempt, waits for this too: it would write to its disk meanwhile.
-        let held = task.unless_cancelled(machine::hold(&clan)).await;
-        let made = match held {
-            Ok(()) => task.unless_cancelled(make(&clan, &name, None)).await,
-            cancelled => cancelled,
-        };
-        machine::release(&clan).await?;
-        made
+        let hold = task.unless_cancelled(machine::hold(&clan));
+        let made = machine::while_held(&clan, hold, task.unless_cancelled(make(&clan, &name, None)));
+        made.await.map(drop)
     })
 }
 
@@ -233,20 +229,17 @@ pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
             // What the machine last told is remembered.
             tracing::debug!(%error, "the machine does not tell what is new before its disk is put back");
         }
-        let held = task.unless_cancelled(machine::hold(&clan)).await;
-        let put = match held {
-            Ok(()) => {
-                task.begin(1);
-                put_back(&clan, &snapshot).await
-            }
-            cancelled => cancelled,
-        };
-        // Whatever came of it, the VM runs as it did.
-        if machine::release(&clan).await? && put.is_ok() {
+        let hold = task.unless_cancelled(machine::hold(&clan));
+        let put = machine::while_held(&clan, hold, async {
+            task.begin(1);
+            put_back(&clan, &snapshot).await
+        });
+        let ((), runs) = put.await?;
+        if runs {
             task.begin(2);
-            return task.unless_cancelled(start(&clan, &task)).await;
+            task.unless_cancelled(start(&clan, &task)).await?;
         }
-        put
+        Ok(())
     })
 }
 

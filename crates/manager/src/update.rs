@@ -205,14 +205,12 @@ async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredIm
     let trial = was(clan, previous).await;
     task.log(format!("from the image {} to {}", previous.short(), image.id.short()));
     task.begin(1);
-    let held = task.unless_cancelled(machine::hold(clan)).await;
-    if held.is_ok() {
+    let switched = machine::while_held(clan, task.unless_cancelled(machine::hold(clan)), async {
         // INVARIANT: one write says both which image is next and which is gone back to.
         let chosen = clan.record.update(|r| (r.image, r.trial, r.fresh) = (Some(image.id), Some(trial), None));
-        chosen.map_err(|e| problem::disk(&e))?;
-    }
-    let runs = machine::release(clan).await?;
-    held?;
+        chosen.map_err(|e| problem::disk(&e))
+    });
+    let ((), runs) = switched.await?;
     if !runs {
         task.log("it is judged when it is started");
         return Ok(());
@@ -265,11 +263,23 @@ pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Re
         Err(problem) => problem,
     };
     task.log(format!("not well: {}; back to the image {}", problem.message, trial.previous.short()));
-    let held = machine::hold(clan).await;
-    clan.record.update(|r| (r.image, r.trial) = (Some(trial.previous), None)).map_err(|e| problem::disk(&e))?;
-    let runs = machine::release(clan).await?;
-    held?;
     let what = clan.record.get().what();
+    let mut held = Ok(());
+    let hold = async {
+        // Its record goes back even if it does not stop: it has the previous image when it next starts.
+        held = machine::hold(clan).await;
+        Ok(())
+    };
+    let back = machine::while_held(clan, hold, async {
+        let back = clan.record.update(|r| (r.image, r.trial) = (Some(trial.previous), None));
+        back.map_err(|e| problem::disk(&e))
+    });
+    let ((), runs) = back.await.map_err(|stuck| {
+        let neither = format!("the {what} is not well with the new image, and its previous one cannot be put back");
+        let both = format!("{}; then {}", problem.message, stuck.message);
+        stuck.hints.into_iter().fold(ApiProblem::new(stuck.code, neither).why(both), ApiProblem::hint)
+    })?;
+    held?;
     let back = format!("the {what} is not well with the new image, and has its previous one again");
     if runs {
         start(clan, task).await.map_err(|again| {

@@ -16,7 +16,7 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Command, KeeperConfig, VmView,
+    Command, KeeperConfig, VmView, go_on,
     room::DiskEvents,
     silence::Doom,
     stop::{POWER_OFF, POWER_OFF_QUICKLY, power_off},
@@ -136,12 +136,7 @@ impl Loop {
             // Starting it is refused too while somebody holds its lock, so nothing is doubled.
             Err(error) => tracing::warn!(%error, "cannot tell whether the VM runs"),
         }
-        // An earlier manager was killed between stopping it and starting it again.
-        if self.record.get().held
-            && let Err(error) = self.record.update(|r| (r.wanted, r.held) = (true, false))
-        {
-            tracing::warn!(%error, "the VM's record is not written");
-        }
+        go_on(&self.record);
         if self.running.is_none() && self.record.get().wanted {
             self.retry_at = Some(Instant::now());
         }
