@@ -1,8 +1,10 @@
 //! Images: what VMs boot from.
 
-use clan_types::{ByteSize, ClanName, ImageId};
+use clan_types::{AppName, ByteSize, ClanName, ImageId, NetworkLayer};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
+
+use crate::ControlMode;
 
 /// An image on this computer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -62,6 +64,18 @@ pub struct PublishImage {
     /// Largest size of a VM's disk.
     #[schema(value_type = Option<u64>)]
     pub disk: Option<ByteSize>,
+    /// What carries its packets: `mesh`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub network_layer: Option<NetworkLayer>,
+    /// Who is to steer it; each newcomer decides for themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub control_mode: Option<ControlMode>,
+    /// The applications in the image, at most 32. If left out, and the image is another: the services that the clan's machine
+    /// here, which runs it, offers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Vec<String>>)]
+    pub applications: Option<Vec<AppName>>,
     /// Only say what would change.
     #[serde(default)]
     pub dry_run: bool,
@@ -97,4 +111,12 @@ pub struct PublishedVm {
     /// Largest size of the disk.
     #[schema(value_type = u64)]
     pub disk: ByteSize,
+    /// What carries its packets.
+    #[schema(value_type = String)]
+    pub network_layer: NetworkLayer,
+    /// Who is to steer it, as the clan suggests.
+    pub control_mode: ControlMode,
+    /// The applications in its image, as far as its publisher has said.
+    #[schema(value_type = Vec<String>)]
+    pub applications: Vec<AppName>,
 }

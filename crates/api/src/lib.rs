@@ -36,14 +36,14 @@ pub use ping::Pong;
 pub use problem::{ApiProblem, ErrorCode, PROBLEM_TYPE};
 pub use relays::{RelayChange, RelayInfo, SetRelay};
 pub use requests::{
-    ContainerPlan, CreateClan, CreateInvite, CreatedClan, DeleteQuery, FindInvitation, FindRecovery, FoundInvitation,
-    IntegratedPlan, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, MakeLogin, OpenedService, PreviewJoin,
-    Transfer, VmPlan,
+    Agreed, ContainerPlan, CreateClan, CreateInvite, CreatedClan, DeleteQuery, FindInvitation, FindRecovery,
+    FoundInvitation, IntegratedPlan, Invite, JoinClan, JoinPreview, LogQuery, LogSource, Login, MakeLogin,
+    OpenedService, PreviewJoin, Transfer, VmPlan,
 };
 pub use status::{
     AcceleratorInfo, AcceleratorKind, ClanInfo, ClanPhase, ControlMode, Flavour, HealthProblem, HostInfo, MachineInfo,
-    PathInfo, PathKind, PersonInfo, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo, VmInfo, VmState,
-    VmStats,
+    PathInfo, PathKind, PersonInfo, PublishedImage, ServiceInfo, ServiceKind, Severity, StatsPoint, Status, UnitInfo,
+    VmInfo, VmState, VmStats,
 };
 pub use tasks::{
     StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep,

@@ -1,5 +1,6 @@
 use clan_types::{
-    ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, PersonName, Role, ServiceName, Timestamp,
+    AppName, ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, NetworkLayer, PersonName, Role, ServiceName,
+    Timestamp,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -214,6 +215,14 @@ pub struct JoinPreview {
     pub integrated: Option<IntegratedPlan>,
     /// Who is to steer it, as the clan suggests.
     pub control_mode: ControlMode,
+    /// What carries packets between the clan's machines.
+    #[serde(default)]
+    #[schema(value_type = String)]
+    pub network_layer: NetworkLayer,
+    /// The applications in the image, as far as its publisher has said; each runs once it is switched on.
+    #[serde(default)]
+    #[schema(value_type = Vec<String>)]
+    pub applications: Vec<AppName>,
     /// What to consider before joining, one sentence each.
     pub warnings: Vec<String>,
 }
@@ -250,6 +259,24 @@ pub struct JoinClan {
     /// Whether the machine is a container, instead of a VM.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub container: bool,
+    /// What the person was shown and agreed to. If the clan has published something else since, nothing is done.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub agreed: Option<Agreed>,
+}
+
+/// What a person was shown of a clan's VM or container, before they agreed.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct Agreed {
+    /// The image.
+    #[schema(value_type = String)]
+    pub image: ImageId,
+    /// What carries its packets.
+    #[schema(value_type = String)]
+    pub network_layer: NetworkLayer,
+    /// The applications in the image.
+    #[schema(value_type = Vec<String>)]
+    pub applications: Vec<AppName>,
 }
 
 /// Makes an invite.

@@ -351,6 +351,9 @@ pub struct VmInfo {
     /// The image it runs.
     #[schema(value_type = Option<String>)]
     pub image: Option<ImageId>,
+    /// What the clan publishes, if that is another image. `clan vm update` takes it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published: Option<PublishedImage>,
     /// UDP port of this computer that leads to its QUIC endpoint.
     pub quic_port: u16,
     /// UDP port of this computer that leads to its WireGuard socket.
@@ -362,6 +365,16 @@ pub struct VmInfo {
     /// The task that works on it.
     #[schema(value_type = Option<String>)]
     pub task: Option<TaskId>,
+}
+
+/// An image that a clan publishes: its newcomers run it, and its machines give it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PublishedImage {
+    /// Which.
+    #[schema(value_type = String)]
+    pub image: ImageId,
+    /// One line for people.
+    pub title: String,
 }
 
 /// What a guest measured at one time.

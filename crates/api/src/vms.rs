@@ -69,6 +69,9 @@ pub struct UpdatePlan {
     pub source: ImageSource,
     /// What must be downloaded.
     pub download: Transfer,
+    /// What the clan's description of its VM wants that this machine is not, one sentence each. An update changes none of it.
+    #[serde(default)]
+    pub stays: Vec<String>,
 }
 
 /// Where an image comes from.

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use clan_api::{AcceleratorKind, ControlMode, Flavour, PathInfo, PathKind, Transfer, VmState};
-use clan_types::Timestamp;
+use clan_api::{AcceleratorKind, ControlMode, Flavour, PathInfo, PathKind, Transfer, VmInfo, VmState};
+use clan_types::{AppName, NetworkLayer, Timestamp};
 
-use crate::printer::Tone;
+use crate::printer::{Tone, harmless};
 
 /// A duration in at most two units: `8.4 s`, `3 min 20 s`, `2 h 5 min`, `4 days`.
 pub(crate) fn span(duration: Duration) -> String {
@@ -132,6 +132,34 @@ pub(crate) fn control_mode(mode: ControlMode) -> &'static str {
         ControlMode::Remote => "remote: the clan's admins steer it",
         ControlMode::Shared => "shared: you and the clan's admins steer it",
     }
+}
+
+/// That a clan publishes another image than the machine here runs, and how to take it.
+pub(crate) fn published(vm: &VmInfo) -> Option<String> {
+    let published = vm.published.as_ref()?;
+    let (title, image) = (harmless(&published.title), published.image.short());
+    let clan = &vm.clan;
+    Some(format!(
+        "{clan} publishes another image than {} runs: {title} ({image}). `clan vm update {clan}` takes it.",
+        vm.machine
+    ))
+}
+
+/// What carries packets between a clan's machines.
+pub(crate) fn network(layer: &NetworkLayer) -> String {
+    if layer.is_known() {
+        format!("{layer}: encrypted, and directly between machines where that works")
+    } else {
+        format!("{layer}, which this version of clan does not know")
+    }
+}
+
+/// The applications of an image.
+pub(crate) fn applications(names: &[AppName]) -> String {
+    if names.is_empty() {
+        return "none that is named".to_owned();
+    }
+    names.iter().map(AppName::as_str).collect::<Vec<_>>().join(", ")
 }
 
 /// What executes a VM.

@@ -78,6 +78,24 @@ hint: enable virtualisation in the firmware
 }
 
 #[test]
+fn whoever_runs_another_image_than_the_clan_publishes_is_told_and_how_to_take_it() {
+    let computer = Computer::new();
+    let mut told = status(vec![clan("family", 1)]);
+    told["vms"][0]["published"] =
+        json!({"image": clan_types::ImageId::from_bytes([9; 32]), "title": "Debian 12,\u{1b}[31m newer"});
+    let answers = [("GET /api/v1/status", 200, told.to_string()), ("GET /api/v1/vms", 200, told["vms"].to_string())];
+    computer.manager(&answers);
+    let line = "family publishes another image than laptop runs: Debian 12,·[31m newer (beeqscijbe). `clan vm update family` takes it.";
+    let shown = computer.clan(&["status"]).assert().success().stderr_eq("");
+    let shown = String::from_utf8_lossy(&shown.get_output().stdout).into_owned();
+    assert!(shown.contains(&format!("\n  {line}\n")), "{shown}");
+    computer.clan(&["vm", "list"]).assert().success().stderr_eq(format!("{line}\n"));
+    let json = computer.clan(&["status", "--json"]).assert().success();
+    let json: Value = serde_json::from_slice(&json.get_output().stdout).unwrap();
+    assert_eq!(json["vms"][0]["published"], told["vms"][0]["published"]);
+}
+
+#[test]
 fn status_of_an_empty_computer_says_how_to_begin() {
     let computer = Computer::new();
     let mut empty = status(vec![]);
@@ -135,20 +153,22 @@ fn joining_without_terminal_needs_yes_and_changes_nothing() {
     computer.clan(&["join", &link(), "--machine", "desk"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
 anna invites you to the clan family.
 
-  Clan         family
-  Fingerprint  k3f9 2d8s 7qpa
-  Invited by   anna
-  Your role    member
-  Expires      in [..]
-  Members      1 person, 1 machine
-  Will run     a virtual machine: Debian 12, small
-  Image        beeqscijbe
-  Memory       512 MiB
-  Disk         up to 2 GiB, beside the image's 180 MiB
-  Processors   2
-  Download     180 MiB
-  Control      shared: you and the clan's admins steer it
-  Runs by      emulation (TCG): there is no /dev/kvm
+  Clan          family
+  Fingerprint   k3f9 2d8s 7qpa
+  Invited by    anna
+  Your role     member
+  Expires       in [..]
+  Members       1 person, 1 machine
+  Will run      a virtual machine: Debian 12, small
+  Image         beeqscijbe
+  Memory        512 MiB
+  Disk          up to 2 GiB, beside the image's 180 MiB
+  Processors    2
+  Download      180 MiB
+  Applications  none that is named
+  Network       mesh: encrypted, and directly between machines where that works
+  Control       shared: you and the clan's admins steer it
+  Runs by       emulation (TCG): there is no /dev/kvm
 
 warning: your computer has little memory left
 warning: The clan's admins will be able to open a terminal as root in the virtual machine, change its settings and see its log; all is written down, and `clan vm control local` ends it.
@@ -199,20 +219,22 @@ fn joining_tells_each_step_on_lines_where_there_is_no_terminal() {
         .stderr_eq(str![[r#"
 anna invites you to the clan family.
 
-  Clan         family
-  Fingerprint  k3f9 2d8s 7qpa
-  Invited by   anna
-  Your role    member
-  Expires      in [..]
-  Members      1 person, 1 machine
-  Will run     a virtual machine: Debian 12, small
-  Image        beeqscijbe
-  Memory       512 MiB
-  Disk         up to 2 GiB, beside the image's 180 MiB
-  Processors   2
-  Download     180 MiB
-  Control      shared: you and the clan's admins steer it
-  Runs by      emulation (TCG): there is no /dev/kvm
+  Clan          family
+  Fingerprint   k3f9 2d8s 7qpa
+  Invited by    anna
+  Your role     member
+  Expires       in [..]
+  Members       1 person, 1 machine
+  Will run      a virtual machine: Debian 12, small
+  Image         beeqscijbe
+  Memory        512 MiB
+  Disk          up to 2 GiB, beside the image's 180 MiB
+  Processors    2
+  Download      180 MiB
+  Applications  none that is named
+  Network       mesh: encrypted, and directly between machines where that works
+  Control       shared: you and the clan's admins steer it
+  Runs by       emulation (TCG): there is no /dev/kvm
 
 warning: your computer has little memory left
 warning: The clan's admins will be able to open a terminal as root in the virtual machine, change its settings and see its log; all is written down, and `clan vm control local` ends it.

@@ -59,6 +59,7 @@ hint: tell whoever invited you, and ask for a link that another machine of the c
 fn container(missing: u64) -> String {
     json!({"clan": ClanId::from_bytes([1; 32]), "clan_name": "family", "fingerprint": "k3f9 2d8s 7qpa", "inviter": "anna", "role": "member", "expires": 4_000_000_000_000u64,
         "people": ["anna"], "machines": ["laptop"], "control_mode": "local", "integrated": null, "vm": null, "warnings": [],
+        "network_layer": "mesh", "applications": ["web", "wiki"],
         "container": {"image": ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small", "unpacked": 360u64 << 20, "problem": null,
             "download": {"total": 180u64 << 20, "missing": missing}}})
     .to_string()
@@ -70,18 +71,20 @@ fn a_container_says_what_it_takes_and_how_much_of_it_has_to_come() {
     computer.manager(&[("POST /api/v1/joins/preview", 200, container(60 << 20))]);
     computer.clan(&["join", &link(), "--container", "--dry-run"]).assert().success().stderr_eq("").stdout_eq(str![[
         r#"
-  Clan         family
-  Fingerprint  k3f9 2d8s 7qpa
-  Invited by   anna
-  Your role    member
-  Expires      in [..]
-  Members      1 person, 1 machine
-  Will run     a container: Debian 12, small
-  Image        beeqscijbe
-  Apart        less than a virtual machine: it shares this computer's kernel, and nothing bounds it
-  Disk         the image's 180 MiB, some 360 MiB to unpack it, and what it writes
-  Download     60 MiB of 180 MiB; the rest is here
-  Control      local: only you steer it
+  Clan          family
+  Fingerprint   k3f9 2d8s 7qpa
+  Invited by    anna
+  Your role     member
+  Expires       in [..]
+  Members       1 person, 1 machine
+  Will run      a container: Debian 12, small
+  Image         beeqscijbe
+  Apart         less than a virtual machine: it shares this computer's kernel, and nothing bounds it
+  Disk          the image's 180 MiB, some 360 MiB to unpack it, and what it writes
+  Download      60 MiB of 180 MiB; the rest is here
+  Applications  web, wiki
+  Network       mesh: encrypted, and directly between machines where that works
+  Control       local: only you steer it
 
 "#
     ]]);
@@ -152,6 +155,83 @@ fn what_was_shown_is_what_a_machine_is_updated_to() {
     computer.clan(&["vm", "update", "family", "--build", "--yes"]).assert().code(1);
     let update = r#"POST /api/v1/vms/family/update {"build":true}"#;
     assert_eq!(asked.all(), [format!(r#"{PREVIEW} {{"build":true}}"#), update.to_owned()]);
+}
+
+#[test]
+fn what_a_clan_wants_beyond_what_was_agreed_to_is_said_before_an_update() {
+    let computer = Computer::new();
+    let wants = "The clan's description asks for 1 GiB of memory: yours keeps its 512 MiB. `clan vm resize --memory 1G` gives it more.";
+    computer.manager(&[(PREVIEW, 200, plan(|plan| plan["stays"] = json!([wants])))]);
+    computer.clan(&["vm", "update", "family", "--dry-run"]).assert().success().stderr_eq(str![[r#"
+warning: The clan's description asks for 1 GiB of memory: yours keeps its 512 MiB. `clan vm resize --memory 1G` gives it more.
+
+"#]]);
+    computer.clan(&["vm", "update", "family"]).assert().code(1).stderr_eq(str![[r#"
+  Runs now    baeaqcaiba
+  Next        Debian 12, small (beeqscijbe)
+  Comes from  members of the clan
+  Download    24 MiB of 180 MiB; the rest is here
+warning: The clan's description asks for 1 GiB of memory: yours keeps its 512 MiB. `clan vm resize --memory 1G` gives it more.
+error: this needs your consent, and there is no terminal to ask on
+hint: add `--yes` to update without being asked; `--dry-run` shows the image
+
+"#]]);
+}
+
+#[test]
+fn what_was_shown_of_a_clan_is_what_is_joined() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[("POST /api/v1/joins/preview", 200, container(0))]);
+    computer.clan(&["join", &link(), "--container", "--machine", "desk", "--yes"]).assert().code(1);
+    let image = ImageId::from_bytes([9; 32]);
+    let agreed = format!(r#""agreed":{{"image":"{image}","network_layer":"mesh","applications":["web","wiki"]}}"#);
+    assert!(asked.all()[1].starts_with("POST /api/v1/joins ") && asked.all()[1].contains(&agreed), "{:?}", asked.all());
+
+    let mut vm: Value = serde_json::from_str(&container(0)).unwrap();
+    vm["vm"] = json!({"image": image, "image_title": "Debian 12, small", "download": vm["container"]["download"], "memory": 512u64 << 20,
+        "disk": 2u64 << 30, "cpus": 2, "accelerator": {"kind": "kvm", "reason": "it works"}});
+    vm["container"] = Value::Null;
+    let computer = Computer::new();
+    let asked = computer.manager(&[("POST /api/v1/joins/preview", 200, vm.to_string())]);
+    computer.clan(&["join", &link(), "--machine", "desk", "--yes"]).assert().code(1);
+    let size = r#""memory":536870912,"disk":2147483648,"cpus":2"#;
+    assert!(asked.all()[1].contains(size) && asked.all()[1].contains(&agreed), "{:?}", asked.all());
+}
+
+#[test]
+fn a_publication_is_shown_with_all_that_belongs_to_it_and_signed_as_shown() {
+    let computer = Computer::new();
+    let vm = |image: u8, control: &str, apps: &[&str]| {
+        json!({"image": ImageId::from_bytes([image; 32]), "title": "Debian 12, small", "memory": 512u64 << 20, "cpus": 1, "disk": 2u64 << 30,
+            "network_layer": "mesh", "control_mode": control, "applications": apps})
+    };
+    let plan =
+        json!({"clan": "family", "before": vm(8, "local", &[]), "after": vm(9, "shared", &["web"]), "entries": 0})
+            .to_string();
+    let asked = computer.manager(&[("POST /api/v1/clans/family/image", 200, plan)]);
+    let published = ["image", "publish", "beeq", "--clan", "family", "--control", "shared", "--apps", "web", "--yes"];
+    computer.clan(&published).assert().success().stdout_eq("").stderr_eq(str![[r#"
+Image         Debian 12, small (beeqscijbe), so far Debian 12, small (baeaqcaiba)
+Memory        512 MiB
+Processors    1
+Disk          up to 2 GiB
+Network       mesh
+Control       shared, so far local
+Applications  web, so far none that is named
+Newcomers to family run it from now on.
+
+"#]]);
+    let image = ImageId::from_bytes([9; 32]);
+    assert!(
+        asked.all()[0].contains(r#""control_mode":"shared","applications":["web"],"dry_run":true"#),
+        "{:?}",
+        asked.all()
+    );
+    let signed = format!(
+        r#"{{"image":"{image}","memory":536870912,"cpus":1,"disk":2147483648,"network_layer":"mesh","control_mode":"shared","applications":["web"],"dry_run":false}}"#
+    );
+    assert!(asked.all()[1].ends_with(&signed), "{:?}", asked.all());
+    computer.clan(&["image", "publish", "beeq", "--clan", "family", "--apps", "Not a name"]).assert().code(2);
 }
 
 #[test]

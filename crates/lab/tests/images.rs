@@ -166,8 +166,11 @@ fn published(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     promise(new != old, || "the founder's container has its old image".into())?;
     let early = founder.clan_json(&["vm", "update", "--dry-run"])?;
     promise(early["image"] == old, || format!("what is not published is offered: {early}"))?;
-    let told = founder.clan(&["image", "publish", &new[..12], "--yes"])?.success()?.output();
-    promise(told.contains("so far"), || format!("what changes is not said: {told}"))?;
+    let told = founder.clan(&["image", "publish", &new[..12], "--control", "shared", "--yes"])?;
+    let told = told.success()?.output();
+    let whole =
+        ["so far", "Network", "Applications  web", "shared, so far local"].iter().all(|part| told.contains(part));
+    promise(whole, || format!("what changes is not said: {told}"))?;
     screen.seen("the founder runs another image, and publishes it", began.elapsed());
 
     let began = Instant::now();
@@ -176,6 +179,14 @@ fn published(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
         let plan = second.clan_json(&["vm", "update", "--dry-run"])?;
         Ok((plan["image"] == new).then_some(plan))
     })?;
+    story::until(HEAL, "a member who is told of it", || {
+        let told = second.clan(&["vm", "list"])?.success()?.output();
+        Ok(told.contains("publishes another image than").then_some(()))
+    })?;
+    let status = second.clan_json(&["status"])?;
+    promise(status["vms"][0]["published"]["image"] == new, || format!("{status}"))?;
+    let stays = plan["stays"].to_string();
+    promise(stays.contains("steered by: shared. Yours stays with: local"), || format!("nobody is told: {plan}"))?;
     let bytes = |plan: &Value, what: &str| plan["download"][what].as_u64().unwrap_or_default();
     let (total, missing) = (bytes(&plan, "total"), bytes(&plan, "missing"));
     promise(plan["source"] == "members" && plan["before"] == old, || format!("{plan}"))?;
@@ -194,6 +205,9 @@ fn published(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let log = task_log(second, &done)?;
     promise(given(&log, "founder").is_some(), || format!("the founder gave nothing: {log:?}"))?;
     promise(runs(second)? == new, || "the container has its old image".into())?;
+    let after = second.clan_json(&["vm", "list"])?;
+    promise(after[0]["control_mode"] == "local", || format!("an update changed who steers it: {after}"))?;
+    promise(after[0].get("published").is_none(), || format!("it runs what is published: {after}"))?;
     promise(machine_id(second)? == machine, || "the machine is another one with its new image".into())?;
     let (said, _) = second.console(CLAN)?.run("cat /root/mark", HEAL)?;
     promise(said.lines().any(|line| line.trim() == "kept"), || format!("its disk has {said:?} on it"))?;

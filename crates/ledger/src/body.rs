@@ -1,10 +1,11 @@
 //! What an entry says.
 
-use std::{fmt, str::FromStr};
+use std::{collections::BTreeSet, fmt, str::FromStr};
 
 use clan_types::{
-    ByteSize, CertificateHash, ClanId, ClanName, ControlMode, DeviceId, DeviceName, EntryId, GroupName, Host, ImageId,
-    InviteId, MachineId, MachineName, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
+    AppName, ByteSize, CertificateHash, ClanId, ClanName, ControlMode, DeviceId, DeviceName, EntryId, GroupName, Host,
+    ImageId, InviteId, MachineId, MachineName, NetworkLayer, PersonId, PersonName, Role, RuleName, Timestamp,
+    WgPublicKey,
 };
 use ed25519_dalek::{Signature, Signer, SigningKey, VerifyingKey};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
@@ -71,7 +72,8 @@ pub enum Body {
         /// The admission.
         admission: EntryId,
     },
-    /// Puts a VM description in force. Admins and up.
+    /// Puts a VM description in force. Admins and up. The VM's network layer is the mesh, and what applications are in its
+    /// image is not said.
     Publish {
         /// What members' computers are to run.
         description: VmDescription,
@@ -220,6 +222,13 @@ pub enum Body {
         /// Who.
         control: ControlMode,
     },
+    /// Puts a VM description in force, with all that belongs to one. Admins and up.
+    PublishVm {
+        /// What members' computers are to run.
+        description: VmDescription,
+        /// What it is in the clan.
+        setup: VmSetup,
+    },
 }
 
 /// What a device of a person may do.
@@ -349,6 +358,54 @@ pub struct VmDescription {
     pub cpus: u8,
     /// Largest size of its data disk.
     pub disk: ByteSize,
+}
+
+/// What a VM of a description is in the clan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmSetup {
+    /// What carries its packets. One that this version of Clan does not know can stand here: whoever would run the VM refuses.
+    pub network: NetworkLayer,
+    /// Who is to steer it, as [`Body::SuggestControl`] says it; each newcomer decides for themselves.
+    pub control: ControlMode,
+    /// The applications in its image.
+    pub applications: Applications,
+}
+
+/// Applications in an image: at most [`MAX_APPLICATIONS`], each once, in the order of their names.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Applications(BTreeSet<AppName>);
+
+/// Most applications that a description names. With names of full length they leave room for the rest of an entry.
+pub const MAX_APPLICATIONS: usize = 32;
+
+/// More applications than a description can name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("a description names at most {MAX_APPLICATIONS} applications")]
+pub struct TooManyApplications;
+
+impl Applications {
+    /// These.
+    pub fn new(names: impl IntoIterator<Item = AppName>) -> Result<Self, TooManyApplications> {
+        let mut set = BTreeSet::new();
+        for name in names {
+            set.insert(name);
+            if set.len() > MAX_APPLICATIONS {
+                return Err(TooManyApplications);
+            }
+        }
+        Ok(Self(set))
+    }
+
+    /// In the order of their names.
+    pub fn iter(&self) -> impl Iterator<Item = &AppName> {
+        self.0.iter()
+    }
+}
+
+impl<'de> Deserialize<'de> for Applications {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Self::new(Vec::<AppName>::deserialize(deserializer)?).map_err(D::Error::custom)
+    }
 }
 
 /// One line of text for people: at most 200 characters, none of them a control character.

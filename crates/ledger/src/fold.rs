@@ -16,7 +16,7 @@ use clan_types::{
 
 use crate::{
     AccessRule, AuthorId, Body, DeviceKind, Entry, Group, Invite, Ledger, Node, Published, Relay, Standing, State,
-    Void, VoidReason,
+    VmSetup, Void, VoidReason,
     access::first_rules,
     fold::people::may_give,
     names::Names,
@@ -266,7 +266,17 @@ impl Run {
             },
             Body::Publish { description } => {
                 allowed(by.role >= Role::Admin)?;
-                self.state.published = Some(Published { description: description.clone(), by: by.person });
+                let (network, applications) = Default::default();
+                let description = description.clone();
+                self.state.published = Some(Published { description, network, applications, by: by.person });
+                Ok(())
+            }
+            Body::PublishVm { description, setup: VmSetup { network, control, applications } } => {
+                allowed(by.role >= Role::Admin)?;
+                let (network, applications) = (network.clone(), applications.clone());
+                let description = description.clone();
+                self.state.published = Some(Published { description, network, applications, by: by.person });
+                self.state.suggested_control = *control;
                 Ok(())
             }
             Body::SuggestControl { control } => {

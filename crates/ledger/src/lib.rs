@@ -42,7 +42,10 @@ mod sync;
 mod weigh;
 
 pub use access::{AccessRule, Group, Party, PortRange, Protocol, Target};
-pub use body::{Body, DeviceKind, KeyProof, LastEntry, Title, TitleError, VmDescription};
+pub use body::{
+    Applications, Body, DeviceKind, KeyProof, LastEntry, MAX_APPLICATIONS, Title, TitleError, TooManyApplications,
+    VmDescription, VmSetup,
+};
 pub use entry::{AuthorId, Entry, EntryError, MAX_ENTRY};
 pub use ledger::{InsertError, Inserted, InsertedMany, Ledger, MAX_AHEAD, RedeemProblem};
 pub use state::{

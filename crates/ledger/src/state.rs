@@ -4,10 +4,10 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use clan_types::{
     CertificateHash, ClanName, ControlMode, DeviceId, DeviceName, EntryId, GroupName, Host, InviteId, MachineId,
-    MachineName, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
+    MachineName, NetworkLayer, PersonId, PersonName, Role, RuleName, Timestamp, WgPublicKey,
 };
 
-use crate::{AccessRule, AuthorId, DeviceKind, Group, MAX_AHEAD, Party, VmDescription};
+use crate::{AccessRule, Applications, AuthorId, DeviceKind, Group, MAX_AHEAD, Party, VmDescription};
 
 /// Whether a person or a machine is in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -181,6 +181,10 @@ pub enum InviteProblem {
 pub struct Published {
     /// The VM to run.
     pub description: VmDescription,
+    /// What carries its packets. Ask [`NetworkLayer::is_known`] before it is run.
+    pub network: NetworkLayer,
+    /// The applications in its image, as far as its publisher has said.
+    pub applications: Applications,
     /// Who published it.
     pub by: PersonId,
 }
@@ -283,7 +287,8 @@ pub struct State {
     pub invites: BTreeMap<InviteId, Invite>,
     /// The configuration in force.
     pub published: Option<Published>,
-    /// Who is to steer a newcomer's machine, as the clan suggests: its user alone unless an admin has said otherwise.
+    /// Who is to steer a newcomer's machine, as the clan suggests: its user alone unless an admin has said otherwise. It belongs
+    /// to the VM that is published.
     pub suggested_control: ControlMode,
     /// Entries without effect, in the order in which they would have taken it.
     pub void: Vec<Void>,

@@ -4,8 +4,8 @@
 mod common;
 
 use clan_ledger::{
-    AuthorId, Body, DeviceKind, Entry, EntryError, LastEntry, MAX_ENTRY, Party, PortRange, Protocol, Target,
-    VmDescription,
+    Applications, AuthorId, Body, DeviceKind, Entry, EntryError, LastEntry, MAX_APPLICATIONS, MAX_ENTRY, Party,
+    PortRange, Protocol, Target, VmDescription, VmSetup,
 };
 use clan_types::{ByteSize, CertificateHash, ClanId, EntryId, Hlc, ImageId, Role, Timestamp, WgPublicKey};
 use common::*;
@@ -80,7 +80,25 @@ fn bodies() -> Vec<Body> {
         Body::DropRule { name: "x".parse().unwrap() },
         Body::DropGroup { name: "kids".parse().unwrap() },
         Body::SuggestControl { control: clan_types::ControlMode::Shared },
+        Body::PublishVm {
+            description: VmDescription {
+                image: ImageId::from_bytes([8; 32]),
+                title: "Debian".parse().unwrap(),
+                memory: ByteSize::from_mib(512),
+                cpus: 1,
+                disk: ByteSize::from_mib(4096),
+            },
+            setup: setup("mesh", &["web", "wiki"]),
+        },
     ]
+}
+
+fn setup(network: &str, applications: &[&str]) -> VmSetup {
+    VmSetup {
+        network: network.parse().unwrap(),
+        control: clan_types::ControlMode::Shared,
+        applications: Applications::new(applications.iter().map(|name| name.parse().unwrap())).unwrap(),
+    }
 }
 
 #[test]
@@ -123,6 +141,54 @@ fn a_newer_version_and_a_giant_are_told_apart() {
     bytes[0] = 9;
     assert_eq!(Entry::decode(&bytes), Err(EntryError::NewerVersion(9)));
     assert_eq!(Entry::decode(&vec![1; MAX_ENTRY + 1]), Err(EntryError::TooLong));
+}
+
+#[test]
+fn an_entry_of_before_descriptions_said_all_is_read_as_it_was_written() {
+    // As the first version wrote it, byte by byte.
+    let body = &bodies()[6];
+    let written = [
+        vec![6],
+        vec![8; 32],
+        vec![6],
+        b"Debian".to_vec(),
+        postcard::to_allocvec(&(512u64 << 20)).unwrap(),
+        vec![1],
+        postcard::to_allocvec(&(4096u64 << 20)).unwrap(),
+    ]
+    .concat();
+    assert_eq!(postcard::to_allocvec(body).unwrap(), written);
+    assert_eq!(&postcard::from_bytes::<Body>(&written).unwrap(), body);
+}
+
+#[test]
+fn a_description_may_name_what_only_a_newer_version_knows_and_no_more_than_fits_an_entry() {
+    let founding = Clan::new().ledger.clan();
+    let names: Vec<String> = (0..MAX_APPLICATIONS).map(|n| format!("{n:a<63}")).collect();
+    let names: Vec<&str> = names.iter().map(String::as_str).collect();
+    let Body::PublishVm { description, .. } = bodies().pop().unwrap() else { unreachable!() };
+    let description = VmDescription { title: "ü".repeat(200).parse().unwrap(), ..description };
+    let largest = Body::PublishVm { description, setup: setup(&"x".repeat(63), &names) };
+    let time = Hlc { wall: at(0), counter: 0 };
+    let entry = Entry::sign(&key(1), Some(&founding), 0, None, time, largest.clone()).unwrap();
+    let again = Entry::decode(&entry.encode()).unwrap();
+    assert_eq!(again.body(), &largest);
+    let Body::PublishVm { setup: VmSetup { network, .. }, .. } = again.body() else { unreachable!() };
+    assert!(!network.is_known());
+    assert!(Applications::new((0..=MAX_APPLICATIONS).map(|n| format!("a{n}").parse().unwrap())).is_err());
+}
+
+#[test]
+fn applications_have_one_encoding() {
+    let encode = |names: &[&str]| postcard::to_allocvec(&names).unwrap();
+    let decode = |names: &[&str]| postcard::from_bytes::<Applications>(&encode(names));
+    let both = Applications::new(["web", "wiki"].map(|n| n.parse().unwrap())).unwrap();
+    assert_eq!(postcard::to_allocvec(&both).unwrap(), encode(&["web", "wiki"]));
+    // In another order, or twice, it is the same value: whose encoding is another, so that no entry has it.
+    assert_eq!(decode(&["wiki", "web", "web"]), Ok(both));
+    assert!(decode(&["Bad name"]).is_err());
+    let many: Vec<String> = (0..=MAX_APPLICATIONS).map(|n| format!("a{n}")).collect();
+    assert!(decode(&many.iter().map(String::as_str).collect::<Vec<_>>()).is_err());
 }
 
 #[test]

@@ -3,8 +3,10 @@
 
 mod common;
 
-use clan_ledger::{Body, Entry, InviteProblem, MAX_AHEAD, RedeemProblem, Standing, VmDescription, VoidReason};
-use clan_types::{ByteSize, Hlc, ImageId, Role};
+use clan_ledger::{
+    Applications, Body, Entry, InviteProblem, MAX_AHEAD, RedeemProblem, Standing, VmDescription, VmSetup, VoidReason,
+};
+use clan_types::{ByteSize, ControlMode, Hlc, ImageId, Role};
 use common::*;
 
 fn reason(clan: &Clan, entry: &Entry) -> Option<VoidReason> {
@@ -21,6 +23,42 @@ fn publication(image: u8) -> Body {
             disk: ByteSize::from_mib(4096),
         },
     }
+}
+
+fn with_setup(image: u8, control: ControlMode) -> Body {
+    let Body::Publish { description } = publication(image) else { unreachable!() };
+    let applications = Applications::new(["web".parse().unwrap()]).unwrap();
+    Body::PublishVm { description, setup: VmSetup { network: "yggdrasil".parse().unwrap(), control, applications } }
+}
+
+#[test]
+fn a_description_is_in_force_with_all_that_belongs_to_it_until_the_next() {
+    let mut clan = Clan::new();
+    clan.join(2, 1, Role::Admin);
+    clan.join(3, 1, Role::Member);
+    let refused = clan.say(&key(3), with_setup(9, ControlMode::Remote));
+    assert_eq!(reason(&clan, &refused), Some(VoidReason::NotAllowed));
+    assert_eq!((&clan.ledger.state().published, clan.ledger.state().suggested_control), (&None, ControlMode::Local));
+
+    clan.say(&key(2), with_setup(2, ControlMode::Shared));
+    let state = clan.ledger.state();
+    let published = state.published.as_ref().unwrap();
+    assert_eq!((published.by, published.network.as_str()), (person(&key(2)), "yggdrasil"), "whoever runs it judges");
+    assert_eq!(published.applications.iter().map(|app| app.as_str()).collect::<Vec<_>>(), ["web"]);
+    assert_eq!(state.suggested_control, ControlMode::Shared);
+
+    // Who steers can be suggested by itself, and the rest stays.
+    clan.say(&key(1), Body::SuggestControl { control: ControlMode::Local });
+    let state = clan.ledger.state();
+    assert_eq!(state.suggested_control, ControlMode::Local);
+    assert_eq!(state.published.as_ref().unwrap().description.image, ImageId::from_bytes([2; 32]));
+
+    // An entry of an earlier version says less: what it does not say is as it was then.
+    clan.say(&key(1), publication(3));
+    let state = clan.ledger.state();
+    let published = state.published.as_ref().unwrap();
+    assert!(published.network.is_known() && published.applications.iter().next().is_none());
+    assert_eq!(state.suggested_control, ControlMode::Local);
 }
 
 #[test]

@@ -136,6 +136,20 @@ impl<'a> Names<'a> {
                 description.title,
                 description.image.short()
             ),
+            Body::PublishVm { description, setup } => {
+                let applications: Vec<String> = setup.applications.iter().map(ToString::to_string).collect();
+                let with = match applications.as_slice() {
+                    [] => String::new(),
+                    names => format!(" with {}", names.join(", ")),
+                };
+                format!(
+                    "put the virtual machine \"{}\"{with} in force (image {}, network {}, steered by: {})",
+                    description.title,
+                    description.image.short(),
+                    setup.network,
+                    setup.control
+                )
+            }
             Body::SuggestControl { control } => {
                 format!("suggested to newcomers that their machines are steered by: {control}")
             }

@@ -3,8 +3,11 @@
 use std::{error::Error, sync::Arc};
 
 use clan_api::{ApiProblem, CreateClan, ErrorCode, TaskKind, TaskResult};
-use clan_ledger::{AuthorId, Body, KeyProof, Ledger, Title, VmDescription};
-use clan_types::{ByteSize, ClanId, ClanName, ControlMode, MachineName, PersonName, RecoveryPhrase, ServiceName};
+use clan_ledger::{Applications, AuthorId, Body, KeyProof, Ledger, Title, VmDescription, VmSetup};
+use clan_types::{
+    AppName, ByteSize, ClanId, ClanName, ControlMode, ImageId, MachineName, NetworkLayer, PersonName, RecoveryPhrase,
+    ServiceName,
+};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, Provision, Redeem},
     image::Manifest,
@@ -131,9 +134,17 @@ pub(crate) struct Home {
     pub(crate) ports: Ports,
     /// Who may steer it.
     pub(crate) control: ControlMode,
+    /// The image that its user agreed to; `None` where it is not chosen yet, or there is none.
+    pub(crate) image: Option<ImageId>,
 }
 
 impl Home {
+    /// The same, to run an image.
+    #[must_use]
+    pub(crate) fn running(self, image: Option<ImageId>) -> Self {
+        Self { image, ..self }
+    }
+
     /// The same, steered by whom its user agreed to.
     #[must_use]
     pub(crate) fn steered(self, control: Option<clan_api::ControlMode>) -> Self {
@@ -143,7 +154,7 @@ impl Home {
     /// A VM.
     pub(crate) fn vm(shared: &Shared, size: Size) -> Result<Self, ApiProblem> {
         check_computer(shared, size)?;
-        Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()?, control: ControlMode::Local })
+        Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()?, control: ControlMode::Local, image: None })
     }
 
     /// A container. What it has of memory, disk and processors is what a VM of the clan would have by default: the clan's
@@ -155,7 +166,7 @@ impl Home {
         }
         clan_vm::container::check().map_err(|missing| problem::vm(&clan_vm::VmError::Missing(missing)))?;
         let size = Size { memory: DEFAULT_MEMORY, disk: DEFAULT_DISK, cpus: default_cpus(shared) };
-        Ok(Self { flavour: Flavour::Container, size, ports: free_ports()?, control: ControlMode::Local })
+        Ok(Self { flavour: Flavour::Container, size, ports: free_ports()?, control: ControlMode::Local, image: None })
     }
 
     /// The computer itself, by a controller that runs, obeys us and is free.
@@ -172,6 +183,7 @@ impl Home {
             size: Size { memory: nothing, disk: nothing, cpus: 0 },
             ports: Ports { quic: 0, wireguard: 0 },
             control: ControlMode::Local,
+            image: None,
         };
         home.check_free(shared)?;
         Ok(home)
@@ -199,7 +211,7 @@ impl Home {
             paused: false,
             restored: false,
             fresh: None,
-            image: None,
+            image: self.image,
             trial: None,
             memory: self.size.memory,
             disk: self.size.disk,
@@ -340,7 +352,8 @@ async fn run(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<TaskResu
         let mut ledger = sign::fold(clan.id(), log.entries());
         enrol(clan, &mut log, &mut ledger, &identity, proof)?;
         if ledger.state().published.is_none() {
-            let body = Body::Publish { description: describe(&clan.record.get(), image.id, &image.manifest)? };
+            let description = describe(&clan.record.get(), image.id, &image.manifest)?;
+            let body = Body::PublishVm { description, setup: first_setup() };
             sign::sign(clan.record.paths(), &clan.key, &mut log, &mut ledger, body)?;
         }
         log.entries().map(<[u8]>::to_vec).collect()
@@ -365,6 +378,12 @@ pub(crate) fn enrol(
     let Identity { machine, wireguard: wg, .. } = *identity;
     let body = Body::Enrol { machine, name: clan.record.get().machine, wg, proof };
     sign::sign(clan.record.paths(), &clan.key, log, ledger, body).map(drop)
+}
+
+/// The image that a clan begins with has the first service in it. Its control mode is nobody's but its user's to begin with.
+fn first_setup() -> VmSetup {
+    let applications = Applications::new(FIRST_SERVICE.parse::<AppName>()).unwrap_or_default();
+    VmSetup { network: NetworkLayer::default(), control: ControlMode::default(), applications }
 }
 
 fn describe(record: &ClanRecord, image: clan_types::ImageId, manifest: &Manifest) -> Result<VmDescription, ApiProblem> {

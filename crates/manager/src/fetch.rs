@@ -8,7 +8,7 @@ use std::{
 };
 
 use clan_api::{ApiProblem, ErrorCode};
-use clan_ledger::{AuthorId, Intake, InviteProblem, Ledger, VmDescription};
+use clan_ledger::{AuthorId, Intake, InviteProblem, Ledger, Published, VmDescription};
 use clan_os::channel::{recv_message, send_message};
 use clan_relay::Names;
 use clan_types::{ClanId, DeviceId, InviteId, InviteLink, MachineId, PeerAddr, Purpose, RelayAddr};
@@ -25,7 +25,7 @@ use iroh_mdns_address_lookup::MdnsAddressLookup;
 use rustls::{CipherSuite, crypto::CryptoProvider};
 use tokio::time::timeout;
 
-use crate::{guest, problem, tasks::now};
+use crate::{guest, problem, publish, tasks::now};
 
 mod image;
 mod race;
@@ -147,8 +147,15 @@ enum Round {
 /// What a link leads to, checked by ourselves.
 pub(crate) struct Found {
     pub(crate) ledger: Ledger,
+    /// The VM that the clan's machines are to run, if it names one: with a network layer that is known here.
+    pub(crate) published: Option<Published>,
+}
+
+impl Found {
     /// The VM that the clan's machines are to run, if it names one.
-    pub(crate) description: Option<VmDescription>,
+    pub(crate) fn description(&self) -> Option<&VmDescription> {
+        self.published.as_ref().map(|published| &published.description)
+    }
 }
 
 impl Fetcher {
@@ -332,9 +339,11 @@ impl Fetcher {
             Purpose::Device if state.device_in_good_standing(&self.device()).is_some() => {}
             Purpose::Device => return Err(problem::refusal(&JoinRefusal::Revoked)),
         }
-        let published = state.published.as_ref();
-        let description = published.map(|p| p.description.clone());
-        Ok(Found { ledger, description })
+        let published = state.published.clone();
+        if let Some(published) = &published {
+            publish::check_network(&published.network)?;
+        }
+        Ok(Found { ledger, published })
     }
 
     fn unreachable(&self, waited: Duration, last: Option<String>) -> ApiProblem {

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
-use clan_api::{ApiProblem, ErrorCode, JoinClan, TaskKind, TaskResult};
+use clan_api::{Agreed, ApiProblem, ErrorCode, JoinClan, TaskKind, TaskResult};
 use clan_ledger::Body;
 use clan_types::{InviteLink, MachineName, PersonName, Purpose};
 use clan_wire::{control::Redeem, peer::InviteProof};
@@ -94,19 +94,23 @@ async fn begin_by(
 ) -> Result<Arc<Task>, ApiProblem> {
     let found = fetcher.preview().await?;
     let asked = Asked { memory: request.memory, disk: request.disk, cpus: request.cpus };
-    let home = match (&request.integrate, &found.description) {
+    let home = match (&request.integrate, found.description()) {
         (Some(_), _) if request.container => return Err(create::one_or_the_other()),
         (Some(socket), _) => Home::integrated(shared, socket, asked.anything()).await?,
         (None, Some(_)) if request.container => Home::container(shared, asked.anything())?,
         (None, Some(description)) => Home::vm(shared, offer::size(shared, description, asked)?)?,
         (None, None) => return Err(no_image()),
     };
-    if let (None, Some(description)) = (&request.integrate, &found.description) {
+    if let (None, Some(agreed)) = (&request.integrate, &request.agreed) {
+        check_agreed(&found, agreed)?;
+    }
+    if let (None, Some(description)) = (&request.integrate, found.description()) {
         // INVARIANT: nothing is on disk of a clan whose image cannot run here.
         let manifest = offer::manifest(shared, fetcher, found.ledger.state(), description).await?;
         check_image(shared, &manifest, (!request.container).then_some(home.size.memory))?;
     }
-    let home = home.steered(request.control);
+    let image = found.description().filter(|_| request.integrate.is_none()).map(|d| d.image);
+    let home = home.steered(request.control).running(image);
     check_names(&found, (link.purpose == Purpose::Join).then_some(&request.person), &request.machine)?;
     let _one = shared.admission.lock().await;
     // Another request may have been faster.
@@ -122,6 +126,22 @@ async fn begin_by(
     };
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
     Ok(spawn(shared, clan))
+}
+
+/// What an admin has published while the person read is not what they agreed to.
+fn check_agreed(found: &Found, agreed: &Agreed) -> Result<(), ApiProblem> {
+    let now = found.published.as_ref().map(|published| Agreed {
+        image: published.description.image,
+        network_layer: published.network.clone(),
+        applications: published.applications.iter().cloned().collect(),
+    });
+    if now.as_ref() == Some(agreed) { Ok(()) } else { Err(published_meanwhile()) }
+}
+
+fn published_meanwhile() -> ApiProblem {
+    ApiProblem::new(ErrorCode::Conflict, "the clan has published another machine than the one that you agreed to")
+        .why("an admin of the clan did so after it was shown to you")
+        .hint("look at the new one: `clan join` shows it, and asks again")
 }
 
 fn no_image() -> ApiProblem {
@@ -255,8 +275,16 @@ async fn prepare(
         Err(problem) => return Err(problem),
     };
     if !record.is_integrated() {
-        let description = found.description.as_ref().ok_or_else(no_image)?;
+        let description = found.description().ok_or_else(no_image)?;
         let image = description.image;
+        // INVARIANT: what runs is what the person agreed to, however long ago that was.
+        let image = match record.image {
+            // One that may be in already goes on with what it ran.
+            Some(agreed) if agreed != image && !(machine_may_be_in && shared.images.get(&agreed).is_some()) => {
+                return Err(published_meanwhile());
+            }
+            agreed => agreed.unwrap_or(image),
+        };
         task.begin(1);
         if shared.images.get(&image).is_some() {
             task.skip();

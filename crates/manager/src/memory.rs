@@ -4,9 +4,12 @@
 //! what it knew, so that it signs no place of its log twice. Until it has been told, it signs nothing
 //! (`ControlRequest::Remember`).
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, PoisonError},
+    time::Duration,
+};
 
-use clan_ledger::{Entry, Ledger, Vector};
+use clan_ledger::{Entry, Ledger, Published, Vector};
 use clan_os::channel::Channel;
 use clan_store::{LedgerStore, SealKey, StoreError};
 use clan_types::ClanId;
@@ -28,6 +31,8 @@ pub(crate) struct Memory {
     clan: ClanId,
     paths: ClanPaths,
     kept: Mutex<Option<Kept>>,
+    /// What the clan publishes, as of what was learnt last.
+    published: std::sync::Mutex<Option<Published>>,
 }
 
 struct Kept {
@@ -47,7 +52,12 @@ pub(crate) struct Known {
 
 impl Memory {
     pub(crate) fn new(clan: ClanId, paths: ClanPaths) -> Self {
-        Self { clan, paths, kept: Mutex::new(None) }
+        Self { clan, paths, kept: Mutex::new(None), published: std::sync::Mutex::new(None) }
+    }
+
+    /// What the clan publishes, as far as has been learnt since this manager began.
+    pub(crate) fn published(&self) -> Option<Published> {
+        self.published.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Fetches what is new.
@@ -56,6 +66,8 @@ impl Memory {
         let known = self.stored(&mut kept).await;
         let (ledger, has) = guest::entries_since(control, known.ledger.clone()).await?;
         known.ledger = ledger;
+        let published = known.ledger.state().published.clone();
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = published;
         self.write(known).await;
         Ok(Known { ledger: known.ledger.clone(), has })
     }

@@ -4,8 +4,9 @@
 
 use clan_api::{ApiProblem, ErrorCode, Publication, PublishImage, PublishedVm};
 use clan_build::StoredImage;
-use clan_ledger::{Body, VmDescription};
-use clan_types::{ByteSize, Role};
+use clan_ledger::{Applications, Body, MAX_APPLICATIONS, State, VmDescription, VmSetup};
+use clan_types::{AppName, ByteSize, ControlMode, ImageId, NetworkLayer, Role};
+use clan_wire::control::NodeStatus;
 
 use crate::{
     authority::not_allowed,
@@ -30,16 +31,20 @@ pub(crate) async fn publish(shared: &Shared, clan: &Clan, request: &PublishImage
         verified.map_err(|e| images::not_whole(shared, &image.id, &e))?;
     }
     let author = clan.person();
+    let offered = offered(&clan.state().await?);
     let decision = decide(clan, request.dry_run, |ledger| {
         let state = ledger.state();
         let role = own_role(state, &author)?;
         if role < Role::Admin {
             return Err(not_allowed(state, role, Role::Admin, "decide what newcomers run", None));
         }
-        let before = state.published.as_ref().map(|p| &p.description);
-        let description = describe(before, &record, &image, request)?;
-        let (before, after) = (before.map(told), told(&description));
-        let bodies = if before.as_ref() == Some(&after) { Vec::new() } else { vec![Body::Publish { description }] };
+        let before = state.published.as_ref();
+        let description = describe(before.map(|p| &p.description), &record, &image, request)?;
+        let setup = setup(state, &image.id, request, offered)?;
+        let before = before.map(|p| told(&p.description, &p.network, state.suggested_control, &p.applications));
+        let after = told(&description, &setup.network, setup.control, &setup.applications);
+        let same = before.as_ref() == Some(&after);
+        let bodies = if same { Vec::new() } else { vec![Body::PublishVm { description, setup }] };
         Ok((Publication { clan: record.name.clone(), before, after, entries: 0 }, bodies))
     });
     let (mut publication, entries) = decision.await?;
@@ -113,8 +118,51 @@ fn describe(
     Ok(VmDescription { image: image.id, title: create::title(manifest)?, memory, cpus, disk })
 }
 
-fn told(description: &VmDescription) -> PublishedVm {
+/// What of a description is not the image's: as asked for, or as it is in force.
+fn setup(state: &State, image: &ImageId, request: &PublishImage, offered: Vec<AppName>) -> Result<VmSetup, ApiProblem> {
+    let before = state.published.as_ref();
+    let network = request.network_layer.clone().or_else(|| before.map(|p| p.network.clone())).unwrap_or_default();
+    // Nor is one kept in force that the machine here does not know.
+    check_network(&network).map_err(|p| p.hint(format!("newcomers have: `--network {}`", NetworkLayer::MESH)))?;
+    let control = request.control_mode.map_or(state.suggested_control, Into::into);
+    let many = |e: clan_ledger::TooManyApplications| ApiProblem::new(ErrorCode::BadRequest, e.to_string());
+    let applications = match (&request.applications, before) {
+        (Some(named), _) => Applications::new(named.iter().cloned()).map_err(many)?,
+        (None, Some(before)) if before.description.image == *image => before.applications.clone(),
+        (None, _) => Applications::new(offered.into_iter().take(MAX_APPLICATIONS)).map_err(many)?,
+    };
+    Ok(VmSetup { network, control, applications })
+}
+
+/// The services that the machine here offers, which are applications of its image.
+fn offered(status: &NodeStatus) -> Vec<AppName> {
+    let own = status.machines.iter().find(|machine| machine.this).map(|machine| &machine.name);
+    let services = status.services.iter().filter(|service| Some(&service.machine) == own);
+    services.filter_map(|service| service.name.as_str().parse().ok()).collect()
+}
+
+/// Whether this version of Clan can carry packets as a description wants it.
+///
+/// INVARIANT: nothing is fetched, put on disk or run for one that it cannot.
+pub(crate) fn check_network(network: &NetworkLayer) -> Result<(), ApiProblem> {
+    if network.is_known() {
+        return Ok(());
+    }
+    Err(ApiProblem::new(ErrorCode::Conflict, format!("the clan's machines speak the network layer `{network}`"))
+        .why(format!("this version of Clan knows `{}` only", NetworkLayer::MESH))
+        .hint("update Clan on this computer, then try again"))
+}
+
+fn told(
+    description: &VmDescription,
+    network: &NetworkLayer,
+    control: ControlMode,
+    applications: &Applications,
+) -> PublishedVm {
     PublishedVm {
+        network_layer: network.clone(),
+        control_mode: control.into(),
+        applications: applications.iter().cloned().collect(),
         image: description.image,
         title: description.title.to_string(),
         memory: description.memory,

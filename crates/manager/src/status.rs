@@ -2,9 +2,10 @@
 
 use clan_api::{
     AcceleratorInfo, AcceleratorKind, ApiProblem, ClanInfo, ClanPhase, ErrorCode, Flavour, HealthProblem, HostInfo,
-    MachineInfo, PathInfo, PathKind, PersonInfo, Pong, ServiceInfo, ServiceKind, Severity, StatsPoint, Status,
-    UnitInfo, VmInfo, VmState, VmStats,
+    MachineInfo, PathInfo, PathKind, PersonInfo, Pong, PublishedImage, ServiceInfo, ServiceKind, Severity, StatsPoint,
+    Status, UnitInfo, VmInfo, VmState, VmStats,
 };
+use clan_ledger::Published;
 use clan_types::{ByteSize, PersonId, Timestamp};
 use clan_vm::{AccelKind, probe};
 use clan_wire::{beacon, control};
@@ -292,8 +293,10 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmIn
     let running = matches!(view.state, VmState::Running | VmState::Stopping);
     // The controller's word counts: it is the one that enforces it.
     let control = seen.map_or(record.control, |told| told.status.control);
+    let published = clan.record.memory().published().and_then(|published| other_image(&record, &published));
     VmInfo {
         id: record.id,
+        published,
         task: shared.tasks.running_on(&record.name).map(|t| t.id),
         clan: record.name,
         machine: record.machine,
@@ -330,6 +333,14 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmIn
     }
 }
 
+/// What a clan publishes, if the machine here runs another image.
+fn other_image(record: &record::ClanRecord, published: &Published) -> Option<PublishedImage> {
+    let description = &published.description;
+    let runs = record.image.filter(|_| record.phase == Phase::Ready && !record.is_integrated())?;
+    (runs != description.image)
+        .then(|| PublishedImage { image: description.image, title: short(description.title.as_str()) })
+}
+
 /// A VM's statistics.
 pub(crate) fn vm_stats(clan: &Clan) -> VmStats {
     clan.keeper.with_stats(|stats| VmStats {
@@ -359,5 +370,37 @@ pub(crate) fn point_of(stats: &control::GuestStats) -> StatsPoint {
         net_received: stats.net_received,
         net_sent: stats.net_sent,
         uptime_s: stats.uptime_s,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clan_ledger::VmDescription;
+    use clan_types::ImageId;
+
+    use super::*;
+    use crate::record::{ClanRecord, Flavour, tests::record};
+
+    #[test]
+    fn another_image_is_told_to_those_who_could_run_it_and_do_not() {
+        let (old, new) = (ImageId::from_bytes([1; 32]), ImageId::from_bytes([2; 32]));
+        let description = VmDescription {
+            image: new,
+            title: "newer".parse().unwrap(),
+            memory: ByteSize::from_mib(128),
+            cpus: 1,
+            disk: ByteSize::from_mib(64),
+        };
+        let (network, applications, by) = (Default::default(), Default::default(), PersonId::from_bytes([3; 32]));
+        let published = Published { description, network, applications, by };
+        let told = |record: &ClanRecord| other_image(record, &published).map(|other| other.image);
+        let runs = ClanRecord { image: Some(old), ..record(1, Phase::Ready) };
+        assert_eq!(told(&runs), Some(new));
+        assert_eq!(told(&ClanRecord { flavour: Flavour::Container, ..runs.clone() }), Some(new));
+        assert_eq!(told(&ClanRecord { image: Some(new), ..runs.clone() }), None);
+        assert_eq!(told(&ClanRecord { image: None, ..runs.clone() }), None);
+        assert_eq!(told(&ClanRecord { phase: Phase::Leaving, ..runs.clone() }), None);
+        let socket = "/run/clan/controller.sock".into();
+        assert_eq!(told(&ClanRecord { flavour: Flavour::Integrated { socket }, ..runs }), None);
     }
 }

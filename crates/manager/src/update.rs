@@ -7,7 +7,7 @@ use std::{sync::Arc, time::Duration};
 use clan_api::{ApiProblem, ErrorCode, Flavour, ImageSource, TaskKind, Transfer, UpdatePlan, UpdateVm};
 use clan_build::StoredImage;
 use clan_ledger::{State, VmDescription};
-use clan_types::{ByteSize, ImageId, ServiceName};
+use clan_types::{ByteSize, ControlMode, ImageId, ServiceName};
 use clan_wire::{control::NodeStatus, image::Manifest};
 use tokio::time::{Instant, sleep};
 
@@ -18,8 +18,8 @@ use crate::{
     leave::{is_kept, start, vm_task},
     machine,
     manager::Shared,
-    problem,
-    record::{self, Phase, Trial},
+    problem, publish,
+    record::{self, ClanRecord, Phase, Trial},
     sign,
     tasks::{Task, TaskHandle},
 };
@@ -38,7 +38,16 @@ enum Choice {
     Published(Box<(State, VmDescription)>),
 }
 
-async fn choose(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<Choice, ApiProblem> {
+/// An image that a machine is to get, and what the clan wants beside it.
+struct Chosen {
+    choice: Choice,
+    /// What the clan's description wants that the machine is not, if it is the image of that: a sentence each.
+    ///
+    /// INVARIANT: an update changes none of it. What the person agreed to stays until they say otherwise themselves.
+    stays: Vec<String>,
+}
+
+async fn choose(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<Chosen, ApiProblem> {
     is_kept(clan, "restart")?;
     let what = clan.record.get().what();
     if clan.record.get().phase != Phase::Ready {
@@ -49,19 +58,23 @@ async fn choose(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<Choi
         return match request.image {
             Some(_) => Err(ApiProblem::new(ErrorCode::BadRequest, "an image is named or built, not both")
                 .hint("leave out `--image` or `--build`")),
-            None => Ok(Choice::Build),
+            None => Ok(Chosen { choice: Choice::Build, stays: Vec::new() }),
         };
     }
     let named = request.image.as_deref().map(|text| (text, images::find(shared, text)));
-    if let Some((_, Ok(image))) = named {
-        return Ok(Choice::Here(Box::new(image)));
-    }
     let published = sign::ledger(clan).await.map(|ledger| ledger.state().clone());
+    if let Some((_, Ok(image))) = named {
+        let described =
+            published.ok().filter(|s| s.published.as_ref().is_some_and(|p| p.description.image == image.id));
+        let stays = described.map(|state| wanted(clan, &state)).transpose()?.unwrap_or_default();
+        return Ok(Chosen { choice: Choice::Here(Box::new(image)), stays });
+    }
     let described = |state: &State| state.published.as_ref().map(|published| published.description.clone());
     match (named, published) {
         (Some((text, Err(unknown))), state) => match state.ok().and_then(|s| Some((described(&s)?, s))) {
             Some((description, state)) if description.image.to_string() == text.to_ascii_lowercase() => {
-                Ok(Choice::Published(Box::new((state, description))))
+                let stays = wanted(clan, &state)?;
+                Ok(Chosen { choice: Choice::Published(Box::new((state, description))), stays })
             }
             _ => Err(unknown.hint("without `--image` it is what the clan publishes")),
         },
@@ -73,12 +86,50 @@ async fn choose(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<Choi
                 ApiProblem::new(ErrorCode::NotFound, "the clan publishes no image")
                     .hint("name one that is here, `--image`, or build that of this version of Clan, `--build`")
             })?;
-            Ok(match shared.images.get(&description.image) {
+            let stays = wanted(clan, &state)?;
+            let choice = match shared.images.get(&description.image) {
                 Some(image) => Choice::Here(Box::new(image)),
                 None => Choice::Published(Box::new((state, description))),
-            })
+            };
+            Ok(Chosen { choice, stays })
         }
     }
+}
+
+/// What the clan's description wants that the machine here is not: more than was agreed to when it was made, which its user can
+/// give it, and which an update does not take. One that cannot be followed here at all is refused.
+fn wanted(clan: &Clan, state: &State) -> Result<Vec<String>, ApiProblem> {
+    let Some(published) = &state.published else { return Ok(Vec::new()) };
+    publish::check_network(&published.network)?;
+    Ok(differs(&clan.record.get(), &published.description, state.suggested_control))
+}
+
+fn differs(record: &ClanRecord, description: &VmDescription, control: ControlMode) -> Vec<String> {
+    let mut stays = Vec::new();
+    if record.flavour == record::Flavour::Vm {
+        let sizes = [("memory", record.memory, description.memory), ("disk", record.disk, description.disk)];
+        for (what, has, wanted) in sizes.into_iter().filter(|(_, has, wanted)| wanted > has) {
+            let give = exact(wanted);
+            stays.push(format!(
+                "The clan's description asks for {wanted} of {what}: yours keeps its {has}. `clan vm resize --{what} {give}` gives it more."
+            ));
+        }
+        if description.cpus > record.cpus {
+            stays.push(format!(
+                "The clan's description asks for {}: yours keeps its {}. `clan vm resize --cpus {}` gives it more.",
+                processors(description.cpus),
+                record.cpus,
+                description.cpus
+            ));
+        }
+    }
+    if control != record.control {
+        stays.push(format!(
+            "The clan suggests that such a machine is steered by: {control}. Yours stays with: {}. `clan vm control {control}` changes it.",
+            record.control
+        ));
+    }
+    stays
 }
 
 /// What an update would do, and how much would have to come for it.
@@ -93,13 +144,16 @@ pub(crate) async fn preview(shared: &Shared, clan: &Clan, request: &UpdateVm) ->
         image_title: None,
         source: ImageSource::Build,
         download: Transfer { total: nothing, missing: nothing },
+        stays: Vec::new(),
     };
+    let Chosen { choice, stays } = choose(shared, clan, request).await?;
     let of = |image: ImageId, manifest: &Manifest, source: ImageSource| -> Result<UpdatePlan, ApiProblem> {
-        let download = join::check_image(shared, manifest, memory(clan))?;
+        let download = fits(shared, clan, manifest)?;
         let title = manifest.title.chars().filter(|c| !c.is_control()).take(100).collect();
-        Ok(UpdatePlan { image: Some(image), image_title: Some(title), source, download, ..plan.clone() })
+        let (image, image_title, stays) = (Some(image), Some(title), stays.clone());
+        Ok(UpdatePlan { image, image_title, source, download, stays, ..plan.clone() })
     };
-    match choose(shared, clan, request).await? {
+    match choice {
         Choice::Build => Ok(plan),
         Choice::Here(image) => of(image.id, &image.manifest, ImageSource::Here),
         Choice::Published(published) => {
@@ -112,10 +166,32 @@ pub(crate) async fn preview(shared: &Shared, clan: &Clan, request: &UpdateVm) ->
     }
 }
 
-/// What an image may count on.
-fn memory(clan: &Clan) -> Option<ByteSize> {
+/// What of an image has yet to come, if the machine here can run it as it is.
+fn fits(shared: &Shared, clan: &Clan, manifest: &Manifest) -> Result<Transfer, ApiProblem> {
     let record = clan.record.get();
-    (!record.is_container()).then_some(record.memory)
+    let memory = (!record.is_container()).then_some(record.memory);
+    if let Some(memory) = memory.filter(|memory| *memory < manifest.memory_min) {
+        let (least, give) = (manifest.memory_min, exact(manifest.memory_min));
+        return Err(ApiProblem::new(
+            ErrorCode::TooSmall,
+            format!("the image needs {least} of memory, the VM has {memory}"),
+        )
+        .why("an update gives a machine no more than its user has agreed to")
+        .hint(format!("if you agree, give it more first: `clan vm resize --memory {give}`")));
+    }
+    join::check_image(shared, manifest, memory)
+}
+
+/// A size as it can be typed.
+fn exact(size: ByteSize) -> String {
+    let bytes = size.as_bytes();
+    let unit =
+        [(30, "G"), (20, "M"), (10, "K")].into_iter().find(|(shift, _)| bytes > 0 && bytes.trailing_zeros() >= *shift);
+    unit.map_or_else(|| bytes.to_string(), |(shift, letter)| format!("{}{letter}", bytes >> shift))
+}
+
+fn processors(count: u8) -> String {
+    if count == 1 { "one processor".to_owned() } else { format!("{count} processors") }
 }
 
 /// The way to the clan's other machines, as one of its people.
@@ -140,7 +216,7 @@ async fn fetch(
     let fetcher = members(clan).await?;
     let fetched = async {
         let manifest = join::manifest(shared, &fetcher, &state, &description).await?;
-        join::check_image(shared, &manifest, memory(clan))?;
+        fits(shared, clan, &manifest)?;
         let _one = shared.building.lock().await;
         match shared.images.get(&description.image) {
             Some(image) => Ok(image),
@@ -167,11 +243,12 @@ fn steps(clan: &Clan) -> [String; 4] {
 
 /// Switches a VM to another image, as a task.
 pub(crate) async fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) -> Result<Arc<Task>, ApiProblem> {
-    let choice = choose(shared, &clan, request).await?;
+    let Chosen { choice, stays } = choose(shared, &clan, request).await?;
     let shared_ = shared.clone();
     let steps = steps(&clan);
     let steps: Vec<&str> = steps.iter().map(String::as_str).collect();
     vm_task(shared, clan, TaskKind::UpdateVm, "Update", &steps, move |clan, task| async move {
+        stays.iter().for_each(|line| task.log(line.as_str()));
         let image = match choice {
             Choice::Here(image) => *image,
             Choice::Build => task.unless_cancelled(image::default_image(&shared_, &task)).await?,
@@ -199,7 +276,7 @@ async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredIm
         task.log(format!("the {} has this image already", record.what()));
         return Ok(());
     };
-    join::check_image(shared, &image.manifest, memory(clan))?;
+    fits(shared, clan, &image.manifest)?;
     let (store, id) = (shared.images.clone(), image.id);
     task.unless_cancelled(blocking(move || store.verify(&id))).await?.map_err(|e| problem::store(&e))?;
     let trial = was(clan, previous).await;
@@ -334,6 +411,7 @@ mod tests {
         beacon::ServiceKind,
         control::{MachineStatus, PathKind, PathStatus, ServiceStatus},
     };
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -380,6 +458,63 @@ mod tests {
             services,
             entries: 3,
             problems: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn what_the_clan_wants_beyond_what_was_agreed_to_is_said_and_smaller_sizes_are_not() {
+        let mine = record::tests::record(1, Phase::Ready);
+        let record = ClanRecord {
+            memory: ByteSize::from_mib(512),
+            disk: ByteSize::from_mib(2048),
+            cpus: 1,
+            control: ControlMode::Local,
+            ..mine
+        };
+        let description = |memory, disk, cpus| VmDescription {
+            image: ImageId::from_bytes([4; 32]),
+            title: "new".parse().unwrap(),
+            memory: ByteSize::from_mib(memory),
+            cpus,
+            disk: ByteSize::from_mib(disk),
+        };
+        assert_eq!(differs(&record, &description(512, 2048, 1), ControlMode::Local), Vec::<String>::new());
+        assert_eq!(differs(&record, &description(128, 64, 0), ControlMode::Local), Vec::<String>::new());
+        let all = differs(&record, &description(1536, 4096, 4), ControlMode::Remote);
+        insta::assert_snapshot!(all.join("\n"), @r"
+        The clan's description asks for 1.5 GiB of memory: yours keeps its 512 MiB. `clan vm resize --memory 1536M` gives it more.
+        The clan's description asks for 4 GiB of disk: yours keeps its 2 GiB. `clan vm resize --disk 4G` gives it more.
+        The clan's description asks for 4 processors: yours keeps its 1. `clan vm resize --cpus 4` gives it more.
+        The clan suggests that such a machine is steered by: remote. Yours stays with: local. `clan vm control remote` changes it.
+        ");
+        // What runs without bounds has none to be raised.
+        let container = ClanRecord { flavour: record::Flavour::Container, ..record };
+        assert_eq!(differs(&container, &description(1536, 4096, 4), ControlMode::Remote).len(), 1);
+    }
+
+    proptest! {
+        #[test]
+        fn a_size_is_written_so_that_it_can_be_typed(bytes in 0..1u64 << 44, shift in 0u32..20) {
+            let size = ByteSize::from_bytes(bytes << shift);
+            prop_assert_eq!(exact(size).parse::<ByteSize>().unwrap(), size, "{}", exact(size));
+        }
+
+        #[test]
+        fn nothing_is_wanted_of_what_is_there_and_all_else_is_said(
+            (has, wants) in (prop::array::uniform3(1u8..5), prop::array::uniform3(1u8..5)),
+            (mine, theirs) in (0usize..3, 0usize..3),
+        ) {
+            let modes = [ControlMode::Local, ControlMode::Shared, ControlMode::Remote];
+            let mib = |n: u8| ByteSize::from_mib(u64::from(n));
+            let [memory, disk, cpus] = has;
+            let (memory, disk, control) = (mib(memory), mib(disk), modes[mine]);
+            let record = ClanRecord { memory, disk, cpus, control, ..record::tests::record(1, Phase::Ready) };
+            let [memory, disk, cpus] = wants;
+            let (image, title) = (ImageId::from_bytes([4; 32]), "new".parse().unwrap());
+            let description = VmDescription { image, title, memory: mib(memory), cpus, disk: mib(disk) };
+            let more = has.iter().zip(&wants).filter(|(has, wants)| wants > has).count();
+            let said = differs(&record, &description, modes[theirs]);
+            prop_assert_eq!(said.len(), more + usize::from(mine != theirs), "{:?}", said);
         }
     }
 

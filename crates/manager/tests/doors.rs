@@ -190,6 +190,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
         integrate: None,
         control: None,
         container: false,
+        agreed: None,
     };
     let problem = problem(timeout(LIMIT, manager.client.join(&join)).await.expect("an answer in time"));
     assert_eq!(problem.code, ErrorCode::Unreachable);

@@ -435,6 +435,17 @@ function download({ total, missing }) {
   return missing === total ? bytes(total) : `${bytes(missing)} of ${bytes(total)}; the rest is here`;
 }
 
+function networkWord(layer = "mesh") {
+  return layer === "mesh" ? "mesh: encrypted, and directly between machines where that works" : layer;
+}
+
+/** What was shown, so that it is what is asked for, whatever an admin publishes meanwhile. */
+function agreed(p) {
+  const image = (p.vm ?? p.container)?.image;
+  const size = p.vm ? { memory: p.vm.memory, disk: p.vm.disk, cpus: p.vm.cpus } : {};
+  return image ? { ...size, agreed: { image, network_layer: p.network_layer, applications: p.applications } } : {};
+}
+
 function confirmJoin(link, p, home) {
   ask({
     title: p.device_of ? `Make this computer yours in ${p.clan_name}?` : `Join ${p.clan_name}?`,
@@ -451,6 +462,8 @@ function confirmJoin(link, p, home) {
         ["Needs", p.vm && `${bytes(p.vm.memory)} of memory, up to ${bytes(p.vm.disk)} of disk beside the image’s ${bytes(p.vm.download.total)}`],
         ["Takes", p.container && `${bytes(p.container.download.total)} of disk for the image, some ${bytes(p.container.unpacked)} to unpack it, and what it writes`],
         ["Download", (p.vm ?? p.container) && download((p.vm ?? p.container).download)],
+        ["Applications", (p.vm || p.container) && ((p.applications ?? []).join(", ") || "None that is named")],
+        ["Network", networkWord(p.network_layer)],
         ["Runs by", p.vm && runsBy(p)],
       ])),
       p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
@@ -459,7 +472,7 @@ function confirmJoin(link, p, home) {
       p.device_of || field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, value: machineName(p.machines) })),
     ],
-    done: ({ person, machine, control }) => call("POST", "/joins", { link, person: p.device_of ?? person, machine, control, ...home }).then(() => undefined),
+    done: ({ person, machine, control }) => call("POST", "/joins", { link, person: p.device_of ?? person, machine, control, ...home, ...agreed(p) }).then(() => undefined),
   });
 }
 
@@ -718,6 +731,38 @@ function clanPage(clan) {
   ];
 }
 
+/** That the clan publishes another image than the machine here runs, and how to take it. */
+function publishedNote(clan, { published }) {
+  return h("section", { key: "published", class: "panel published", "aria-label": "Another image" },
+    h("p", null, `${clan.name} publishes another image than this machine runs: ${published.title} (${published.image.slice(0, 10)}).`),
+    h("p", { class: "row" },
+      h("button", { type: "button", class: "button", disabled: state.busy.has(`update ${clan.id}`), onclick: () => askUpdate(clan, published) }, "Take it…"),
+      h("span", { class: "small" }, "Or in a terminal: ", h("code", null, `clan vm update ${clan.name}`))));
+}
+
+/** Shows what an update would do, and asks. What was shown is what is done, whatever the clan publishes meanwhile. */
+function askUpdate(clan, published) {
+  const path = `/vms/${segment(clan.id)}/update`;
+  const request = { image: published.image };
+  act(`update ${clan.id}`, async () => {
+    const plan = await call("POST", `${path}/preview`, request);
+    ask({
+      title: `Take what ${clan.name} publishes?`,
+      text: "The machine is stopped, and started with the other image. What is on its disk stays; if it is not well afterwards, it gets its previous image back.",
+      verb: "Update",
+      fields: () => [
+        h("dl", { class: "facts panel" }, facts([
+          ["Runs now", plan.before && h("code", null, plan.before.slice(0, 10))],
+          ["Next", `${plan.image_title} (${plan.image.slice(0, 10)})`],
+          ["Download", plan.source === "members" && download(plan.download)],
+        ])),
+        plan.stays.map((line) => h("p", { class: "form-error" }, sentence(line))),
+      ],
+      done: () => call("POST", path, request).then(() => undefined),
+    });
+  });
+}
+
 function machinePage(clan, machine) {
   const vm = machine.this && state.status.vms.find((v) => v.id === clan.id);
   const services = clan.services.filter((s) => s.machine === machine.name);
@@ -730,6 +775,7 @@ function machinePage(clan, machine) {
         h("h1", null, machine.name),
         h("div", { class: "sub" }, stateWord(tone, word), h("span", null, `Owner: ${machine.owner_name ?? "unknown"}`), !machine.this && h("span", null, pathCell(clan, machine))))),
     problemsOf([clan]),
+    vm && vm.published && publishedNote(clan, vm),
     services.length > 0 && servicesSection({ ...clan, services }, `Services of ${machine.name}`),
     vm && statsSection(clan, vm),
     h("section", { key: "details", "aria-label": "Details" },
@@ -745,6 +791,7 @@ function machinePage(clan, machine) {
         ["Kind", vm && (KIND_WORD[vm.flavour](vm))],
         ["Memory", vm && vm.flavour === "vm" && bytes(vm.memory)],
         ["Disk", vm && vm.flavour === "vm" && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
+        ["Image", vm && vm.image && h("code", null, vm.image.slice(0, 10))],
         ["Control", vm && CONTROL_WORD[vm.control_mode]],
         ["Restarts", vm && vm.restarts > 0 && String(vm.restarts)],
         ["System units", units.length > 0 && units.map((u) => `${u.name}: ${u.state}`).join(", ")],

@@ -23,7 +23,9 @@ pub use ids::{
     CertificateHash, ClanId, DeviceId, EntryId, FileHash, IdError, ImageId, InviteId, MachineId, PersonId, WgPublicKey,
 };
 pub use link::{DEVICE_LINK, DEVICE_LINK_LIFETIME, InviteLink, InviteSecret, LinkError, PeerAddr, Purpose, RelayAddr};
-pub use name::{ClanName, DeviceName, GroupName, MachineName, NameError, PersonName, RuleName, ServiceName};
+pub use name::{
+    AppName, ClanName, DeviceName, GroupName, MachineName, NameError, NetworkLayer, PersonName, RuleName, ServiceName,
+};
 pub use phrase::{PhraseError, RecoveryPhrase};
 pub use role::{Role, RoleError};
 pub use size::{ByteSize, SizeError};

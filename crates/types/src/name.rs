@@ -122,6 +122,31 @@ name!(
     /// A service's name, as in `<service>.<clan>.clan`.
     ServiceName, "service name"
 );
+name!(
+    /// An application's name, as the catalog has it. A service is an application that runs somewhere.
+    AppName, "application's name"
+);
+name!(
+    /// What carries packets between a clan's machines. Any name can stand here, so that what a newer version of Clan knows
+    /// can be read, told and refused: ask [`NetworkLayer::is_known`].
+    NetworkLayer, "network layer"
+);
+
+impl NetworkLayer {
+    /// Clan's own.
+    pub const MESH: &'static str = "mesh";
+
+    /// Whether this version of Clan can carry packets by it.
+    pub fn is_known(&self) -> bool {
+        self.as_str() == Self::MESH
+    }
+}
+
+impl Default for NetworkLayer {
+    fn default() -> Self {
+        Self(Self::MESH.to_owned())
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -1,7 +1,7 @@
 //! `clan image`: what VMs boot from.
 
 use clan_api::{ImageGc, ImageInfo, Publication, PublishImage, PublishedVm};
-use clan_types::ByteSize;
+use clan_types::{AppName, ByteSize, ControlMode, NameError, NetworkLayer};
 
 use crate::{context::Context, error::CliError, printer::harmless, progress, table::Table, words};
 
@@ -38,6 +38,16 @@ Machines that others have already stay as they are."
         /// Largest disk of a newcomer's machine, such as 4G [default: as it is]
         #[arg(long, value_name = "SIZE")]
         disk: Option<ByteSize>,
+        /// What carries its packets: mesh [default: as it is]
+        #[arg(long, value_name = "LAYER")]
+        network: Option<NetworkLayer>,
+        /// Who is to steer it: local (its user), remote (the clan's admins) or shared (both); each newcomer decides for
+        /// themselves [default: as it is]
+        #[arg(long, value_name = "MODE")]
+        control: Option<ControlMode>,
+        /// The applications in the image, with commas between, or none [default: what the machine here offers]
+        #[arg(long, value_name = "NAMES", value_parser = applications)]
+        apps: Option<Apps>,
         /// Only say what would change
         #[arg(long)]
         dry_run: bool,
@@ -50,6 +60,17 @@ Machines that others have already stay as they are."
     },
 }
 
+/// Names of applications; of none, if that is what was said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Apps(Vec<AppName>);
+
+fn applications(text: &str) -> Result<Apps, NameError> {
+    if text == "none" {
+        return Ok(Apps(Vec::new()));
+    }
+    text.split(',').map(|name| name.trim().parse()).collect::<Result<_, _>>().map(Apps)
+}
+
 /// Does what the verb says.
 pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
     match verb {
@@ -59,8 +80,18 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             if context.printer.is_json() { context.printer.json(&task) } else { Ok(()) }
         }
         Verb::Verify { image } => verify(image, context).await,
-        Verb::Publish { image, clan, memory, cpus, disk, dry_run } => {
-            publish(clan, PublishImage { image, memory, cpus, disk, dry_run }, context).await
+        Verb::Publish { image, clan, memory, cpus, disk, network, control, apps, dry_run } => {
+            let request = PublishImage {
+                image,
+                memory,
+                cpus,
+                disk,
+                network_layer: network,
+                control_mode: control.map(Into::into),
+                applications: apps.map(|Apps(names)| names),
+                dry_run,
+            };
+            publish(clan, request, context).await
         }
         Verb::Gc { dry_run } => gc(dry_run, context).await,
     }
@@ -169,12 +200,15 @@ async fn publish(clan: Option<String>, request: PublishImage, context: &Context)
         "publish an image without being asked",
     )?;
     // What was shown is what is signed, whatever others have published meanwhile.
-    let PublishedVm { image, memory, cpus, disk, .. } = plan.after;
+    let PublishedVm { image, memory, cpus, disk, network_layer, control_mode, applications, .. } = plan.after;
     let shown = PublishImage {
         image: image.to_string(),
         memory: Some(memory),
         cpus: Some(cpus),
         disk: Some(disk),
+        network_layer: Some(network_layer),
+        control_mode: Some(control_mode),
+        applications: Some(applications),
         dry_run: false,
     };
     let done = context.ask(context.client.publish_image(&clan, &shown)).await?;
@@ -193,12 +227,15 @@ fn changes(plan: &Publication) -> Vec<String> {
             ("Memory", vm.memory.to_string()),
             ("Processors", vm.cpus.to_string()),
             ("Disk", format!("up to {}", vm.disk)),
+            ("Network", vm.network_layer.to_string()),
+            ("Control", words::control(vm.control_mode).to_owned()),
+            ("Applications", words::applications(&vm.applications)),
         ]
     };
     let before = plan.before.as_ref().map(facts);
     let line = |(i, (what, now)): (usize, (&str, String))| match before.as_ref().map(|before| &before[i].1) {
-        Some(was) if *was != now => format!("{what:<10}  {now}, so far {was}"),
-        _ => format!("{what:<10}  {now}"),
+        Some(was) if *was != now => format!("{what:<12}  {now}, so far {was}"),
+        _ => format!("{what:<12}  {now}"),
     };
     facts(&plan.after).into_iter().enumerate().map(line).collect()
 }

@@ -1,6 +1,6 @@
 //! `clan join`: shows where a link leads, asks, and goes there.
 
-use clan_api::{FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPlan};
+use clan_api::{Agreed, FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPlan};
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
@@ -147,10 +147,12 @@ async fn go(
         None => format!("Join {} as {person}, with this computer as {machine}?", preview.clan_name),
     };
     context.confirm(&question, "join without being asked; `--dry-run` shows where the link leads")?;
+    // What an admin publishes while the person reads is not what they agree to.
+    let (size, agreed) = agreed(&preview, size);
     let Size { memory, disk, cpus } = size;
     let control = Some(mode);
     let request =
-        JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate, control, container };
+        JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate, control, container, agreed };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {
@@ -163,6 +165,21 @@ async fn go(
     ));
     printer.talk(&format!("See what it offers: clan service list {}", preview.clan_name));
     Ok(Some(preview.clan_name))
+}
+
+/// What was shown, so that it is what is asked for.
+fn agreed(preview: &JoinPreview, size: Size) -> (Size, Option<Agreed>) {
+    let size = match &preview.vm {
+        Some(vm) => Size { memory: Some(vm.memory), disk: Some(vm.disk), cpus: Some(vm.cpus) },
+        None => size,
+    };
+    let image = preview.vm.as_ref().map(|vm| vm.image).or(preview.container.as_ref().map(|c| c.image));
+    let agreed = image.map(|image| Agreed {
+        image,
+        network_layer: preview.network_layer.clone(),
+        applications: preview.applications.clone(),
+    });
+    (size, agreed)
 }
 
 fn show(preview: &JoinPreview, printer: &Printer) {
@@ -239,6 +256,10 @@ fn facts(preview: &JoinPreview) -> Vec<String> {
         };
         facts.push(("Controller", format!("{}: {state}", integrated.socket)));
     }
+    if preview.integrated.is_none() {
+        facts.push(("Applications", words::applications(&preview.applications)));
+    }
+    facts.push(("Network", words::network(&preview.network_layer)));
     facts.push(("Control", words::control_mode(preview.control_mode).to_owned()));
     if let Some(vm) = &preview.vm {
         let accelerator = &vm.accelerator;

@@ -48,6 +48,9 @@ fn show(clan: &ClanInfo, vm: Option<&VmInfo>, status: &Status, printer: &Printer
     printer.data(&format!("{name}{role}{phase}  {}", printer.out_style(Tone::Faint, &harmless(&clan.fingerprint))))?;
     if let Some(vm) = vm {
         printer.data(&format!("  {}", vm_line(vm, status, printer)))?;
+        if let Some(published) = words::published(vm) {
+            printer.data(&format!("  {}", printer.out_style(Tone::Warn, &published)))?;
+        }
     }
     if let (false, Some(then)) = (clan.online, clan.as_of) {
         printer.data(&format!(

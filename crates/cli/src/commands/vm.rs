@@ -225,6 +225,9 @@ async fn list(context: &Context) -> Result<(), CliError> {
         ]);
     }
     table.print(&context.printer)?;
+    for line in vms.iter().filter_map(words::published) {
+        context.printer.talk(&line);
+    }
     for (vm, exposure) in vms.iter().filter_map(|vm| Some((vm, vm.exposure.as_ref()?))) {
         context.printer.talk(&format!("{}: {exposure}", vm.clan));
     }

@@ -72,7 +72,7 @@ async fn look(
             .push(format!("This computer is in another clan that is called `{clan_name}`, too: leave that one first."));
     }
     let mut container = None;
-    let (vm, integrated) = match (question.integrate.as_deref(), &found.description) {
+    let (vm, integrated) = match (question.integrate.as_deref(), found.description()) {
         (Some(socket), _) => (None, Some(integrated_plan(shared, socket, asked, &mut warnings).await)),
         (None, Some(description)) if question.container => {
             container = Some(container_plan(shared, fetcher, state, description, asked, &mut warnings).await?);
@@ -102,6 +102,8 @@ async fn look(
         container,
         integrated,
         control_mode: state.suggested_control.into(),
+        network_layer: found.published.as_ref().map(|p| p.network.clone()).unwrap_or_default(),
+        applications: found.published.iter().flat_map(|p| p.applications.iter()).cloned().collect(),
         warnings,
     })
 }

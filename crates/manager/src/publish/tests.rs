@@ -18,7 +18,16 @@ fn image(memory_min: ByteSize, architecture: &str) -> StoredImage {
 }
 
 fn asked() -> PublishImage {
-    PublishImage { image: "ab".into(), memory: None, cpus: None, disk: None, dry_run: false }
+    PublishImage {
+        image: "ab".into(),
+        memory: None,
+        cpus: None,
+        disk: None,
+        network_layer: None,
+        control_mode: None,
+        applications: None,
+        dry_run: false,
+    }
 }
 
 fn before() -> VmDescription {
@@ -45,6 +54,53 @@ fn what_is_not_asked_for_stays_as_it_is_in_force() {
     let more = PublishImage { memory: Some(ByteSize::from_mib(1024)), cpus: Some(4), ..asked() };
     let after = describe(Some(&before()), &record, &image, &more).unwrap();
     assert_eq!((after.memory, after.cpus), (ByteSize::from_mib(1024), 4));
+}
+
+fn apps(names: &[&str]) -> Vec<AppName> {
+    names.iter().map(|name| name.parse().unwrap()).collect()
+}
+
+fn named(setup: &VmSetup) -> Vec<AppName> {
+    setup.applications.iter().cloned().collect()
+}
+
+#[test]
+fn what_a_machine_is_in_the_clan_stays_as_it_is_in_force_unless_it_is_asked_for() {
+    let mut ledger = crate::authority::tests::clan();
+    let offered = || apps(&["web"]);
+    let (same, other) = (before().image, ImageId::from_bytes([7; 32]));
+    let first = setup(ledger.state(), &same, &asked(), offered()).unwrap();
+    assert_eq!((first.network.as_str(), first.control), ("mesh", ControlMode::Local));
+    assert_eq!(named(&first), offered(), "what the machine here offers, which runs the image");
+
+    let applications = Applications::new(apps(&["wiki", "mail"])).unwrap();
+    let in_force = VmSetup { network: NetworkLayer::default(), control: ControlMode::Shared, applications };
+    let body = Body::PublishVm { description: before(), setup: in_force.clone() };
+    crate::authority::tests::say(&mut ledger, &crate::authority::tests::key(1), body);
+    assert_eq!(setup(ledger.state(), &same, &asked(), offered()).unwrap(), in_force);
+    let another = setup(ledger.state(), &other, &asked(), offered()).unwrap();
+    assert_eq!((another.control, named(&another)), (ControlMode::Shared, offered()), "another image has others in it");
+
+    let all = PublishImage {
+        control_mode: Some(clan_api::ControlMode::Remote),
+        applications: Some(apps(&["wiki", "mail", "wiki"])),
+        ..asked()
+    };
+    let all = setup(ledger.state(), &other, &all, offered()).unwrap();
+    assert_eq!((all.control, named(&all)), (ControlMode::Remote, apps(&["mail", "wiki"])));
+
+    let many = (0..=MAX_APPLICATIONS).map(|n| format!("app{n}").parse().unwrap()).collect();
+    let many = setup(ledger.state(), &other, &PublishImage { applications: Some(many), ..asked() }, Vec::new());
+    assert_eq!(many.unwrap_err().code, ErrorCode::BadRequest);
+}
+
+#[test]
+fn a_network_layer_that_nobody_could_run_is_not_published() {
+    let ledger = crate::authority::tests::clan();
+    let request = PublishImage { network_layer: Some("yggdrasil".parse().unwrap()), ..asked() };
+    let problem = setup(ledger.state(), &before().image, &request, Vec::new()).unwrap_err();
+    assert_eq!(problem.code, ErrorCode::Conflict);
+    assert!(problem.hints.iter().any(|hint| hint.contains("--network mesh")), "{problem:?}");
 }
 
 #[test]

@@ -3,7 +3,12 @@
 use clan_api::{Flavour, ImageSource, UpdatePlan, UpdateVm};
 
 use super::follow;
-use crate::{context::Context, error::CliError, printer::harmless, progress, table, words};
+use crate::{
+    context::Context,
+    error::CliError,
+    printer::{Printer, Tone, harmless},
+    progress, table, words,
+};
 
 /// Shows which image it would be, asks, and follows the task.
 pub(crate) async fn run(
@@ -22,13 +27,17 @@ pub(crate) async fn run(
     }
     if same {
         printer.talk("It runs exactly this image already.");
+        say_what_stays(&plan, printer);
         return Ok(());
     }
     if dry_run {
-        return facts(&plan).iter().try_for_each(|line| printer.data(line));
+        facts(&plan).iter().try_for_each(|line| printer.data(line))?;
+        say_what_stays(&plan, printer);
+        return Ok(());
     }
     if !printer.is_json() || context.will_ask() {
         facts(&plan).iter().for_each(|line| printer.talk(line));
+        say_what_stays(&plan, printer);
     }
     let what = match plan.flavour {
         Flavour::Container => "container",
@@ -39,6 +48,13 @@ pub(crate) async fn run(
     // What was shown is what is done, whatever the clan has published meanwhile.
     let shown = UpdateVm { image: plan.image.map(|image| image.to_string()), build: plan.image.is_none() };
     follow(context, context.ask(context.client.update_vm(&vm, &shown)).await?).await
+}
+
+/// What the clan wants, and an update does not change.
+fn say_what_stays(plan: &UpdatePlan, printer: &Printer) {
+    for line in &plan.stays {
+        printer.talk(&format!("{} {}", printer.err_style(Tone::Warn, "warning:"), harmless(line)));
+    }
 }
 
 fn facts(plan: &UpdatePlan) -> Vec<String> {

@@ -6,8 +6,8 @@ use std::{
     time::Duration,
 };
 
-use clan_api::{JoinClan, TaskInfo};
-use clan_ledger::{Body, Entry, Ledger};
+use clan_api::{Agreed, JoinClan, TaskInfo};
+use clan_ledger::{Applications, Body, Entry, Ledger, VmSetup};
 use clan_os::channel::{recv_message, send_message, send_pages};
 use clan_types::{ControlMode, FileHash, ImageId, InviteId, InviteLink, InviteSecret, MachineId, PeerAddr, Timestamp};
 use clan_wire::{
@@ -98,8 +98,12 @@ struct Member {
 
 impl Member {
     async fn start(description: VmDescription, give: impl Fn(&ImagePart) -> Vec<u8> + Send + Sync + 'static) -> Self {
+        Self::publishing(Body::Publish { description }, give).await
+    }
+
+    async fn publishing(published: Body, give: impl Fn(&ImagePart) -> Vec<u8> + Send + Sync + 'static) -> Self {
         let mut ledger = clan();
-        say(&mut ledger, &key(1), Body::Publish { description });
+        say(&mut ledger, &key(1), published);
         let invite = InviteId::from_bytes(key(50).verifying_key().to_bytes());
         let expires = Timestamp::from_millis(1 << 45);
         say(&mut ledger, &key(1), Body::Invite { invite, role: Role::Member, uses: 1, expires, approval: false });
@@ -132,14 +136,8 @@ impl Member {
     }
 
     fn link(&self) -> String {
-        let loopback = |addr: SocketAddr| match addr {
-            SocketAddr::V4(_) => Some(SocketAddr::from(([127, 0, 0, 1], addr.port()))),
-            SocketAddr::V6(_) => None,
-        };
-        let machine = MachineId::from_bytes(*self.endpoint.id().as_bytes());
-        let addrs = self.endpoint.bound_sockets().into_iter().filter_map(loopback).collect();
         let secret = InviteSecret::from_bytes(key(50).to_bytes());
-        let peers = vec![PeerAddr { machine, addrs }];
+        let peers = vec![peer(&self.endpoint)];
         InviteLink { purpose: Purpose::Join, clan: self.ledger.clan(), secret, peers, relays: Vec::new() }.to_string()
     }
 
@@ -152,6 +150,16 @@ impl Drop for Member {
     fn drop(&mut self) {
         self.task.abort();
     }
+}
+
+/// Where an endpoint is, from here.
+fn peer(endpoint: &Endpoint) -> PeerAddr {
+    let loopback = |addr: SocketAddr| match addr {
+        SocketAddr::V4(_) => Some(SocketAddr::from(([127, 0, 0, 1], addr.port()))),
+        SocketAddr::V6(_) => None,
+    };
+    let machine = MachineId::from_bytes(*endpoint.id().as_bytes());
+    PeerAddr { machine, addrs: endpoint.bound_sockets().into_iter().filter_map(loopback).collect() }
 }
 
 /// Gives the ledger to whoever asks.
@@ -201,6 +209,7 @@ fn request(link: &str) -> JoinClan {
         integrate: None,
         control: None,
         container: false,
+        agreed: None,
     }
 }
 
@@ -292,6 +301,105 @@ async fn a_description_that_asks_for_more_than_is_here_is_refused_before_anythin
         assert_eq!((plan.memory, plan.disk), (ByteSize::from_mib(128), ByteSize::from_mib(64)));
         assert_eq!(plan.download.missing, image.manifest.total_size());
     }
+}
+
+fn whole(image: ImageId, network: &str) -> Body {
+    let applications = Applications::new(["web".parse().unwrap()]).unwrap();
+    let setup = VmSetup { network: network.parse().unwrap(), control: ControlMode::Shared, applications };
+    Body::PublishVm { description: describe(image), setup }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_network_layer_that_is_not_known_here_is_refused_before_anything_is_fetched() {
+    let image = Image::new();
+    let body = whole(image.id(), "yggdrasil");
+    let member = Member::publishing(body, move |what| image.part(what)).await;
+    let computer = Computer::new();
+    insta::assert_snapshot!(computer.refused(&member).await, @r"
+    [conflict] the clan's machines speak the network layer `yggdrasil`
+    why: this version of Clan knows `mesh` only
+    hint: update Clan on this computer, then try again
+    ");
+    assert_eq!(member.asked(), [], "nothing was asked for");
+    let itself = PreviewJoin { integrate: Some("/run/clan/controller.sock".into()), ..ask(&member.link()) };
+    let refused = preview(&computer.shared, &itself).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::Conflict, "nor does this computer itself go there");
+}
+
+#[tokio::test]
+async fn a_description_is_shown_whole_and_only_what_was_shown_is_joined() {
+    let image = Image::new();
+    let id = image.id();
+    let member = Member::publishing(whole(id, "mesh"), move |what| image.part(what)).await;
+    let computer = Computer::new();
+    let shown = preview(&computer.shared, &ask(&member.link())).await.unwrap();
+    assert_eq!((shown.network_layer.as_str(), shown.control_mode), ("mesh", clan_api::ControlMode::Shared));
+    assert_eq!(shown.applications, ["web".parse().unwrap()]);
+    let vm = shown.vm.unwrap();
+    assert_eq!((vm.image, vm.memory, vm.disk, vm.cpus), (id, ByteSize::from_mib(128), ByteSize::from_mib(64), 1));
+
+    // What an admin publishes while the person reads is another image, or has other applications in it.
+    let agreed = Agreed { image: id, network_layer: shown.network_layer, applications: shown.applications };
+    let changes: [fn(&mut Agreed); 3] = [
+        |agreed| agreed.image = ImageId::from_bytes([9; 32]),
+        |agreed| agreed.applications.clear(),
+        |agreed| agreed.network_layer = "tinc".parse().unwrap(),
+    ];
+    for change in changes {
+        let mut other = agreed.clone();
+        change(&mut other);
+        let request = JoinClan { agreed: Some(other), ..request(&member.link()) };
+        let refused = timeout(LIMIT, join::begin(&computer.shared, request)).await.unwrap().err().unwrap();
+        insta::allow_duplicates! {
+            insta::assert_snapshot!(told(&refused), @r"
+            [conflict] the clan has published another machine than the one that you agreed to
+            why: an admin of the clan did so after it was shown to you
+            hint: look at the new one: `clan join` shows it, and asks again
+            ");
+        }
+        assert!(computer.shared.clans().is_empty());
+        assert_eq!(computer.count("clans"), 0);
+    }
+    let request = JoinClan { agreed: Some(agreed), ..request(&member.link()) };
+    let task = timeout(LIMIT, join::begin(&computer.shared, request)).await.unwrap().unwrap();
+    assert_eq!(computer.shared.clans()[0].record.get().image, Some(id), "on disk before anything is fetched");
+    task.cancel();
+    timeout(LIMIT, task.finished()).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_member_that_says_nothing_holds_nobody_up_and_is_let_go_of() {
+    let image = Image::new();
+    let (id, honest) = (image.id(), image.clone());
+    let (asked, was_asked) = std::sync::mpsc::channel();
+    let was_asked = Mutex::new(was_asked);
+    // Gives nothing before the other was asked, which never answers.
+    let gives = Member::start(describe(id), move |what| {
+        was_asked.lock().unwrap().recv_timeout(LIMIT).unwrap();
+        honest.part(what)
+    })
+    .await;
+    let silent = Endpoint::builder(presets::Minimal)
+        .secret_key(SecretKey::from_bytes(&key(102).to_bytes()))
+        .alpns(vec![ALPN_IMAGE.to_vec()])
+        .bind()
+        .await
+        .unwrap();
+    let accepting = silent.clone();
+    let let_go = tokio::spawn(async move {
+        let connection = accepting.accept().await.unwrap().accept().unwrap().await.unwrap();
+        let (_send, mut recv) = connection.accept_bi().await.unwrap();
+        recv.read_exact(&mut [0]).await.unwrap();
+        asked.send(()).unwrap();
+        connection.closed().await
+    });
+    let mut link: InviteLink = gives.link().parse().unwrap();
+    link.peers.insert(0, peer(&silent));
+    let fetcher = Fetcher::open(link, None).await.unwrap();
+    let manifest = timeout(LIMIT, fetcher.manifest(gives.ledger.state(), &id)).await.unwrap().unwrap();
+    assert_eq!(manifest, image.manifest);
+    timeout(LIMIT, let_go).await.expect("its connection ends").unwrap();
+    fetcher.close().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
