@@ -52,22 +52,20 @@ impl<'a> Elf<'a> {
         packed[40..48].fill(0);
         packed[58..64].fill(0);
         packed.extend_from_slice(headers);
-        for at in (HEADER..).step_by(PROGRAM_HEADER).take(count) {
-            let field = |packed: &[u8], offset: usize| {
-                let bytes = packed.get(at + offset..at + offset + 8)?.try_into().ok()?;
-                usize::try_from(u64::from_le_bytes(bytes)).ok()
-            };
-            let (offset, size) = (field(&packed, 8)?, field(&packed, 32)?);
+        for header in (0..count).map(|i| i * PROGRAM_HEADER) {
+            let (from, to) = (table + header, HEADER + header);
+            let number = |offset: usize| usize::try_from(self.u64(from + offset)?).ok();
+            let (offset, size) = (number(8)?, number(32)?);
             let mut content = self.bytes.get(offset..offset.checked_add(size)?)?;
-            if self.u32(table + at - HEADER)? == PT_LOAD {
+            if self.u32(from)? == PT_LOAD {
                 let zeros = content.iter().rev().take_while(|byte| **byte == 0).count();
                 content = &content[..size - zeros];
             }
             let place = packed.len().next_multiple_of(PAGE);
             packed.resize(place, 0);
             packed.extend_from_slice(content);
-            packed[at + 8..at + 16].copy_from_slice(&(place as u64).to_le_bytes());
-            packed[at + 32..at + 40].copy_from_slice(&(content.len() as u64).to_le_bytes());
+            packed[to + 8..to + 16].copy_from_slice(&(place as u64).to_le_bytes());
+            packed[to + 32..to + 40].copy_from_slice(&(content.len() as u64).to_le_bytes());
         }
         Some(packed)
     }

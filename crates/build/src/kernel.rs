@@ -14,7 +14,7 @@ const LZ4_BLOCK: usize = 8 << 20;
 /// Larger kernels are not unpacked.
 const MAX_KERNEL: usize = 256 << 20;
 
-/// The plain kernel of a boot image, without what a loader does not need of it: a fifth, all zeros.
+/// The plain kernel of a boot image, without what a loader does not need of it: a third, mostly zeros.
 pub(crate) fn extract(image: &[u8]) -> Result<Vec<u8>, KernelError> {
     let kernel = match Elf::parse(image) {
         Some(_) => image.to_vec(),

@@ -34,6 +34,13 @@ fn bodies() -> Vec<Body> {
     let last = LastEntry { seq: 3, id: admission };
     let (label, by) = ("x".parse().unwrap(), AuthorId::of(&key(1)));
     let founding = Clan::new().ledger.clan();
+    let description = VmDescription {
+        image: ImageId::from_bytes([8; 32]),
+        title: "Debian".parse().unwrap(),
+        memory: ByteSize::from_mib(512),
+        cpus: 1,
+        disk: ByteSize::from_mib(4096),
+    };
     vec![
         Body::Found { clan: "family".parse().unwrap(), founder: name("p1"), nonce: [7; 32] },
         Body::enrol(&key(4), &founding, &by, machine_name("nas"), wg),
@@ -41,15 +48,7 @@ fn bodies() -> Vec<Body> {
         Body::Invite { invite, role: Role::Guest, uses: 1, expires: at(1), approval: true },
         Body::admission(&key(5), &clan, &person, name("p3")),
         Body::Countersign { admission },
-        Body::Publish {
-            description: VmDescription {
-                image: ImageId::from_bytes([8; 32]),
-                title: "Debian".parse().unwrap(),
-                memory: ByteSize::from_mib(512),
-                cpus: 1,
-                disk: ByteSize::from_mib(4096),
-            },
-        },
+        Body::Publish { description: description.clone() },
         Body::RevokePerson { person, last: None },
         Body::RevokeMachine { machine, last: Some(last) },
         Body::RevokeInvite { invite },
@@ -80,16 +79,7 @@ fn bodies() -> Vec<Body> {
         Body::DropRule { name: "x".parse().unwrap() },
         Body::DropGroup { name: "kids".parse().unwrap() },
         Body::SuggestControl { control: clan_types::ControlMode::Shared },
-        Body::PublishVm {
-            description: VmDescription {
-                image: ImageId::from_bytes([8; 32]),
-                title: "Debian".parse().unwrap(),
-                memory: ByteSize::from_mib(512),
-                cpus: 1,
-                disk: ByteSize::from_mib(4096),
-            },
-            setup: setup("mesh", &["web", "wiki"]),
-        },
+        Body::PublishVm { description, setup: setup("mesh", &["web", "wiki"]) },
     ]
 }
 

@@ -34,12 +34,12 @@ pub(crate) const ANY_MACHINE: &str = "q35";
 pub(crate) const QUICK_FIRMWARE: &str = "qboot.rom";
 
 /// Bounds the code cache of the emulation, which else takes several hundred MiB; in MiB. With half of this, a boot
-/// translates half of the code twice.
+/// takes a third longer: what was dropped is translated again.
 const TCG_CACHE: u32 = 64;
 
 /// What the guest's kernel and agent are told. Without a getty, systemd does not wait for the console's device node;
-/// `panic=-1` resets at once, which ends QEMU. `no_timer_check`: on a busy computer the kernel else finds an emulated timer
-/// too slow to be one, and panics. The rest spares emulated boots work for nothing: trying ciphers out, patching the
+/// `panic=-1` resets at once, which ends QEMU. `no_timer_check`: where QEMU is held up at the wrong moment, the kernel else
+/// takes its timer for a broken one, and panics. The rest spares emulated boots work for nothing: trying ciphers out, patching the
 /// kernel for one processor, preparing probes that nobody sets.
 const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 net.ifnames=0 systemd.getty_auto=0 \
      no_timer_check cryptomgr.notests noreplace-smp initcall_blacklist=init_kprobe_trace \
