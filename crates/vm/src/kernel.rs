@@ -9,7 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::{Begin, VmSpec, args, process::Dir};
+use crate::{Begin, VmSpec, args, file, process::Dir};
 
 /// A kernel's file that nobody else reads, or the image's own if there is no room for another.
 #[derive(Debug)]
@@ -65,10 +65,7 @@ impl Drop for Lent {
 
 fn copy(from: &Path, to: &Path) -> io::Result<()> {
     // A file that an earlier start left may be mapped by whoever that was.
-    match fs::remove_file(to) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
+    file::remove(to)?;
     fs::copy(from, to).inspect_err(|_| {
         // Half of it is of no use.
         let _ = fs::remove_file(to);

@@ -85,10 +85,7 @@ impl Dir {
 
     /// Listens where QEMU, whose working directory this is, can connect to.
     pub(crate) fn listen(&self, socket: &str) -> io::Result<UnixListener> {
-        match fs::remove_file(self.join(socket)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
+        file::remove(&self.join(socket))?;
         UnixListener::bind(format!("/proc/self/fd/{}/{socket}", self.fd.as_raw_fd()))
     }
 
@@ -108,12 +105,14 @@ impl Dir {
         Ok(None)
     }
 
-    /// Removes what a QEMU leaves here that was killed: its sockets, and the draft of its id. `_lock` says that none runs.
+    /// Removes what is left here of a QEMU, or of whoever started it, that was killed: its sockets, the draft of its id, and the
+    /// kernel that was lent to it. `_lock` says that none runs.
     pub(crate) fn tidy(&self, _lock: &Lock) {
         let entries = fs::read_dir(&self.path).into_iter().flatten().flatten();
         for entry in entries {
             let is_socket = entry.file_type().is_ok_and(|kind| kind.is_socket());
-            if is_socket || entry.file_name().to_string_lossy().starts_with(PID_DRAFT) {
+            let name = entry.file_name();
+            if is_socket || name == args::KERNEL || name.to_string_lossy().starts_with(PID_DRAFT) {
                 // It may go by itself, and the next one is in nobody's way.
                 let _ = fs::remove_file(entry.path());
             }

@@ -4,7 +4,7 @@
 mod guest;
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead, BufReader},
     path::Path,
     process::{Command, Stdio},
@@ -79,9 +79,13 @@ async fn an_adopted_machine_can_be_killed() {
     let folder = tempfile::tempdir().unwrap();
     start_and_die(folder.path());
     let vm = adopted(&folder.path().join("vm")).await;
+    // As its starter leaves it that is killed before it has taken it back.
+    let kernel = folder.path().join("vm/kernel");
+    fs::write(&kernel, "lent").unwrap();
     vm.kill().unwrap();
     assert_eq!(timeout(LIMIT, vm.wait_exit()).await.expect("it ends").reason, ExitReason::Signalled(9));
     assert!(Vm::adopt(&folder.path().join("vm")).await.unwrap().is_none());
+    assert!(!kernel.exists());
 }
 
 #[tokio::test]
