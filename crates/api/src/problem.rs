@@ -154,6 +154,10 @@ codes! {
     VmNotReady = "vm_not_ready", 503;
     /// The controller of an integrated machine does not run, or is another clan's.
     ControllerDown = "controller_down", 503;
+    /// The VM's disk is encrypted, and the manager does not know the passphrase.
+    Locked = "locked", 423;
+    /// The passphrase does not open the disk.
+    WrongPassphrase = "wrong_passphrase", 403;
     /// The service does not answer.
     ServiceDown = "service_down", 502;
     /// The person cancelled it.

@@ -1,6 +1,6 @@
 use clan_types::{
-    AppName, ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, NetworkLayer, PersonName, Role, ServiceName,
-    Timestamp,
+    AppName, ByteSize, ClanId, ClanName, ImageId, InviteId, MachineName, NetworkLayer, Passphrase, PersonName, Role,
+    ServiceName, Timestamp,
 };
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -40,6 +40,10 @@ pub struct CreateClan {
     /// Whether the machine is a container, instead of a VM.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub container: bool,
+    /// Encrypts the VM's data disk, which then opens by nothing but this: it is in the manager's memory only. At least 8 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub passphrase: Option<Passphrase>,
     /// Makes a recovery phrase for the owner, which the answer tells once.
     #[serde(default)]
     pub recovery: bool,
@@ -262,6 +266,10 @@ pub struct JoinClan {
     /// What the person was shown and agreed to. If the clan has published something else since, nothing is done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub agreed: Option<Agreed>,
+    /// Encrypts the VM's data disk, which then opens by nothing but this: it is in the manager's memory only. At least 8 characters.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub passphrase: Option<Passphrase>,
 }
 
 /// What a person was shown of a clan's VM or container, before they agreed.

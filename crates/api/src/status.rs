@@ -238,6 +238,8 @@ pub enum ServiceKind {
 pub enum VmState {
     /// Not running.
     Stopped,
+    /// Not running, and cannot start: its disk is encrypted, and the manager does not know the passphrase.
+    Locked,
     /// Running, its controller does not answer yet.
     Starting,
     /// Running, and its controller answers.
@@ -345,6 +347,9 @@ pub struct VmInfo {
     /// Size of its data disk.
     #[schema(value_type = u64)]
     pub disk: ByteSize,
+    /// Whether its data disk is encrypted on this computer.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub encrypted: bool,
     /// What the data disk takes on this computer now.
     #[schema(value_type = u64)]
     pub disk_used: ByteSize,

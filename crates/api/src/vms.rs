@@ -1,6 +1,6 @@
 //! What is asked of, and told about, a VM beyond its state.
 
-use clan_types::{ByteSize, ClanName, ImageId, Timestamp};
+use clan_types::{ByteSize, ClanName, ImageId, Passphrase, Timestamp};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -84,6 +84,15 @@ pub enum ImageSource {
     Members,
     /// It is built here.
     Build,
+}
+
+/// Opens the encrypted disk of a VM, for as long as the manager lives.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UnlockVm {
+    /// What the disk was encrypted with.
+    #[schema(value_type = String)]
+    pub passphrase: Passphrase,
 }
 
 /// Gives a VM another size. What is absent stays.

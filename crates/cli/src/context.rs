@@ -94,7 +94,7 @@ pub(crate) fn read_line() -> Result<String, CliError> {
     Ok(next_line()?.unwrap_or_default().trim().to_owned())
 }
 
-/// One line that is typed without showing.
+/// One line that is typed without showing, with its end and all blanks.
 pub(crate) fn secret_line(printer: &Printer) -> Result<String, CliError> {
     use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
     let stdin = std::io::stdin();
@@ -103,11 +103,11 @@ pub(crate) fn secret_line(printer: &Printer) -> Result<String, CliError> {
     let mut quiet = shown.clone();
     quiet.local_modes.remove(LocalModes::ECHO);
     tcsetattr(&stdin, OptionalActions::Flush, &quiet).map_err(hidden)?;
-    let line = read_line();
+    let line = next_line();
     let restored = tcsetattr(&stdin, OptionalActions::Now, &shown);
     printer.talk("");
     restored.map_err(hidden)?;
-    line
+    Ok(line?.unwrap_or_default())
 }
 
 /// One line of stdin with its end; `None` if there is no more.

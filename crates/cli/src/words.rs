@@ -99,6 +99,7 @@ pub(crate) fn path_kind(kind: PathKind) -> (Tone, &'static str) {
 pub(crate) fn vm_state(state: VmState) -> (Tone, &'static str) {
     match state {
         VmState::Stopped => (Tone::Faint, "stopped"),
+        VmState::Locked => (Tone::Warn, "locked"),
         VmState::Starting => (Tone::Warn, "starting"),
         VmState::Running => (Tone::Good, "running"),
         VmState::Paused => (Tone::Warn, "paused"),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clan_api::{ApiProblem, ErrorCode, VmState};
 use clan_os::channel::Channel;
-use clan_vm::{VmError, copy_data_disk, create_data_disk, probe};
+use clan_vm::{VmError, copy_data_disk, create_data_disk, create_encrypted_disk, probe};
 use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
@@ -15,7 +15,7 @@ use crate::{
     fetch::blocking,
     guest::{self, GuestError, Identity},
     keeper::VmView,
-    logs,
+    lock, logs,
     manager::Shared,
     problem,
     record::{Flavour, Fresh},
@@ -27,8 +27,8 @@ const AGENT: Duration = Duration::from_secs(60);
 const CONTROLLER: Duration = Duration::from_secs(120);
 const CONSOLE_LINES: usize = 15;
 
-/// Makes the data disk, unless it is there: from a template if there is one, so that the VM need not boot. A container has
-/// none, and needs its image unpacked.
+/// Makes the data disk, unless it is there: from a template if there is one, so that the VM need not boot; an encrypted one boots.
+/// A container has none, and needs its image unpacked.
 pub(crate) async fn data_disk(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
     if clan.record.get().is_container() {
         let image = clan.record.get().image.and_then(|id| shared.images.get(&id));
@@ -37,10 +37,21 @@ pub(crate) async fn data_disk(shared: &Shared, clan: &Clan, task: &TaskHandle) -
     }
     let path = clan.record.paths().data_disk();
     if path.exists() {
+        // An earlier manager made it, and knew the passphrase.
+        lock::unlocked(clan, task).await;
         task.skip();
         return Ok(());
     }
     let record = clan.record.get();
+    if record.encrypted {
+        let forgotten = || {
+            ApiProblem::new(ErrorCode::Locked, "the passphrase for its disk is not known any more")
+                .why("the manager that was told it ended before it had made the disk")
+                .hint("begin anew")
+        };
+        let passphrase = clan.record.passphrase().ok_or_else(forgotten)?;
+        return create_encrypted_disk(&path, record.disk, &passphrase).await.map_err(|e| problem::vm(&e));
+    }
     let accelerator = probe::accelerator(&shared.paths.cache()).await;
     let kind = Kind::of(&record, accelerator.kind, &shared.options.qemu);
     if let Some(template) = kind.and_then(|kind| shared.templates.find(&kind)) {
@@ -102,7 +113,7 @@ pub(crate) async fn wait(
 ) -> Result<Channel, ApiProblem> {
     let mut view = clan.keeper.watch();
     let failed = async {
-        match view.wait_for(|v| v.state == VmState::Failed).await {
+        match view.wait_for(|v| matches!(v.state, VmState::Failed | VmState::Locked)).await {
             Ok(view) => view.problem.clone().unwrap_or_else(|| ApiProblem::new(ErrorCode::VmFailed, "the VM failed")),
             Err(_) => ApiProblem::new(ErrorCode::Stopping, "the manager is stopping"),
         }

@@ -8,9 +8,10 @@ use std::{
 use clan_api::ApiProblem;
 use clan_ledger::AuthorId;
 use clan_os::channel::Channel;
-use clan_types::{ClanId, ClanName, PersonId};
+use clan_types::{ClanId, ClanName, Passphrase, PersonId};
 use clan_wire::control::NodeStatus;
 use ed25519_dalek::SigningKey;
+use tokio::sync::watch;
 
 use crate::{
     disk::DiskError,
@@ -32,11 +33,34 @@ pub(crate) struct RecordCell {
     paths: ClanPaths,
     record: Mutex<ClanRecord>,
     memory: Memory,
+    /// INVARIANT: nowhere else, but on its way to a QEMU.
+    passphrase: watch::Sender<Option<Passphrase>>,
 }
 
 impl RecordCell {
     pub(crate) fn new(paths: ClanPaths, record: ClanRecord) -> Self {
-        Self { memory: Memory::new(record.id, paths.clone()), paths, record: Mutex::new(record) }
+        let passphrase = watch::Sender::new(None);
+        Self { memory: Memory::new(record.id, paths.clone()), paths, record: Mutex::new(record), passphrase }
+    }
+
+    /// What opens the data disk, if it is encrypted and somebody said it.
+    pub(crate) fn passphrase(&self) -> Option<Passphrase> {
+        self.passphrase.borrow().clone()
+    }
+
+    /// Remembers what opens the data disk; or forgets it.
+    pub(crate) fn set_passphrase(&self, passphrase: Option<Passphrase>) {
+        self.passphrase.send_replace(passphrase);
+    }
+
+    /// Wakes when it is said, or forgotten.
+    pub(crate) fn watch_passphrase(&self) -> watch::Receiver<Option<Passphrase>> {
+        self.passphrase.subscribe()
+    }
+
+    /// Whether the data disk is encrypted, and nobody has said what opens it.
+    pub(crate) fn is_locked(&self) -> bool {
+        self.lock().encrypted && self.passphrase.borrow().is_none()
     }
 
     /// What is remembered of the clan's ledger.

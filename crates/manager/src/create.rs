@@ -99,7 +99,7 @@ pub(crate) fn default_cpus(shared: &Shared) -> u8 {
 /// The owner's recovery phrase comes back if it was asked for, and is kept nowhere.
 pub(crate) async fn begin(
     shared: &Arc<Shared>,
-    request: CreateClan,
+    mut request: CreateClan,
 ) -> Result<(Arc<Task>, Option<RecoveryPhrase>), ApiProblem> {
     let sizes = [request.memory.is_some(), request.disk.is_some(), request.cpus.is_some()];
     let home = match &request.integrate {
@@ -116,13 +116,15 @@ pub(crate) async fn begin(
             Home::vm(shared, Size { memory, disk, cpus })?
         }
     };
-    let home = home.steered(request.control);
+    let passphrase = request.passphrase.take();
+    let home = home.steered(request.control).encrypted(passphrase.is_some())?;
     let _one = shared.admission.lock().await;
     shared.check_name_free(&request.name)?;
     home.check_free(shared)?;
     let paths = shared.paths.clone();
     let (record, phrase) = blocking(move || found(&paths, &request, &home)).await??;
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
+    clan.record.set_passphrase(passphrase);
     Ok((spawn(shared, clan), phrase))
 }
 
@@ -136,9 +138,15 @@ pub(crate) struct Home {
     pub(crate) control: ControlMode,
     /// The image that its user agreed to; `None` where it is not chosen yet, or there is none.
     pub(crate) image: Option<ImageId>,
+    /// Whether its data disk is encrypted.
+    pub(crate) encrypted: bool,
 }
 
 impl Home {
+    fn of(flavour: Flavour, size: Size, ports: Ports) -> Self {
+        Self { flavour, size, ports, control: ControlMode::Local, image: None, encrypted: false }
+    }
+
     /// The same, to run an image.
     #[must_use]
     pub(crate) fn running(self, image: Option<ImageId>) -> Self {
@@ -151,10 +159,19 @@ impl Home {
         Self { control: control.map_or_else(ControlMode::default, Into::into), ..self }
     }
 
+    /// The same, with an encrypted data disk if that was asked for.
+    pub(crate) fn encrypted(self, encrypted: bool) -> Result<Self, ApiProblem> {
+        if encrypted && self.flavour != Flavour::Vm {
+            return Err(ApiProblem::new(ErrorCode::BadRequest, "only a VM has a disk of its own to encrypt")
+                .hint("encrypt this computer's disk instead, or take a VM"));
+        }
+        Ok(Self { encrypted, ..self })
+    }
+
     /// A VM.
     pub(crate) fn vm(shared: &Shared, size: Size) -> Result<Self, ApiProblem> {
         check_computer(shared, size)?;
-        Ok(Self { flavour: Flavour::Vm, size, ports: free_ports()?, control: ControlMode::Local, image: None })
+        Ok(Self::of(Flavour::Vm, size, free_ports()?))
     }
 
     /// A container. What it has of memory, disk and processors is what a VM of the clan would have by default: the clan's
@@ -166,7 +183,7 @@ impl Home {
         }
         clan_vm::container::check().map_err(|missing| problem::vm(&clan_vm::VmError::Missing(missing)))?;
         let size = Size { memory: DEFAULT_MEMORY, disk: DEFAULT_DISK, cpus: default_cpus(shared) };
-        Ok(Self { flavour: Flavour::Container, size, ports: free_ports()?, control: ControlMode::Local, image: None })
+        Ok(Self::of(Flavour::Container, size, free_ports()?))
     }
 
     /// The computer itself, by a controller that runs, obeys us and is free.
@@ -178,13 +195,8 @@ impl Home {
         let socket = integrated::socket_path(socket)?;
         integrated::look(&socket).await?;
         let nothing = ByteSize::from_bytes(0);
-        let home = Self {
-            flavour: Flavour::Integrated { socket },
-            size: Size { memory: nothing, disk: nothing, cpus: 0 },
-            ports: Ports { quic: 0, wireguard: 0 },
-            control: ControlMode::Local,
-            image: None,
-        };
+        let (size, ports) = (Size { memory: nothing, disk: nothing, cpus: 0 }, Ports { quic: 0, wireguard: 0 });
+        let home = Self::of(Flavour::Integrated { socket }, size, ports);
         home.check_free(shared)?;
         Ok(home)
     }
@@ -206,6 +218,7 @@ impl Home {
             machine,
             phase,
             flavour: self.flavour.clone(),
+            encrypted: self.encrypted,
             wanted: false,
             held: false,
             paused: false,

@@ -88,7 +88,7 @@ pub(crate) async fn begin(shared: &Arc<Shared>, request: JoinClan) -> Result<Arc
 
 async fn begin_by(
     shared: &Arc<Shared>,
-    request: JoinClan,
+    mut request: JoinClan,
     link: InviteLink,
     fetcher: &Fetcher,
 ) -> Result<Arc<Task>, ApiProblem> {
@@ -110,7 +110,8 @@ async fn begin_by(
         check_image(shared, &manifest, (!request.container).then_some(home.size.memory))?;
     }
     let image = found.description().filter(|_| request.integrate.is_none()).map(|d| d.image);
-    let home = home.steered(request.control).running(image);
+    let passphrase = request.passphrase.take();
+    let home = home.steered(request.control).running(image).encrypted(passphrase.is_some())?;
     check_names(&found, (link.purpose == Purpose::Join).then_some(&request.person), &request.machine)?;
     let _one = shared.admission.lock().await;
     // Another request may have been faster.
@@ -125,6 +126,7 @@ async fn begin_by(
         Purpose::Device => devices::arrive(paths, &request, &link, fetcher, found, &home).await?,
     };
     let clan = shared.adopt(record).map_err(|e| problem::disk(&e))?;
+    clan.record.set_passphrase(passphrase);
     Ok(spawn(shared, clan))
 }
 

@@ -9,6 +9,8 @@
 //!     └──────────────────────────────── Stopping ◀────────────────┘
 //! ```
 //!
+//! One whose disk is encrypted, and whose passphrase nobody has said, is Locked instead of Stopped, or of Starting.
+//!
 //! INVARIANT: only the loop of [`owner`] starts QEMU for its clan, and it looks for a running one first.
 
 mod owner;

@@ -8,7 +8,7 @@ use clan_ledger::Body;
 use crate::{
     boot,
     clan::Clan,
-    contained, guest,
+    contained, guest, lock,
     manager::Shared,
     problem,
     record::{Flavour, Phase},
@@ -107,7 +107,8 @@ async fn farewell(clan: &Clan, task: &TaskHandle) -> Result<bool, ApiProblem> {
 pub(crate) async fn stop(clan: &Clan) -> Result<(), ApiProblem> {
     let mut view = clan.keeper.watch();
     clan.keeper.want(false).await?;
-    let stopped = view.wait_for(|v| matches!(v.state, VmState::Stopped | VmState::Failed) && v.pid.is_none());
+    let stopped =
+        view.wait_for(|v| matches!(v.state, VmState::Stopped | VmState::Locked | VmState::Failed) && v.pid.is_none());
     match tokio::time::timeout(STOPPED, stopped).await {
         Ok(_) => Ok(()),
         Err(_) => {
@@ -151,6 +152,7 @@ pub(crate) fn is_kept(clan: &Clan, verb: &str) -> Result<(), ApiProblem> {
 /// Starts a VM, as a task.
 pub(crate) fn start_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     is_kept(&clan, "start")?;
+    lock::check_unlocked(&clan)?;
     let shared_ = shared.clone();
     let step = format!("Start the {}", clan.record.get().what());
     vm_task(shared, clan, TaskKind::StartVm, "Start", &[&step], move |clan, task| async move {

@@ -34,6 +34,7 @@ mod join;
 mod keeper;
 mod leave;
 mod link;
+mod lock;
 mod logs;
 mod machine;
 mod manager;

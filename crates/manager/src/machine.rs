@@ -13,6 +13,7 @@ use crate::{
     create::{self, Size},
     guest::{self, GuestError},
     leave::{is_kept, is_vm, start, stop, vm_task},
+    lock,
     manager::Shared,
     problem,
     record::Phase,
@@ -40,13 +41,14 @@ pub(crate) fn resume_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<T
 /// Stops a VM in good order and starts it again, as a task. Cancelled in between, it starts all the same.
 pub(crate) fn restart_task(shared: &Arc<Shared>, clan: Arc<Clan>) -> Result<Arc<Task>, ApiProblem> {
     is_kept(&clan, "restart")?;
+    lock::check_unlocked(&clan)?;
     let what = clan.record.get().what();
     let steps = [format!("Stop the {what}"), format!("Start the {what}")];
     vm_task(shared, clan, TaskKind::RestartVm, "Restart", &[&steps[0], &steps[1]], |clan, task| async move {
         // A manager that is killed meanwhile starts it: what the person wants does not change.
         clan.keeper.restart().await?;
         let mut view = clan.keeper.watch();
-        let down = view.wait_for(|v| v.state == VmState::Starting || v.state == VmState::Failed);
+        let down = view.wait_for(|v| matches!(v.state, VmState::Starting | VmState::Failed | VmState::Locked));
         task.unless_cancelled(async {
             let _ = down.await;
             Ok(())
@@ -108,7 +110,8 @@ pub(crate) async fn resize(shared: &Arc<Shared>, clan: &Clan, request: &ResizeVm
 async fn grow(clan: &Clan, size: ByteSize) -> Result<(), ApiProblem> {
     let Some(vm) = clan.keeper.vm() else {
         let path = clan.record.paths().data_disk();
-        let grown = std::fs::OpenOptions::new().write(true).open(&path).and_then(|disk| disk.set_len(size.as_bytes()));
+        let length = size.as_bytes().saturating_add(lock::overhead(clan, &path)?.as_bytes());
+        let grown = std::fs::OpenOptions::new().write(true).open(&path).and_then(|disk| disk.set_len(length));
         return grown.map_err(|e| {
             ApiProblem::new(ErrorCode::VmFailed, format!("{} does not grow", path.display())).why(e.to_string())
         });

@@ -120,6 +120,11 @@ pub(crate) fn vm(error: &VmError) -> ApiProblem {
         VmError::TooLarge { .. } => {
             plain(ErrorCode::TooSmall, error).hint("close some programs, or give the machine less with `--memory`")
         }
+        VmError::WrongPassphrase { .. } => ApiProblem::new(ErrorCode::WrongPassphrase, "the passphrase is wrong")
+            .why("it does not open the disk, on which nothing was changed")
+            .hint("try again: capitals, blanks and the keyboard's layout count"),
+        VmError::DamagedDisk { path, .. } => plain(ErrorCode::DamagedFile, error)
+            .hint(format!("put a copy back: `clan vm restore`; the disk is {}", path.display())),
         VmError::BadSpec(_) => plain(ErrorCode::BadRequest, error),
         VmError::NotSaved { .. } => plain(ErrorCode::VmFailed, error),
         VmError::DiedAtStart { .. } | VmError::SilentAtStart { .. } | VmError::Process { .. } | VmError::Qmp(_) => {

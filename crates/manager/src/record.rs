@@ -95,6 +95,9 @@ pub(crate) struct ClanRecord {
     /// A record of an earlier version has none: it is a VM's.
     #[serde(default)]
     pub(crate) flavour: Flavour,
+    /// Whether the VM's data disk, and every copy of it, is encrypted. Never changes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) encrypted: bool,
     /// Whether the VM shall run.
     pub(crate) wanted: bool,
     /// Whether the VM shall run again after what it was stopped for, also if the manager is killed meanwhile.
@@ -304,6 +307,7 @@ pub(crate) mod tests {
             machine: "laptop".parse().unwrap(),
             phase,
             flavour: Flavour::Vm,
+            encrypted: false,
             wanted: false,
             held: false,
             paused: false,

@@ -1,7 +1,8 @@
 //! Snapshots of data disks: `<clan>/snapshots/<name>/{snapshot.json,data.ext4}`.
 //!
 //! A snapshot is of the disk only. One of a running guest is as after a power cut right after everything was written out:
-//! the guest's file system is made for that.
+//! the guest's file system is made for that. A copy of an encrypted disk is encrypted as the disk is, and no copy has the guest's
+//! memory.
 
 use std::{
     fs, io,
@@ -23,7 +24,7 @@ use crate::{
     fetch::blocking,
     guest,
     leave::{is_vm, start, vm_task},
-    machine,
+    lock, machine,
     manager::Shared,
     paths::ClanPaths,
     problem,
@@ -62,19 +63,22 @@ fn checked(name: &str) -> Result<&str, ApiProblem> {
 
 /// The snapshots of a clan's VM, oldest first.
 pub(crate) fn list(clan: &Clan) -> Vec<SnapshotInfo> {
-    let mut all: Vec<_> = disk::list(&folder(clan)).iter().filter_map(|dir| info(dir)).collect();
+    let mut all: Vec<_> = disk::list(&folder(clan)).iter().filter_map(|dir| info(clan, dir)).collect();
     all.sort_by_key(|s| (s.made, s.name.clone()));
     all
 }
 
-fn info(dir: &Path) -> Option<SnapshotInfo> {
+fn info(clan: &Clan, dir: &Path) -> Option<SnapshotInfo> {
     let name = checked(dir.file_name()?.to_str()?).ok()?.to_owned();
     let snapshot: Snapshot = disk::read_json(&dir.join("snapshot.json")).ok()??;
-    let meta = fs::metadata(dir.join("data.ext4")).ok()?;
+    let data = dir.join("data.ext4");
+    let meta = fs::metadata(&data).ok()?;
+    // One that is damaged is listed all the same: only what is on it is unknown.
+    let beside = lock::overhead(clan, &data).unwrap_or_default();
     Some(SnapshotInfo {
         name,
         made: snapshot.made,
-        size: ByteSize::from_bytes(meta.len()),
+        size: ByteSize::from_bytes(meta.len().saturating_sub(beside.as_bytes())),
         used: ByteSize::from_bytes(meta.blocks().saturating_mul(512)),
         image: snapshot.image,
         running: snapshot.running,
@@ -220,6 +224,10 @@ impl Drop for Resumed {
 /// Puts a snapshot in the place of the data disk, as a task. The VM is stopped for it, and runs again if it was to.
 pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) -> Result<Arc<Task>, ApiProblem> {
     check_ready(&clan)?;
+    if clan.keeper.vm().is_some() {
+        // What runs would not run again. One that does not is put back all the same: its disk may not open as it is.
+        lock::check_unlocked(&clan)?;
+    }
     let snapshot = find(&clan, checked(name)?)?;
     let steps = ["Stop the virtual machine", "Put the disk back", "Start the virtual machine"];
     vm_task(shared, clan, TaskKind::RestoreVm, "Restore", &steps, move |clan, task| async move {
@@ -235,7 +243,9 @@ pub(crate) fn restore_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
             put_back(&clan, &snapshot).await
         });
         let ((), runs) = put.await?;
-        if runs {
+        if runs && clan.record.is_locked() {
+            task.log("it starts when its disk is unlocked: `clan vm unlock`");
+        } else if runs {
             task.begin(2);
             task.unless_cancelled(start(&clan, &task)).await?;
         }
@@ -247,13 +257,14 @@ async fn put_back(clan: &Clan, snapshot: &SnapshotInfo) -> Result<(), ApiProblem
     let from = folder(clan).join(&snapshot.name).join("data.ext4");
     let paths = clan.record.paths().clone();
     let size = clan.record.get().disk.max(snapshot.size);
+    let length = ByteSize::from_bytes(size.as_bytes().saturating_add(lock::overhead(clan, &from)?.as_bytes()));
     // Its ledger will be an old one, and its machine sign nothing before it has heard what came after.
     clan.record.update(|r| (r.restored, r.fresh) = (true, None)).map_err(|e| problem::disk(&e))?;
-    blocking(move || replace_disk(&paths, &from, size)).await??;
+    blocking(move || replace_disk(&paths, &from, length)).await??;
     clan.record.update(|r| r.disk = size).map_err(|e| problem::disk(&e))
 }
 
-/// Puts a copy of a disk in the place of a VM's, at least so large: a crash leaves the one or the other. Nothing may use
+/// Puts a copy of a disk in the place of a VM's, as a file at least so long: a crash leaves the one or the other. Nothing may use
 /// either. Blocks on the disk.
 pub(crate) fn replace_disk(paths: &ClanPaths, from: &Path, size: ByteSize) -> Result<(), ApiProblem> {
     let (place, beside) = (paths.data_disk(), paths.dir.join(RESTORING));
@@ -346,6 +357,25 @@ mod tests {
         put_back(&clan, &snapshot).await.unwrap_err();
         assert!(clan.record.get().restored, "it is doubted rather than trusted");
         assert!(!names(&clan.record.paths().dir).iter().any(|name| name.starts_with(RESTORING)));
+    }
+
+    #[tokio::test]
+    async fn an_encrypted_disk_is_put_back_at_the_length_that_its_file_has_by_now() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Shared::for_tests(dir.path());
+        let clan = clan(&shared, b"");
+        let disk = clan.record.paths().data_disk();
+        fs::remove_file(&disk).unwrap();
+        let passphrase = "correct horse".parse().unwrap();
+        clan_vm::create_encrypted_disk(&disk, ByteSize::from_mib(16), &passphrase).await.unwrap();
+        clan.record.update(|r| (r.encrypted, r.disk) = (true, ByteSize::from_mib(16))).unwrap();
+        make(&clan, "first", None).await.unwrap();
+        let snapshot = find(&clan, "first").ok().unwrap();
+        assert_eq!(snapshot.size, ByteSize::from_mib(16));
+        clan.record.update(|r| r.disk = ByteSize::from_mib(32)).unwrap();
+        put_back(&clan, &snapshot).await.unwrap();
+        assert_eq!(fs::metadata(&disk).unwrap().len(), 34 << 20);
+        clan_vm::check_passphrase(&disk, &passphrase).unwrap();
     }
 
     #[tokio::test]

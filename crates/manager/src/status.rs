@@ -89,6 +89,14 @@ fn clan_problems(clan: &Clan, seen: Option<&Told>) -> Vec<HealthProblem> {
             hints: vec![exposure.remedy],
         });
     }
+    if view.pid.is_some() && clan.record.is_locked() {
+        problems.push(HealthProblem {
+            severity: Severity::Warning,
+            clan: Some(name.clone()),
+            message: format!("{name}: its disk is encrypted, and this manager does not know the passphrase: when the VM ends, it does not start again"),
+            hints: vec!["unlock it: `clan vm unlock`".into()],
+        });
+    }
     for message in seen.iter().flat_map(|told| &told.status.problems).take(20) {
         problems.push(HealthProblem {
             severity: Severity::Warning,
@@ -324,6 +332,7 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmIn
         memory: record.memory,
         cpus: u32::from(record.cpus),
         disk: record.disk,
+        encrypted: record.encrypted,
         disk_used: ByteSize::from_bytes(disk_used.unwrap_or(0)),
         image: record.image,
         quic_port: record.ports.quic,

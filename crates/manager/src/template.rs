@@ -63,7 +63,12 @@ pub(crate) struct Kind {
 
 impl Kind {
     /// What the clan's VM would need.
+    ///
+    /// INVARIANT: nothing of a VM whose disk is encrypted is saved in the clear, so it neither leaves a template nor begins with one.
     pub(crate) fn of(record: &ClanRecord, accelerator: AccelKind, qemu: &Qemu) -> Option<Self> {
+        if record.encrypted {
+            return None;
+        }
         Some(Self {
             format: FORMAT,
             image: record.image?,

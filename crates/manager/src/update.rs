@@ -16,7 +16,7 @@ use crate::{
     fetch::{Fetcher, blocking},
     guest, image, images, invite, join,
     leave::{is_kept, start, vm_task},
-    machine,
+    lock, machine,
     manager::Shared,
     problem, publish,
     record::{self, ClanRecord, Phase, Trial},
@@ -243,6 +243,7 @@ fn steps(clan: &Clan) -> [String; 4] {
 
 /// Switches a VM to another image, as a task.
 pub(crate) async fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) -> Result<Arc<Task>, ApiProblem> {
+    lock::check_unlocked(&clan)?;
     let Chosen { choice, stays } = choose(shared, &clan, request).await?;
     let shared_ = shared.clone();
     let steps = steps(&clan);
@@ -323,6 +324,8 @@ fn healthy(status: &NodeStatus) -> impl Iterator<Item = &ServiceName> {
 pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Result<(), ApiProblem> {
     let Some(trial) = clan.record.get().trial else { return Ok(()) };
     let tried = async {
+        // A locked one says nothing of its image.
+        lock::unlocked(clan, task).await;
         start(clan, task).await?;
         well(clan, &trial).await
     };
@@ -335,8 +338,8 @@ pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Re
             }
             return Ok(());
         }
-        // The next manager judges.
-        Err(problem) if shared.is_stopping() => return Err(problem),
+        // The next manager judges; or the next start, if nobody unlocked it.
+        Err(problem) if shared.is_stopping() || clan.record.is_locked() => return Err(problem),
         Err(problem) => problem,
     };
     task.log(format!("not well: {}; back to the image {}", problem.message, trial.previous.short()));

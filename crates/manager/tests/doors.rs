@@ -90,6 +90,7 @@ fn create() -> CreateClan {
         integrate: None,
         control: None,
         container: false,
+        passphrase: None,
         recovery: false,
     }
 }
@@ -191,6 +192,7 @@ async fn a_link_to_a_machine_that_is_off_says_what_was_tried() {
         control: None,
         container: false,
         agreed: None,
+        passphrase: None,
     };
     let problem = problem(timeout(LIMIT, manager.client.join(&join)).await.expect("an answer in time"));
     assert_eq!(problem.code, ErrorCode::Unreachable);

@@ -164,6 +164,7 @@ async fn right_after_founding_every_verb_knows_the_clan() {
         disk: None,
         cpus: None,
         container: false,
+        passphrase: None,
         integrate: Some(socket.display().to_string()),
         recovery: false,
     };

@@ -123,7 +123,7 @@ function ago(then) {
 
 const count = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
 
-const VM_WORD = { stopped: ["idle", "Stopped"], starting: ["warn", "Starting"], running: ["good", "Running"], paused: ["warn", "Paused"], stopping: ["warn", "Stopping"], failed: ["bad", "Failed"] };
+const VM_WORD = { stopped: ["idle", "Stopped"], locked: ["warn", "Locked"], starting: ["warn", "Starting"], running: ["good", "Running"], paused: ["warn", "Paused"], stopping: ["warn", "Stopping"], failed: ["bad", "Failed"] };
 const PHASE_WORD = { creating: "being founded", joining: "being joined", leaving: "being left" };
 const PATH_WORD = { local: "This computer", direct: "Direct", quic_direct: "Direct (QUIC)", relayed: "Relayed" };
 const CONTROL_WORD = { local: "Only you steer it", remote: "The clan’s admins steer it", shared: "You and the clan’s admins steer it" };
@@ -604,14 +604,14 @@ function statsSection(clan, vm) {
   const [tone, word] = VM_WORD[vm.state];
   const busy = state.busy.has(`vm ${vm.id}`) || Boolean(vm.task);
   // The controller of an integrated machine is a service of the computer, and not for the manager to start or stop.
-  const button = vm.flavour === "integrated" ? null : vm.state === "stopped" || vm.state === "failed"
+  const button = vm.flavour === "integrated" || vm.state === "locked" ? null : vm.state === "stopped" || vm.state === "failed"
     ? h("button", { type: "button", key: "start", class: "button small", disabled: busy, onclick: () => startVm(vm) }, ICON.start(), "Start")
     : h("button", { type: "button", key: "stop", class: "button small", disabled: busy, onclick: () => stopVm(vm) }, ICON.stop(), "Stop");
   const head = h("div", { class: "section-head" },
     h("h2", null, "This computer’s machine"),
     h("div", { class: "sub" }, stateWord(tone, `${vm.machine}: ${word.toLowerCase()} for ${span(state.status.now - vm.since)}`), button));
   const now = points.at(-1) ?? vm.stats;
-  if (!now || vm.state === "stopped" || vm.state === "failed") {
+  if (!now || ["stopped", "locked", "failed"].includes(vm.state)) {
     return h("section", { key: `stats ${vm.id}`, "aria-label": "This computer’s machine" }, head,
       h("p", { class: "panel empty" }, vm.reason ? sentence(vm.reason) : vm.state === "stopped" ? "It is stopped." : "Statistics show once it has started."));
   }

@@ -8,6 +8,7 @@ mod control;
 mod ids;
 mod link;
 mod name;
+mod passphrase;
 mod pasted;
 mod phrase;
 mod role;
@@ -26,6 +27,7 @@ pub use link::{DEVICE_LINK, DEVICE_LINK_LIFETIME, InviteLink, InviteSecret, Link
 pub use name::{
     AppName, ClanName, DeviceName, GroupName, MachineName, NameError, NetworkLayer, PersonName, RuleName, ServiceName,
 };
+pub use passphrase::{Passphrase, PassphraseError};
 pub use phrase::{PhraseError, RecoveryPhrase};
 pub use role::{Role, RoleError};
 pub use size::{ByteSize, SizeError};

@@ -25,6 +25,9 @@ pub(crate) const KERNEL: &str = "kernel";
 /// What QEMU calls the data disk.
 pub(crate) const DATA_NODE: &str = "data";
 
+/// What QEMU calls the passphrase of an encrypted data disk.
+const DATA_KEY: &str = "data-key";
+
 /// The machine type that guests are tested with; a newer QEMU still emulates it. Others use their newest.
 pub(crate) const PINNED_MACHINE: &str = "pc-q35-7.2";
 pub(crate) const ANY_MACHINE: &str = "q35";
@@ -46,14 +49,14 @@ const KERNEL_COMMAND_LINE: &str = "console=ttyS0 quiet loglevel=4 panic=-1 net.i
      clan.root=vda clan.layers=vdb clan.data=vdc clan.boot=vdd";
 
 /// The arguments for a virtual machine. `direct` says whether its data disk can bypass the base OS's page cache, `apart`
-/// whether its network is a namespace of its own, `state` which of QEMU's descriptors is the saved state to begin with.
+/// whether its network is a namespace of its own.
 pub(crate) fn arguments(
     spec: &VmSpec,
     emulator: Emulator,
     kernel: &Path,
     direct: bool,
     apart: bool,
-    state: Option<RawFd>,
+    inherited: Inherited,
 ) -> Result<Vec<OsString>, VmError> {
     let mut args = Args(Vec::new());
     args.pair("-name", format!("clan-{}", spec.name));
@@ -75,12 +78,14 @@ pub(crate) fn arguments(
         // A saved guest was told the same.
         Begin::BootToSave | Begin::Saved(_) => args.pair("-append", format!("{KERNEL_COMMAND_LINE} {TEMPLATE}")),
     };
-    if let (Begin::Saved(_), Some(state)) = (&spec.begin, state) {
+    if let (Begin::Saved(_), Some(state)) = (&spec.begin, inherited.state) {
         args.pair("-incoming", format!("fd:{state}"));
     }
 
     args.pair("-qmp", format!("unix:{QMP},server=on,wait=off"));
-    args.pair("-chardev", format!("{},logfile={CONSOLE_LOG},logappend=on", socket("console", CONSOLE)));
+    // INVARIANT: of a guest whose disk is encrypted, nothing is written down in the clear.
+    let kept = if spec.passphrase.is_some() { String::new() } else { format!(",logfile={CONSOLE_LOG},logappend=on") };
+    args.pair("-chardev", format!("{}{kept}", socket("console", CONSOLE)));
     args.pair("-serial", "chardev:console");
     args.pair("-device", "virtio-serial-pci,id=ports");
     for (id, path, name) in [("agent", AGENT, clan_wire::agent::PORT), ("control", CONTROL, clan_wire::control::PORT)] {
@@ -93,7 +98,14 @@ pub(crate) fn arguments(
     // The guest names its disks in this order.
     args.disk("root", shared(&spec.image.root)?);
     args.disk("layer", shared(&spec.image.layer)?);
-    args.disk(DATA_NODE, writable(&spec.data_disk, direct)?);
+    if spec.passphrase.is_some() {
+        // INVARIANT: no secret is an argument. QEMU reads this to its end, once.
+        let key = inherited.key.ok_or(VmError::BadSpec("its passphrase is not handed over"))?;
+        args.pair("-object", format!("secret,id={DATA_KEY},file=/proc/self/fd/{key}"));
+        args.disk(DATA_NODE, encrypted(&spec.data_disk, direct)?);
+    } else {
+        args.disk(DATA_NODE, writable(&spec.data_disk, direct)?);
+    }
     args.disk("boot", shared(&spec.image.boot)?);
 
     // IPv4 only: the network's router advertisements would change the guest's addresses seconds after boot, and make its
@@ -105,6 +117,15 @@ pub(crate) fn arguments(
     // No boot ROM: the kernel is loaded directly.
     args.pair("-device", "virtio-net-pci,netdev=net,romfile=");
     Ok(args.0)
+}
+
+/// Which of QEMU's descriptors is what.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Inherited {
+    /// The saved state to begin with.
+    pub(crate) state: Option<RawFd>,
+    /// The passphrase of its data disk.
+    pub(crate) key: Option<RawFd>,
 }
 
 /// As QEMU writes it in its error message, too. In a namespace of its own, what comes in comes for any address.
@@ -159,6 +180,19 @@ fn writable(path: &Path, direct: bool) -> Result<Value, VmError> {
     }))
 }
 
+/// The same, behind a passphrase. Nothing is given back of it: a hole would read as noise.
+fn encrypted(path: &Path, direct: bool) -> Result<Value, VmError> {
+    let cache = json!({ "direct": direct, "no-flush": false });
+    Ok(json!({
+        "driver": "luks",
+        "key-secret": DATA_KEY,
+        "discard": "ignore",
+        "detect-zeroes": "off",
+        "cache": cache,
+        "file": { "driver": "file", "filename": text(path)?, "locking": "on", "discard": "ignore", "cache": cache },
+    }))
+}
+
 fn absolute(path: &Path) -> Result<PathBuf, VmError> {
     std::path::absolute(path).map_err(VmError::io("resolve", path))
 }
@@ -187,6 +221,7 @@ mod tests {
                 boot: file("boot"),
             },
             data_disk: "/data.ext4".into(),
+            passphrase: None,
             memory: ByteSize::from_mib(256),
             cpus: 2,
             accelerator: AccelKind::Tcg,
@@ -196,9 +231,13 @@ mod tests {
         }
     }
 
-    fn line(spec: &VmSpec) -> Vec<String> {
+    fn told(spec: &VmSpec, inherited: Inherited) -> Result<Vec<OsString>, VmError> {
         let emulator = Emulator { machine: PINNED_MACHINE, quick_firmware: true };
-        arguments(spec, emulator, Path::new("/vm/kernel"), true, true, Some(7))
+        arguments(spec, emulator, Path::new("/vm/kernel"), true, true, inherited)
+    }
+
+    fn line(spec: &VmSpec) -> Vec<String> {
+        told(spec, Inherited { state: Some(7), key: Some(9) })
             .unwrap()
             .into_iter()
             .map(|a| a.into_string().unwrap())
@@ -206,7 +245,11 @@ mod tests {
     }
 
     fn disks() -> Vec<Value> {
-        let line = line(&spec());
+        disks_of(&spec())
+    }
+
+    fn disks_of(spec: &VmSpec) -> Vec<Value> {
+        let line = line(spec);
         line.iter().filter_map(|a| serde_json::from_str(a).ok()).filter(Value::is_object).collect()
     }
 
@@ -240,6 +283,21 @@ mod tests {
         assert_eq!(booted.0, saved.0);
         assert_eq!((booted.1, saved.1.as_deref()), (None, Some("fd:7")));
         assert_ne!(of(Begin::Boot).0, booted.0, "only a guest to be saved is told to wait");
+    }
+
+    #[test]
+    fn an_encrypted_disk_is_opened_by_what_is_no_argument_and_its_console_not_kept() {
+        let sealed = VmSpec { passphrase: Some("correct horse".parse().unwrap()), ..spec() };
+        let (line, plain) = (line(&sealed), line(&spec()));
+        assert!(line.iter().all(|a| !a.contains("horse")), "{line:?}");
+        assert!(line.contains(&"secret,id=data-key,file=/proc/self/fd/9".to_owned()), "{line:?}");
+        assert!(plain.iter().any(|a| a.contains("logfile")) && !line.iter().any(|a| a.contains("logfile")));
+        let disks = disks_of(&sealed);
+        let names: Vec<_> = disks.iter().filter_map(|d| d["node-name"].as_str()).collect();
+        assert_eq!(names, ["root", "layer", "data", "boot"], "the guest sees the same");
+        assert_eq!((&disks[2]["driver"], &disks[2]["file"]["locking"]), (&json!("luks"), &json!("on")));
+        let without = told(&sealed, Inherited::default());
+        assert!(matches!(without, Err(VmError::BadSpec(_))), "{without:?}");
     }
 
     #[test]

@@ -28,6 +28,15 @@ const MKFS: &str = "mkfs.ext4";
 /// [`VmError::NoSpace`] if the disk could not be filled with what is free now; [`VmError::MissingTool`] without
 /// `mkfs.ext4`; [`VmError::Io`], with `AlreadyExists` if there is a file of this name.
 pub async fn create_data_disk(path: &Path, size: ByteSize) -> Result<(), VmError> {
+    let mkfs = begin(path, size)?;
+    let temporary = Temporary::new(path)?;
+    temporary.1.set_len(size.as_bytes()).map_err(VmError::io("write", &temporary.0))?;
+    format(&mkfs, &temporary.0, Holes::AreZero).await.map_err(|error| explain(error, path, size))?;
+    commit(&temporary, path)
+}
+
+/// Sees whether there can be a disk of this name and size, and what makes its file system.
+pub(crate) fn begin(path: &Path, size: ByteSize) -> Result<PathBuf, VmError> {
     if path.symlink_metadata().is_ok() {
         return Err(VmError::io("create", path)(io::ErrorKind::AlreadyExists.into()));
     }
@@ -37,20 +46,29 @@ pub async fn create_data_disk(path: &Path, size: ByteSize) -> Result<(), VmError
     if size > available {
         return Err(VmError::NoSpace { path: path.into(), asked: size, available });
     }
-    let mkfs = tool::find(&[MKFS]).ok_or(VmError::MissingTool { tool: MKFS, package: "e2fsprogs" })?;
+    tool::find(&[MKFS]).ok_or(VmError::MissingTool { tool: MKFS, package: "e2fsprogs" })
+}
 
-    let temporary = Temporary::new(path)?;
-    temporary.1.set_len(size.as_bytes()).map_err(VmError::io("write", &temporary.0))?;
-    format(&mkfs, &temporary.0).await.map_err(|error| match error {
-        VmError::ToolFailed { log, .. } if log.contains("No space left") => {
-            VmError::NoSpace { path: path.into(), asked: size, available: free_space(parent).unwrap_or_default() }
-        }
-        other => other,
-    })?;
+/// Puts a disk that is complete in its place, durably.
+pub(crate) fn commit(temporary: &Temporary, path: &Path) -> Result<(), VmError> {
     temporary.1.sync_all().map_err(VmError::io("write", &temporary.0))?;
     rustix::fs::renameat_with(CWD, &temporary.0, CWD, path, RenameFlags::NOREPLACE)
         .map_err(|error| VmError::io("create", path)(error.into()))?;
     file::sync_parent(path).map_err(VmError::io("create", path))
+}
+
+/// What ended the making of a disk, as lack of room if it is that.
+pub(crate) fn explain(error: VmError, path: &Path, size: ByteSize) -> VmError {
+    let full = match &error {
+        VmError::ToolFailed { log, .. } => log.contains("No space left"),
+        VmError::Io { source, .. } => source.kind() == io::ErrorKind::StorageFull,
+        _ => false,
+    };
+    if !full {
+        return error;
+    }
+    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    VmError::NoSpace { path: path.into(), asked: size, available: free_space(parent).unwrap_or_default() }
 }
 
 /// Copies a data disk that nothing writes to: holes stay holes, and where the file system can, nothing is copied at all. It
@@ -135,10 +153,23 @@ fn free_space(dir: &Path) -> io::Result<ByteSize> {
     Ok(ByteSize::from_bytes(stat.f_bavail.saturating_mul(stat.f_frsize)))
 }
 
-async fn format(mkfs: &Path, image: &Path) -> Result<(), VmError> {
+/// What the guest finds where nothing was ever written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Holes {
+    AreZero,
+    AreNoise,
+}
+
+/// Makes an empty file system.
+pub(crate) async fn format(mkfs: &Path, image: &Path, holes: Holes) -> Result<(), VmError> {
+    // Tables are written when the guest needs them; the root belongs to the guest's root, whoever runs this.
+    let mut options = "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0".to_owned();
+    if holes == Holes::AreNoise {
+        // What it discards it takes for zeros, and notes so in the file system.
+        options.push_str(",nodiscard");
+    }
     let output = Command::new(mkfs)
-        // Tables are written when the guest needs them; the root belongs to the guest's root, whoever runs this.
-        .args(["-q", "-F", "-m", "0", "-L", LABEL, "-E", "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"])
+        .args(["-q", "-F", "-m", "0", "-L", LABEL, "-E", &options])
         .arg(image)
         .env("LC_ALL", "C")
         .stdin(Stdio::null())
@@ -154,14 +185,18 @@ async fn format(mkfs: &Path, image: &Path) -> Result<(), VmError> {
 }
 
 /// A new file beside the one to come; gone when dropped, unless renamed.
-struct Temporary(PathBuf, File);
+pub(crate) struct Temporary(PathBuf, pub(crate) File);
 
 impl Temporary {
-    fn new(beside: &Path) -> Result<Self, VmError> {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn new(beside: &Path) -> Result<Self, VmError> {
         let mut name = beside.as_os_str().to_owned();
         name.push(format!(".new{}", std::process::id()));
         let path = PathBuf::from(name);
-        let file = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
+        let file = File::options().read(true).write(true).create(true).truncate(true).mode(0o600).open(&path);
         Ok(Self(path.clone(), file.map_err(VmError::io("create", path))?))
     }
 }

@@ -70,6 +70,20 @@ pub enum VmError {
         /// The disk.
         path: PathBuf,
     },
+    /// The passphrase does not open the disk.
+    #[error("the passphrase does not open {}", path.display())]
+    WrongPassphrase {
+        /// The disk.
+        path: PathBuf,
+    },
+    /// An encrypted disk that is none.
+    #[error("{} is not an encrypted disk as it should be: {why}", path.display())]
+    DamagedDisk {
+        /// The disk.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: &'static str,
+    },
     /// The specification makes no sense.
     #[error("the virtual machine cannot be started: {0}")]
     BadSpec(&'static str),

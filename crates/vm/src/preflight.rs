@@ -139,6 +139,9 @@ pub(crate) fn diagnose(spec: &VmSpec, apart: bool, log: String) -> VmError {
     if log.contains("Failed to get") && log.contains("lock") {
         return VmError::Locked { path: spec.data_disk.clone() };
     }
+    if log.contains("Invalid password") {
+        return VmError::WrongPassphrase { path: spec.data_disk.clone() };
+    }
     if log.contains("cannot set up guest memory") {
         let available = host::memory_available().unwrap_or_default();
         return VmError::TooLarge { asked: spec.memory, available };

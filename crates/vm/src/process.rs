@@ -193,7 +193,7 @@ pub(crate) struct Confined {
 }
 
 /// Starts QEMU, detached from this program: a session of its own, no way to more privileges, nothing inherited but the
-/// lock, its network's lifeline, and the file of its saved state, and behind a fence. It ends only by itself or by a
+/// lock, its network's lifeline, and what is in `handed`, and behind a fence. It ends only by itself or by a
 /// signal.
 pub(crate) fn spawn(
     qemu: &Path,
@@ -201,7 +201,7 @@ pub(crate) fn spawn(
     dir: &Dir,
     lock: &Lock,
     confined: Confined,
-    state: Option<&File>,
+    handed: [Option<BorrowedFd<'_>>; 2],
 ) -> Result<Child, VmError> {
     for log in [QEMU_LOG, args::CONSOLE_LOG] {
         console::rotate(&dir.join(log)).map_err(VmError::io("rename", dir.join(log)))?;
@@ -212,7 +212,8 @@ pub(crate) fn spawn(
     let log_again = log.try_clone().map_err(VmError::io("create", &log_path))?;
 
     let Confined { entrance, bounds, mut fence } = confined;
-    let inherited = [Some(lock.0.as_fd().as_raw_fd()), state.map(|state| state.as_fd().as_raw_fd())];
+    let [first, second] = handed.map(|fd| fd.map(|fd| fd.as_raw_fd()));
+    let inherited = [Some(lock.0.as_fd().as_raw_fd()), first, second];
     let mut command = Command::new(qemu);
     command.args(args).current_dir(&dir.path).stdin(Stdio::null()).stdout(log).stderr(log_again);
     // The environment may hold secrets. Wrapper scripts need a path.

@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clan_types::ByteSize;
+use clan_types::{ByteSize, Passphrase};
 
 use crate::{AccelKind, VmError, preflight};
 
@@ -77,8 +77,11 @@ pub struct VmSpec {
     pub name: String,
     /// What it boots.
     pub image: ImageFiles,
-    /// Its writable disk, from [`crate::create_data_disk`]; the guest's `vdc`.
+    /// Its writable disk, from [`crate::create_data_disk`] if it is not encrypted; the guest's `vdc`.
     pub data_disk: PathBuf,
+    /// What opens the disk, if it is encrypted: one from [`crate::create_encrypted_disk`]. Then nothing that is said on the console
+    /// is written to the base OS's disk, either.
+    pub passphrase: Option<Passphrase>,
     /// Guest memory.
     pub memory: ByteSize,
     /// Virtual processors, at least one.

@@ -1,9 +1,8 @@
 //! A virtual machine: start, adopt, watch, end.
 
 use std::{
-    fs::File,
     os::{
-        fd::{AsRawFd, OwnedFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
         unix::process::ExitStatusExt,
     },
     path::Path,
@@ -22,7 +21,9 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tracing::Instrument;
 
 use crate::{
-    Begin, Console, HostStats, Network, Qmp, VmError, VmSpec, args, console, disk,
+    Begin, Console, HostStats, Network, Qmp, VmError, VmSpec,
+    args::{self, Inherited},
+    console, disk,
     fence::Fence,
     host,
     kernel::Lent,
@@ -30,7 +31,7 @@ use crate::{
     network::{Feeder, Found, Namespace},
     preflight::{self, Emulator},
     process::{self, Confined, Dir, Identity, QEMU_LOG},
-    qmp, saved,
+    qmp, saved, sealed,
 };
 
 /// From the start of QEMU to its monitor's greeting: takes 0.1 s on an idle computer.
@@ -118,11 +119,19 @@ impl Vm {
             }
         };
         let state = saved::open(&spec.begin);
+        let key = spec.passphrase.as_ref().map(sealed::hand_over).transpose();
+        let key = key.map_err(|source| VmError::Process { doing: "hand the passphrase to", source });
         let group = Group::make(&dir.join("."), spec.memory);
-        let started = emulator.and_then(|emulator| Ok((emulator, state?))).and_then(|(emulator, state)| {
+        let started = emulator.and_then(|emulator| Ok((emulator, state?, key?))).and_then(|(emulator, state, key)| {
             let (namespace, group) = (namespace.as_ref(), group.as_ref().ok());
-            let around = Around { namespace, group, kernel: kernel.path(), state: state.as_ref() };
-            launch(&spec, (&qemu, emulator), &dir, &lock, &around)
+            let (state, key) = (state.as_ref().map(AsFd::as_fd), key.as_ref().map(AsFd::as_fd));
+            launch(
+                &spec,
+                (&qemu, emulator),
+                &dir,
+                &lock,
+                &Around { namespace, group, kernel: kernel.path(), state, key },
+            )
         });
         let (child, handle, identity) = match started {
             Ok(started) => started,
@@ -418,7 +427,8 @@ struct Around<'a> {
     namespace: Option<&'a Namespace>,
     group: Option<&'a Group>,
     kernel: &'a Path,
-    state: Option<&'a File>,
+    state: Option<BorrowedFd<'a>>,
+    key: Option<BorrowedFd<'a>>,
 }
 
 /// Starts the process, and writes down which one it is. Nothing runs after an error.
@@ -429,15 +439,17 @@ fn launch(
     lock: &process::Lock,
     around: &Around<'_>,
 ) -> Result<(Child, OwnedFd, Identity), VmError> {
-    let Around { namespace, group, kernel, state } = *around;
+    let Around { namespace, group, kernel, state, key } = *around;
     let failed = |source| VmError::Process { doing: "watch", source };
     let direct = disk::supports_direct(&spec.data_disk);
     let apart = namespace.is_some();
-    let arguments = args::arguments(spec, emulator, kernel, direct, apart, state.map(AsRawFd::as_raw_fd))?;
+    let [state_fd, key_fd] = [state, key].map(|fd| fd.map(|fd| fd.as_raw_fd()));
+    let inherited = Inherited { state: state_fd, key: key_fd };
+    let arguments = args::arguments(spec, emulator, kernel, direct, apart, inherited)?;
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
     let fence = Fence::around(&dir.join("."), spec, qemu).map_err(VmError::io("confine", qemu))?;
     let bounds = Bounds::new(group, spec.memory).map_err(VmError::io("confine", qemu))?;
-    let mut child = process::spawn(qemu, arguments, dir, lock, Confined { entrance, bounds, fence }, state)?;
+    let mut child = process::spawn(qemu, arguments, dir, lock, Confined { entrance, bounds, fence }, [state, key])?;
     let pid = child.id();
     let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
     match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {

@@ -88,6 +88,7 @@ fn spec(folder: &Path, begin: Begin) -> VmSpec {
             boot: image.join("boot.img"),
         },
         data_disk: folder.join("data.ext4"),
+        passphrase: None,
         memory: ByteSize::from_mib(256),
         cpus: 1,
         accelerator: AccelKind::Tcg,

@@ -5,7 +5,7 @@ use hyper::Method;
 use super::{ByteStream, ClientError, Console, ManagerClient, segment};
 use crate::{
     CONSOLE_UPGRADE, DeleteQuery, ImageGc, ImageInfo, LogQuery, LogSource, MakeSnapshot, Publication, PublishImage,
-    ResizeVm, SnapshotInfo, TaskInfo, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
+    ResizeVm, SnapshotInfo, TaskInfo, UnlockVm, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
 };
 
 impl ManagerClient {
@@ -47,6 +47,16 @@ impl ManagerClient {
     /// Finds out what giving a VM another image would do.
     pub async fn preview_update(&self, vm: &str, request: &UpdateVm) -> Result<UpdatePlan, ClientError> {
         self.post(&format!("/vms/{}/update/preview", segment(vm)), request).await
+    }
+
+    /// Opens the encrypted disk of a VM, which starts if it is to run.
+    pub async fn unlock_vm(&self, vm: &str, request: &UnlockVm) -> Result<VmInfo, ClientError> {
+        self.post(&format!("/vms/{}/unlock", segment(vm)), request).await
+    }
+
+    /// Has the manager forget the passphrase of a VM that does not run.
+    pub async fn lock_vm(&self, vm: &str) -> Result<VmInfo, ClientError> {
+        self.post(&format!("/vms/{}/lock", segment(vm)), &serde_json::json!({})).await
     }
 
     /// Gives a VM another size, or finds out what it would be.

@@ -6,7 +6,7 @@ use clan_api::{CreateClan, CreatedClan, Flavour};
 use clan_types::{ByteSize, ClanName, ControlMode, MachineName, PersonName};
 
 use crate::{
-    commands::{device, join::names},
+    commands::{device, join::names, passphrase::Encrypt},
     context::Context,
     error::CliError,
     printer::Tone,
@@ -18,6 +18,7 @@ use crate::{
 #[command(after_help = "\
 Examples:
   clan create family --person anna --machine laptop --memory 1G
+  clan create family --encrypt          with an encrypted disk, which opens by a passphrase
   clan create family --container        without a virtual machine: a container, which needs less of a computer
   clan create family --integrate        this computer itself, without a virtual machine: see `clan controller --help`")]
 pub(crate) struct Args {
@@ -37,6 +38,8 @@ pub(crate) struct Args {
     control: Control,
     #[command(flatten)]
     contain: Contain,
+    #[command(flatten)]
+    encrypt: Encrypt,
 }
 
 /// Who may steer this computer's machine.
@@ -141,8 +144,20 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
     // A phrase that nobody reads would be a key that nobody has.
     let recovery = printer.is_json() || printer.stderr_is_terminal();
     let container = args.contain.container;
-    let request =
-        CreateClan { name: args.name, person, machine, memory, disk, cpus, integrate, control, container, recovery };
+    let passphrase = args.encrypt.passphrase(context)?;
+    let request = CreateClan {
+        name: args.name,
+        person,
+        machine,
+        memory,
+        disk,
+        cpus,
+        integrate,
+        control,
+        container,
+        passphrase,
+        recovery,
+    };
     let CreatedClan { task, recovery_phrase } = context.ask(context.client.create_clan(&request)).await?;
     let followed = progress::follow(context, task).await;
     if printer.is_json() {

@@ -4,7 +4,10 @@ use clan_api::{Agreed, FindInvitation, JoinClan, JoinPreview, PreviewJoin, VmPla
 use clan_types::{ClanName, MachineName, PersonName};
 
 use crate::{
-    commands::create::{Contain, Control, Integrate, Size, flavour},
+    commands::{
+        create::{Contain, Control, Integrate, Size, flavour},
+        passphrase::Encrypt,
+    },
     context::Context,
     error::CliError,
     invitation::{self, Given},
@@ -56,6 +59,8 @@ pub(crate) struct Place {
     control: Control,
     #[command(flatten)]
     contain: Contain,
+    #[command(flatten)]
+    encrypt: Encrypt,
 }
 
 /// Joins and waits until this computer's machine is in the clan.
@@ -110,7 +115,7 @@ async fn go(
     context: &Context,
 ) -> Result<Option<ClanName>, CliError> {
     let printer = &context.printer;
-    let Place { machine, size, integrate, control, contain: Contain { container } } = place;
+    let Place { machine, size, integrate, control, contain: Contain { container }, encrypt } = place;
     let integrate = integrate.controller()?;
     let question = PreviewJoin {
         link: link.to_owned(),
@@ -151,8 +156,9 @@ async fn go(
     let (size, agreed) = agreed(&preview, size);
     let Size { memory, disk, cpus } = size;
     let control = Some(mode);
+    let (link, passphrase) = (link.to_owned(), encrypt.passphrase(context)?);
     let request =
-        JoinClan { link: link.to_owned(), person, machine, memory, disk, cpus, integrate, control, container, agreed };
+        JoinClan { link, person, machine, memory, disk, cpus, integrate, control, container, agreed, passphrase };
     let task = context.ask(context.client.join(&request)).await?;
     let task = progress::follow(context, task).await?;
     if printer.is_json() {

@@ -18,6 +18,7 @@ pub(crate) mod machines;
 pub(crate) mod manager;
 pub(crate) mod members;
 pub(crate) mod open;
+pub(crate) mod passphrase;
 pub(crate) mod ping;
 pub(crate) mod recover;
 pub(crate) mod relay;

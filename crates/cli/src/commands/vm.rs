@@ -2,7 +2,7 @@
 
 use std::{io, time::Duration};
 
-use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, UpdateVm, VmInfo};
+use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, UnlockVm, UpdateVm, VmInfo};
 
 mod control;
 mod disk;
@@ -12,6 +12,7 @@ use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::{
+    commands::passphrase,
     context::Context,
     error::CliError,
     printer::is_harmful,
@@ -64,6 +65,15 @@ pub(crate) enum Verb {
     Pause(Which),
     /// Let a paused one go on
     Resume(Which),
+    /// Open the encrypted disk of one, which then starts if it is to run
+    Unlock {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        from: passphrase::Source,
+    },
+    /// Have the manager forget the passphrase of one that is stopped
+    Lock(Which),
     /// Make a copy of its disk, to come back to
     Snapshot(disk::Make),
     /// Show the copies of its disk
@@ -144,6 +154,15 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
             let vm = context.clan(which.clan).await?;
             follow(context, context.ask(context.client.resume_vm(&vm)).await?).await
         }
+        Verb::Unlock { which, from } => {
+            let vm = context.clan(which.clan).await?;
+            let request = UnlockVm { passphrase: from.passphrase(context)? };
+            told(context.ask(context.client.unlock_vm(&vm, &request)).await?, "is unlocked", context)
+        }
+        Verb::Lock(which) => {
+            let vm = context.clan(which.clan).await?;
+            told(context.ask(context.client.lock_vm(&vm)).await?, "is locked", context)
+        }
         Verb::Snapshot(args) => disk::make(args, context).await,
         Verb::Snapshots(which) => disk::list(which, context).await,
         Verb::Restore(args) => disk::restore(args, context).await,
@@ -190,6 +209,14 @@ async fn follow(context: &Context, task: TaskInfo) -> Result<(), CliError> {
     if context.printer.is_json() { context.printer.json(&task) } else { Ok(()) }
 }
 
+fn told(vm: VmInfo, what: &str, context: &Context) -> Result<(), CliError> {
+    if context.printer.is_json() {
+        return context.printer.json(&vm);
+    }
+    context.printer.talk(&format!("The disk of {} ({}) {what}.", vm.machine, vm.clan));
+    Ok(())
+}
+
 async fn list(context: &Context) -> Result<(), CliError> {
     let vms = context.ask(context.client.vms()).await?;
     if context.printer.is_json() {
@@ -207,7 +234,7 @@ async fn list(context: &Context) -> Result<(), CliError> {
         table.row([
             vm.clan.as_str().into(),
             vm.machine.as_str().into(),
-            words::flavour(vm.flavour).into(),
+            if vm.encrypted { "VM, encrypted" } else { words::flavour(vm.flavour) }.into(),
             words::control(vm.control_mode).into(),
             Cell::toned(tone, state),
             since(vm).into(),

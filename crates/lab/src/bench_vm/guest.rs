@@ -153,6 +153,7 @@ fn spec(bench: &Bench<'_>, folder: &Path, memory: u64, begin: Begin) -> VmSpec {
         name: "bench".into(),
         image: bench.files.clone(),
         data_disk: folder.join("data.ext4"),
+        passphrase: None,
         memory: ByteSize::from_mib(memory),
         cpus: 1,
         // What there is without KVM; the plain Debian is emulated, too.

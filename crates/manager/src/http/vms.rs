@@ -10,7 +10,7 @@ use axum::{
 };
 use clan_api::{
     ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, MakeSnapshot, ResizeVm, SnapshotInfo,
-    TaskInfo, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
+    TaskInfo, UnlockVm, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
 };
 use clan_wire::control::{ControlRequest, ControlResponse};
 use hyper_util::rt::TokioIo;
@@ -24,7 +24,7 @@ use super::{
 use crate::{
     clan::Clan,
     guest::{self, GuestError},
-    leave, logs, machine,
+    leave, lock, logs, machine,
     manager::Shared,
     problem, snapshots, status, update,
 };
@@ -91,6 +91,23 @@ pub(super) async fn resize(
     Ok(Json(StatusCode::OK, machine::resize(&shared, &clan, &request).await?))
 }
 
+pub(super) async fn unlock(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    body: Bytes,
+) -> Answer<Json<VmInfo>> {
+    let UnlockVm { passphrase } = parse(&body)?;
+    let clan = shared.find(&vm)?;
+    lock::unlock(&clan, passphrase).await?;
+    Ok(Json(StatusCode::OK, status::vm_info(&shared, &clan, clan.keeper.told().as_ref())))
+}
+
+pub(super) async fn lock(State(shared): State<Arc<Shared>>, Path(vm): Path<String>) -> Answer<Json<VmInfo>> {
+    let clan = shared.find(&vm)?;
+    lock::lock(&shared, &clan).await?;
+    Ok(Json(StatusCode::OK, status::vm_info(&shared, &clan, clan.keeper.told().as_ref())))
+}
+
 pub(super) async fn snapshots(
     State(shared): State<Arc<Shared>>,
     Path(vm): Path<String>,
@@ -152,6 +169,12 @@ fn no_console() -> ApiProblem {
         .hint("its controller's log: `clan vm logs`")
 }
 
+/// INVARIANT: of a guest whose disk is encrypted, nothing is written down in the clear.
+fn console_not_kept() -> ApiProblem {
+    ApiProblem::new(ErrorCode::Conflict, "what this VM writes to its console is not kept, as its disk is encrypted")
+        .hint("watch it: `clan vm console`; its journal: `clan vm logs`")
+}
+
 async fn console_log(clan: &Clan, lines: u32, follow: bool) -> Answer<Body> {
     let (path, lines) = (clan.record.paths().console_log(), usize::try_from(lines).unwrap_or(usize::MAX));
     if follow {
@@ -173,6 +196,7 @@ pub(super) async fn logs(
     let clan = shared.find(&vm)?;
     let body = match query.source {
         LogSource::Console if clan.record.get().is_integrated() => return Err(no_console().into()),
+        LogSource::Console if clan.record.get().encrypted => return Err(console_not_kept().into()),
         // In a container everything is in one log.
         _ if clan.record.get().is_container() => console_log(&clan, lines, query.follow).await?,
         LogSource::Console => console_log(&clan, lines, query.follow).await?,

@@ -22,7 +22,7 @@ use super::{
     stop::{POWER_OFF, POWER_OFF_QUICKLY, power_off},
     turns::{Place, Share, Short, Ticket, Turn, needed},
 };
-use crate::{clan::RecordCell, guest, link::Outlets, problem, status, tasks::now, template};
+use crate::{clan::RecordCell, guest, link::Outlets, lock, problem, status, tasks::now, template};
 
 /// Restarts of a VM that dies again and again, before it is given up.
 const MAX_RESTARTS: u32 = 5;
@@ -137,8 +137,12 @@ impl Loop {
             Err(error) => tracing::warn!(%error, "cannot tell whether the VM runs"),
         }
         go_on(&self.record);
-        if self.running.is_none() && self.record.get().wanted {
-            self.retry_at = Some(Instant::now());
+        if self.running.is_none() {
+            if self.record.get().wanted {
+                self.retry_at = Some(Instant::now());
+            } else {
+                self.rest();
+            }
         }
         let mut control = self.out.control.subscribe();
         let mut heard = None;
@@ -211,6 +215,9 @@ impl Loop {
         self.look_for_room().await;
         if self.retry_at.is_some_and(|at| at <= Instant::now()) {
             self.retry_at = None;
+            if self.running.is_none() && self.record.get().wanted && self.record.is_locked() {
+                return self.rest();
+            }
             // Whoever lacks memory takes no turn from others.
             if self.running.is_none() && self.record.get().wanted && self.has_memory(None) {
                 match self.config.turns.now() {
@@ -322,9 +329,18 @@ impl Loop {
                 self.begin_stop(POWER_OFF);
             } else {
                 self.give_share_back();
-                self.show(VmState::Stopped, None);
+                self.rest();
             }
         }
+    }
+
+    /// Shows a VM that does not run, and why it cannot, if so.
+    pub(super) fn rest(&mut self) {
+        if !self.record.is_locked() {
+            return self.show(VmState::Stopped, None);
+        }
+        self.share = None;
+        self.show(VmState::Locked, Some(lock::locked()));
     }
 
     /// One that is stopped only for as long as its disk or image is changed keeps its share.
@@ -425,7 +441,7 @@ impl Loop {
                 self.retry_at = Some(Instant::now());
             } else {
                 self.give_share_back();
-                self.show(VmState::Stopped, None);
+                self.rest();
             }
             return;
         }

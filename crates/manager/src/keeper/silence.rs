@@ -82,6 +82,9 @@ impl Loop {
                 );
                 let console = vm.console_tail(CONSOLE_LINES).unwrap_or_default();
                 problem = problem.why(match guest::short(&console.replace('\n', " / ")) {
+                    _ if self.record.get().encrypted => {
+                        "its console is not kept, as its disk is encrypted: watch one with `clan vm console`".into()
+                    }
                     nothing if nothing.trim().is_empty() => "its console is empty: its kernel does not start".into(),
                     said => format!("the last lines of its console: {said}"),
                 });

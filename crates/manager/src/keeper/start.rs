@@ -18,7 +18,7 @@ use super::{
 use crate::{
     disk::DiskError,
     fetch::blocking,
-    link, problem,
+    link, lock, problem,
     record::{ClanRecord, Fresh, Ports},
     snapshots,
     template::{Kind, Staging},
@@ -74,6 +74,7 @@ impl Loop {
                 Err(StartError::Vm(VmError::TooLarge { asked, available })) => {
                     return self.wait_for_memory(asked, Short { left: available, budget: None });
                 }
+                Err(StartError::Locked) => return self.rest(),
                 // Nothing would be gained by trying again.
                 Err(error) => return self.fail(error.problem()),
             }
@@ -84,6 +85,10 @@ impl Loop {
     async fn try_start(&mut self) -> Result<(), StartError> {
         let accelerator = probe::accelerator(&self.config.cache).await;
         let record = self.late_template(accelerator.kind).await?;
+        let passphrase = self.record.passphrase();
+        if record.encrypted && passphrase.is_none() {
+            return Err(StartError::Locked);
+        }
         let image = record.image.ok_or(StartError::NoImage)?;
         let stored = self.config.images.get(&image).ok_or(StartError::ImageGone)?;
         let any = |port| SocketAddr::from((Ipv4Addr::UNSPECIFIED, port));
@@ -92,6 +97,7 @@ impl Loop {
             name: record.name.to_string(),
             image: files_of(&stored),
             data_disk: self.record.paths().data_disk(),
+            passphrase: passphrase.filter(|_| record.encrypted),
             memory: record.memory,
             cpus: record.cpus,
             accelerator: accelerator.kind,
@@ -216,6 +222,7 @@ enum StartError {
     Template { name: String, error: VmError },
     NoImage,
     ImageGone,
+    Locked,
 }
 
 impl StartError {
@@ -223,6 +230,7 @@ impl StartError {
         match self {
             Self::Vm(error) | Self::Template { error, .. } => problem::vm(error),
             Self::Disk(error) => problem::disk(error),
+            Self::Locked => lock::locked(),
             Self::NoImage => ApiProblem::new(ErrorCode::Conflict, "the VM has no image yet"),
             Self::ImageGone => {
                 ApiProblem::new(ErrorCode::DamagedFile, "the VM's image is not on this computer any more")

@@ -8,6 +8,7 @@ use clan_wire::image::{FileRole, ImageFile, Manifest};
 use tokio::time::timeout;
 
 mod crashed;
+mod sealed;
 
 use super::*;
 use crate::{
@@ -127,6 +128,7 @@ impl Site {
             name: record.name.to_string(),
             image: start::files_of(&stored),
             data_disk: self.record.paths().data_disk(),
+            passphrase: None,
             memory: record.memory,
             cpus: record.cpus,
             accelerator: AccelKind::Tcg,

@@ -105,6 +105,7 @@ pub(crate) fn spec(folder: &Path, then: &Then) -> VmSpec {
             boot: file("boot", &disk),
         },
         data_disk: file("data", &disk),
+        passphrase: None,
         memory: ByteSize::from_mib(32),
         cpus: 1,
         accelerator: AccelKind::Tcg,

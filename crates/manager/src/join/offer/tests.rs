@@ -210,6 +210,7 @@ fn request(link: &str) -> JoinClan {
         control: None,
         container: false,
         agreed: None,
+        passphrase: None,
     }
 }
 
