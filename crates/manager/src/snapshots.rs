@@ -312,6 +312,9 @@ pub(crate) fn discard_task(shared: &Arc<Shared>, clan: Arc<Clan>, name: &str) ->
 }
 
 #[cfg(test)]
+mod full;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::record::{ClanRecord, tests};

@@ -62,8 +62,9 @@ async fn write(qmp: &Qmp, dir: &Dir, file: File, to: &Path) -> Result<(), VmErro
     };
     let done = async {
         let (written, finished) = tokio::join!(written, finished(qmp));
-        finished?;
-        written.map(drop).map_err(VmError::io("write", to))
+        // Where nothing could be written any more, QEMU only knows that nobody reads.
+        written.map_err(VmError::io("write", to))?;
+        finished
     };
     match timeout(SAVE_LIMIT, done).await {
         Ok(done) => done,

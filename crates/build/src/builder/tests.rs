@@ -163,3 +163,53 @@ fn subordinate_ids_are_found_by_name_or_number() {
     assert!(!has_range("", &["anna"]));
     assert_eq!(user_name("root:x:0:0::/root:/bin/sh\nanna:x:1000:1000::/:/bin/sh\n", "1000"), Some("anna"));
 }
+
+const SMALL_DISK: &str = "CLAN_TEST_SMALL_DISK";
+
+#[test]
+fn a_disk_that_fills_up_while_an_image_is_built_is_told_and_keeps_nothing_of_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let ran = std::process::Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "--"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["--exact", "builder::tests::on_a_small_disk", "--ignored", "--nocapture"])
+        .env(SMALL_DISK, dir.path())
+        // Where `prepared` has its folder.
+        .env("TMPDIR", dir.path())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success() && said.contains("1 passed"), "{said}");
+}
+
+#[tokio::test]
+#[ignore = "run by the test above, in a namespace"]
+async fn on_a_small_disk() {
+    let disk = PathBuf::from(std::env::var_os(SMALL_DISK).unwrap());
+    let mount = |options: &str| {
+        let mount =
+            std::process::Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(&disk).status();
+        assert!(mount.unwrap().success());
+    };
+    mount("size=4g");
+    for full_at in [Step::Initramfs, Step::Layer, Step::Store] {
+        let (_dir, builder, recipe) = prepared();
+        let filling = disk.join("filling");
+        let fill = |p: Progress| {
+            if p.step == full_at && !filling.exists() {
+                mount("remount,size=8m");
+                let free = rustix::fs::statvfs(&disk).map(|s| s.f_bavail * s.f_frsize).unwrap();
+                fs::write(&filling, vec![0; usize::try_from(free).unwrap()]).unwrap();
+            }
+        };
+        let built = builder.build(&recipe, fill, CancellationToken::new()).await;
+        let full =
+            matches!(&built, Err(BuildError::DiskFull { .. } | BuildError::Store(crate::StoreError::DiskFull(_))));
+        assert!(full, "{full_at:?}: {built:?}");
+        assert_eq!(builder.store.list(), []);
+        assert!(!builder.work().exists());
+        fs::remove_file(&filling).unwrap();
+        mount("remount,size=4g");
+        build(&builder, &recipe).await.0.unwrap();
+    }
+}
