@@ -1,5 +1,5 @@
-//! The manager, QEMU or both are killed in the middle of an image switch. What is told afterwards is so: the one image or the
-//! other, and nothing of the attempt is left.
+//! The manager, QEMU or both are killed in the middle of an image switch, the manager in the middle of a snapshot and of its
+//! restoration. What is told afterwards is so: the one state or the other, and nothing of the attempt is left.
 
 use std::{
     collections::BTreeSet,
@@ -57,6 +57,10 @@ impl Place {
         let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
         program.to_string_lossy().contains("qemu")
     }
+
+    fn has(&self, beginning: &str) -> bool {
+        names(&self.0).iter().any(|name| name.starts_with(beginning))
+    }
 }
 
 fn names(folder: &Path) -> BTreeSet<String> {
@@ -80,6 +84,14 @@ fn chosen(place: &Place) -> bool {
 fn starts(place: &Place) -> bool {
     let record = place.record();
     record["wanted"] == true && record["held"].is_null() && record["trial"].is_object() && place.has_emulator()
+}
+
+fn copies(place: &Place) -> bool {
+    names(&place.0.join("snapshots")).iter().any(|name| name.starts_with(".new-"))
+}
+
+fn puts_back(place: &Place) -> bool {
+    place.has("data.ext4.restoring")
 }
 
 fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
@@ -128,7 +140,33 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
         reads(lab.person("founder"), &["kept"])?;
         screen.seen(&format!("an image switch survives a kill of {what}"), began.elapsed());
     }
+    copied(lab, screen)?;
+    crate::sealed::tell(lab, screen)
+}
 
+/// Where QEMU is killed as well, what comes next is as after an image switch.
+fn copied(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
+    let began = Instant::now();
+    interrupted(lab, &["vm", "snapshot", "--name", "cut"], copies, Victims::Manager)?;
+    let snapshots = lab.person("founder").clan_json(&["vm", "snapshots"])?;
+    let listed: Vec<&str> = snapshots.as_array().into_iter().flatten().map(|s| text(s, "name")).collect();
+    // What is listed can be put back, as it is next where it is there.
+    let name = match listed.as_slice() {
+        [] => "whole",
+        ["cut"] => "cut",
+        other => return Err(LabError::Promise(format!("these snapshots are there: {other:?}"))),
+    };
+    if name == "whole" {
+        lab.person("founder").clan(&["vm", "snapshot", "--name", name])?.success()?;
+    }
+    reads(lab.person("founder"), &["kept"])?;
+    screen.seen("a snapshot is whole or not there after a kill of the manager", began.elapsed());
+
+    let began = Instant::now();
+    write(lab.person("founder"), "later")?;
+    interrupted(lab, &["vm", "restore", name, "--yes"], puts_back, Victims::Manager)?;
+    reads(lab.person("founder"), &["kept", "later"])?;
+    screen.seen("a disk is put back or as it was after a kill of the manager", began.elapsed());
     Ok(())
 }
 

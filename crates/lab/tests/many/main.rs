@@ -5,6 +5,7 @@
 mod crashes;
 #[path = "../people/mod.rs"]
 mod people;
+mod sealed;
 mod twenty;
 
 use std::{
