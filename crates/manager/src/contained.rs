@@ -278,7 +278,7 @@ impl Loop {
 
     /// Starts it again later, or gives it up.
     fn died(&mut self, problem: ApiProblem, uptime: Duration) {
-        match self.restarts.after(uptime) {
+        match self.restarts.after(uptime, self.with.record.get().trial.is_some()) {
             Some(delay) => {
                 tracing::warn!(problem = problem.message, why = problem.why, "starting the container again");
                 self.retry_at = Some(Instant::now() + delay);

@@ -26,6 +26,8 @@ use crate::{clan::RecordCell, guest, link::Outlets, lock, problem, status, tasks
 
 /// Restarts of a VM that dies again and again, before it is given up.
 const MAX_RESTARTS: u32 = 5;
+/// The same while its image is on trial: it soon has its previous one again.
+const MAX_RESTARTS_ON_TRIAL: u32 = 2;
 /// A VM that ran for so long is stable: its earlier deaths are forgotten.
 const STABLE: Duration = Duration::from_secs(300);
 /// How often it is looked whether there is memory for a VM that waits for some.
@@ -41,13 +43,14 @@ pub(crate) struct Restarts {
 }
 
 impl Restarts {
-    /// A VM died after `uptime`: when to start it again, unless it is to be given up.
-    pub(crate) fn after(&mut self, uptime: Duration) -> Option<Duration> {
+    /// A VM died after `uptime`: when to start it again, unless it is to be given up, which it is sooner `on_trial`.
+    pub(crate) fn after(&mut self, uptime: Duration, on_trial: bool) -> Option<Duration> {
         if uptime >= STABLE {
             self.count = 0;
         }
         self.count += 1;
-        (self.count <= MAX_RESTARTS).then(|| Duration::from_secs(1 << (self.count - 1)))
+        let most = if on_trial { MAX_RESTARTS_ON_TRIAL } else { MAX_RESTARTS };
+        (self.count <= most).then(|| Duration::from_secs(1 << (self.count - 1)))
     }
 
     pub(crate) fn count(&self) -> u32 {
@@ -464,7 +467,7 @@ impl Loop {
 
     /// Starts it again later, or gives it up.
     pub(super) fn died(&mut self, problem: ApiProblem, uptime: Duration) {
-        match self.restarts.after(uptime) {
+        match self.restarts.after(uptime, self.record.get().trial.is_some()) {
             Some(delay) => {
                 tracing::warn!(
                     problem = problem.message,
@@ -535,16 +538,23 @@ mod tests {
     fn a_vm_that_keeps_dying_is_given_up_after_growing_delays() {
         let mut restarts = Restarts::default();
         let delays: Vec<_> =
-            (0..MAX_RESTARTS).map(|_| restarts.after(Duration::from_secs(3)).unwrap().as_secs()).collect();
+            (0..MAX_RESTARTS).map(|_| restarts.after(Duration::from_secs(3), false).unwrap().as_secs()).collect();
         assert_eq!(delays, [1, 2, 4, 8, 16]);
-        assert_eq!(restarts.after(Duration::from_secs(3)), None);
+        assert_eq!(restarts.after(Duration::from_secs(3), false), None);
+    }
+
+    #[test]
+    fn a_vm_that_dies_of_its_new_image_soon_has_its_previous_one() {
+        let mut restarts = Restarts::default();
+        let delays: Vec<_> = std::iter::from_fn(|| restarts.after(Duration::from_secs(3), true)).collect();
+        assert_eq!(delays, [1, 2].map(Duration::from_secs));
     }
 
     #[test]
     fn a_vm_that_ran_well_starts_with_a_clean_slate() {
         let mut restarts = Restarts::default();
         for _ in 0..20 {
-            assert_eq!(restarts.after(STABLE), Some(Duration::from_secs(1)));
+            assert_eq!(restarts.after(STABLE, false), Some(Duration::from_secs(1)));
         }
     }
 }
