@@ -156,7 +156,7 @@ pub fn join(data: &[u8]) {
         Some(JoinRequest::Locate { proof, .. }) => {
             let _ = replica.locate(&proof, &stranger, clan::now(1));
         }
-        None => {}
+        Some(JoinRequest::Stay) | None => {}
     }
 }
 

@@ -56,6 +56,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let proof = InviteProof::new(&clan::key(50), &ledger.clan(), &clan::machine(clan::STRANGER));
     let what = ImagePart::Piece { file: FileHash::from_bytes([1; 32]), index: 3 };
     seeds.push(("join", with(9, &JoinRequest::Preview { proof: proof.clone(), have: ledger.vector() })));
+    seeds.push(("join", with(9, &JoinRequest::Stay)));
     seeds.push(("join", with(9, &JoinRequest::Redeem { entries: encoded.clone(), have: vec![] })));
     seeds.push(("join", with(1, &JoinResponse::Refused(JoinRefusal::NameTaken { name: "bob".into() }))));
     seeds.push(("join", with(2, &ImageRequest { proof: Some(proof), what })));

@@ -20,7 +20,7 @@ use clan_relay::Names;
 use clan_store::{LedgerStore, SealKey, StoreError};
 use clan_types::{ClanId, DeviceId};
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, NodeStatus, PORT, Provision};
-use iroh::{Endpoint, RelayUrl};
+use iroh::{Endpoint, RelayUrl, endpoint::Connection};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{Mutex, Notify, Semaphore},
@@ -44,6 +44,7 @@ use crate::{
     relay::{self, Certificate},
     report::{Scope, chain},
     services,
+    sockets::{self, Alarm},
     state::{self, Place},
     stats::Sampler,
     status, streams,
@@ -82,6 +83,7 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
         identity: SyncMutex::new(Arc::new(identity)),
         environment: Mutex::new(Environment::default()),
         node: Mutex::new(None),
+        alarm: Alarm::new(cancel.clone()),
         cancel: cancel.clone(),
     });
     controller.resume().await?;
@@ -97,6 +99,9 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
     };
     cancel.cancel();
     controller.stop().await;
+    if controller.alarm.is_raised() {
+        return Err(NodeError::Deaf);
+    }
     match outcome {
         Err(error) if !matches!(error, ChannelError::Closed) => {
             Err(NodeError::network("the channel to the manager", error))
@@ -114,6 +119,8 @@ struct Controller {
     environment: Mutex<Environment>,
     /// Locked while a node starts, so that it starts once.
     node: Mutex<Option<Node>>,
+    /// Without its endpoint the machine hears nobody: the whole controller ends, and systemd starts it afresh.
+    alarm: Alarm,
     cancel: CancellationToken,
 }
 
@@ -139,6 +146,8 @@ struct Ways {
     names: Names,
     /// Relays that the endpoint was introduced to.
     introduced: Vec<RelayUrl>,
+    /// The connection on which the machine was admitted a moment ago.
+    admitted_by: Option<Connection>,
 }
 
 /// What most requests need of a node, without holding its lock.
@@ -404,6 +413,7 @@ impl Controller {
                 clan_relay::introduce(&ways.endpoint, &ways.names, &redeem.relays, redeem.proof.as_ref()).await;
             let admitted = join::redeem(&ways.endpoint, &redeem, &ways.introduced, known).await?;
             known = admitted.ledger;
+            ways.admitted_by = Some(admitted.connection);
             peers = redeem.peers;
             // Those of the link may all be put out before this machine has heard of others.
             let others =
@@ -444,7 +454,7 @@ impl Controller {
         let endpoint = net::endpoint(identity.endpoint_key(), bind, &external, &names).await?;
         match tun {
             Err(error) if self.host.is_guest() => Err(error),
-            tun => Ok(Ways { tun, endpoint, ports, names, introduced: Vec::new() }),
+            tun => Ok(Ways { tun, endpoint, ports, names, introduced: Vec::new(), admitted_by: None }),
         }
     }
 
@@ -452,7 +462,7 @@ impl Controller {
     async fn start_node(
         &self,
         place: Place,
-        Ways { tun, endpoint, ports, names, introduced }: Ways,
+        Ways { tun, endpoint, ports, names, introduced, admitted_by }: Ways,
         doubt: Option<Duration>,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
@@ -531,19 +541,19 @@ impl Controller {
             tasks.spawn(own::follow(endpoint.clone(), ports, news, handle.clone(), cancel.clone()));
         }
         let words = Arc::new(WordsDesk::new(identity.machine()));
-        // Without its endpoint the machine is deaf: the whole controller ends, and systemd starts it afresh.
+        tasks.spawn(sockets::watch(endpoint.bound_sockets(), self.alarm.clone(), cancel.clone()));
         tasks.spawn(net::accept(
             endpoint.clone(),
             Desks { core: handle.clone(), images: self.images.clone(), words: words.clone(), helm: helm.clone() },
             cancel.clone(),
-            self.cancel.clone(),
+            self.alarm.clone(),
         ));
         tasks.spawn(helm::keep_announcing(helm.clone(), endpoint.clone(), cancel.clone()));
         tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(words::tell_relays(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
         tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
-        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
+        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, admitted_by, cancel.clone()));
         tasks.spawn(recall::keep(self.dir.clone(), remembered, handle.clone(), cancel.clone()));
         tasks.spawn(services::run(helm.clone(), handle.clone(), self.host.starter(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, words, helm, mesh, tasks, cancel })

@@ -9,7 +9,10 @@ use clan_wire::{
     control::Redeem,
     peer::{ALPN_JOIN, JoinRefusal, JoinRequest, JoinResponse, MAX_JOIN_REQUEST, MAX_MESSAGE, Vector, have},
 };
-use iroh::{Endpoint, RelayUrl, endpoint::Connection};
+use iroh::{
+    Endpoint, RelayUrl,
+    endpoint::{Connection, RecvStream, SendStream},
+};
 use tokio::{io::AsyncRead, time::timeout};
 
 use crate::{core::CoreHandle, net, report::chain, status};
@@ -21,19 +24,26 @@ const MAX_ADDRESSES: usize = 16;
 /// Questions that one stranger may ask on a connection.
 const MAX_REQUESTS: usize = 8;
 
-/// Answers a newcomer's questions.
-pub(crate) async fn serve(connection: Connection, core: CoreHandle) {
-    let endpoint = net::machine_of(&connection);
+/// Answers a newcomer's questions until they go; or until they stay as a machine of the clan, with which the stream that is
+/// given is to be used.
+pub(crate) async fn serve(connection: &Connection, core: &CoreHandle) -> Option<(SendStream, RecvStream)> {
+    let endpoint = net::machine_of(connection);
     for _ in 0..MAX_REQUESTS {
-        let answered = timeout(REQUEST_LIMIT, async {
+        let asked = timeout(REQUEST_LIMIT, async {
             let (mut send, mut recv) = connection.accept_bi().await.ok()?;
             let request = recv_message::<JoinRequest, _>(&mut recv, MAX_JOIN_REQUEST).await.ok()?;
-            let (response, have) = answer(request, endpoint, &core).await;
+            let Some((response, have)) = answer(request, endpoint, core).await else {
+                return Some(Next::Stays(send, recv));
+            };
             send_message(&mut send, &response, MAX_MESSAGE).await.ok()?;
             let follows = matches!(response, JoinResponse::Preview | JoinResponse::Admitted { .. });
-            Some((send, follows.then_some(have)))
+            Some(Next::Ledger(send, follows.then_some(have)))
         });
-        let Ok(Some((mut send, have))) = answered.await else { break };
+        let (mut send, have) = match asked.await {
+            Ok(Some(Next::Ledger(send, have))) => (send, have),
+            Ok(Some(Next::Stays(send, recv))) => return Some((send, recv)),
+            Ok(None) | Err(_) => break,
+        };
         if let Some(have) = have
             && core.send_ledger(&mut send, have).await.is_err()
         {
@@ -45,11 +55,20 @@ pub(crate) async fn serve(connection: Connection, core: CoreHandle) {
     }
     // The newcomer closes once it has read the answer.
     let _ = timeout(REQUEST_LIMIT, connection.closed()).await;
+    None
 }
 
-/// The answer, and what the newcomer has of the ledger already.
-async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) -> (JoinResponse, Vector) {
+/// What follows an answer.
+enum Next {
+    /// The ledger, if any of it, but for what the newcomer has.
+    Ledger(SendStream, Option<Vector>),
+    Stays(SendStream, RecvStream),
+}
+
+/// The answer, and what the newcomer has of the ledger already; `None` if it stays, and talks as a machine of the clan does.
+async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) -> Option<(JoinResponse, Vector)> {
     let (outcome, have) = match request {
+        JoinRequest::Stay => return None,
         JoinRequest::Preview { proof, have } => {
             (core.preview(proof, endpoint).await.map(|()| JoinResponse::Preview), have)
         }
@@ -64,7 +83,7 @@ async fn answer(request: JoinRequest, endpoint: MachineId, core: &CoreHandle) ->
         tracing::info!(%endpoint, %refusal, "a newcomer was refused");
         JoinResponse::Refused(refusal)
     });
-    (response, have)
+    Some((response, have))
 }
 
 /// Why this machine was not admitted.
@@ -85,6 +104,8 @@ pub(crate) enum RedeemError {
 
 /// What a machine of the clan gives whom it has admitted.
 pub(crate) struct Admitted {
+    /// The connection to that machine, on which this one may [stay](crate::peer::stay).
+    pub(crate) connection: Connection,
     /// The clan's ledger.
     pub(crate) ledger: Ledger,
     /// Other machines, and where they are.
@@ -113,15 +134,16 @@ pub(crate) async fn redeem(
         });
         match attempt.await {
             Ok(Ok((connection, mut recv, JoinResponse::Admitted { mut peers }))) => {
-                let whole = take(&mut recv, &mut intake).await;
-                connection.close(0u32.into(), b"done");
-                match whole {
+                match take(&mut recv, &mut intake).await {
                     Ok(()) => {
                         peers.truncate(status::MAX_OTHERS);
                         peers.iter_mut().for_each(|peer| peer.addrs.truncate(MAX_ADDRESSES));
-                        return Ok(Admitted { ledger: intake.into_ledger(), peers });
+                        return Ok(Admitted { connection, ledger: intake.into_ledger(), peers });
                     }
-                    Err(why) => last = why,
+                    Err(why) => {
+                        connection.close(0u32.into(), b"done");
+                        last = why;
+                    }
                 }
             }
             Ok(Ok((_, _, JoinResponse::Refused(JoinRefusal::NotReady)))) => last = JoinRefusal::NotReady.to_string(),

@@ -35,6 +35,7 @@ mod recall;
 mod relay;
 mod report;
 mod services;
+mod sockets;
 mod state;
 mod stats;
 mod status;
@@ -88,6 +89,9 @@ pub enum NodeError {
         #[source]
         source: std::io::Error,
     },
+    /// The endpoint was lost while the controller ran, and with it all that others say.
+    #[error("the controller lost its socket, and hears no other machine")]
+    Deaf,
     /// The network could not be set up.
     #[error("cannot set up {what}")]
     Network {

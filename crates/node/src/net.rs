@@ -12,7 +12,7 @@ use clan_wire::{
 };
 use iroh::{
     Endpoint, EndpointAddr, RelayUrl, SecretKey, TransportAddr,
-    endpoint::{Builder, Connection, QuicTransportConfig, presets},
+    endpoint::{Builder, Connection, QuicTransportConfig, RecvStream, SendStream, presets},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -23,6 +23,7 @@ use crate::{
     image::ImageServer,
     join, peer,
     places::{Origin, Place, Places},
+    sockets::Alarm,
     words::WordsDesk,
 };
 
@@ -98,8 +99,8 @@ pub(crate) struct Desks {
     pub(crate) helm: Arc<Helm>,
 }
 
-/// Accepts connections until cancelled. An endpoint that dies by itself cancels `fatal`.
-pub(crate) async fn accept(endpoint: Endpoint, desks: Desks, cancel: CancellationToken, fatal: CancellationToken) {
+/// Accepts connections until cancelled. An endpoint that dies by itself raises the alarm.
+pub(crate) async fn accept(endpoint: Endpoint, desks: Desks, cancel: CancellationToken, alarm: Alarm) {
     let (tasks, places) = (TaskTracker::new(), Places::default());
     loop {
         let incoming = tokio::select! {
@@ -108,7 +109,7 @@ pub(crate) async fn accept(endpoint: Endpoint, desks: Desks, cancel: Cancellatio
         };
         let Some(incoming) = incoming else {
             tracing::error!("the QUIC endpoint died");
-            fatal.cancel();
+            alarm.raise();
             break;
         };
         let origin = Origin::of(&incoming.remote_addr());
@@ -135,13 +136,29 @@ pub(crate) async fn accept(endpoint: Endpoint, desks: Desks, cancel: Cancellatio
                 places.stranger(origin).map(Held::Stranger)
             };
             drop(unproved);
-            let Some(_place) = place else {
+            let Some(place) = place else {
+                connection.close(4u32.into(), b"too many connections");
+                return;
+            };
+            let core = desks.core.clone();
+            let stays = tokio::select! {
+                () = cancel.cancelled() => return,
+                stays = dispatch(connection.clone(), desks) => stays,
+            };
+            let Some((send, recv)) = stays else { return };
+            if core.view().state.machine_in_good_standing(&machine).is_none() {
+                connection.close(2u32.into(), b"unknown machine");
+                return;
+            }
+            // It was a stranger when it came, and has one of the places for machines from now on.
+            drop(place);
+            let Some(_place) = places.machine(machine) else {
                 connection.close(4u32.into(), b"too many connections");
                 return;
             };
             tokio::select! {
                 () = cancel.cancelled() => {}
-                () = dispatch(connection, desks) => {}
+                () = peer::converse(connection, send, recv, core) => {}
             }
         });
     }
@@ -155,16 +172,21 @@ enum Held {
     Stranger(#[expect(dead_code, reason = "it is held")] Place<Origin>),
 }
 
-async fn dispatch(connection: Connection, Desks { core, images, words, helm }: Desks) {
+/// Serves a connection to its end, unless it is a newcomer's who stays: then there is the stream to talk on.
+async fn dispatch(
+    connection: Connection,
+    Desks { core, images, words, helm }: Desks,
+) -> Option<(SendStream, RecvStream)> {
     let remote = machine_of(&connection);
     match connection.alpn() {
+        alpn if alpn == ALPN_JOIN => return join::serve(&connection, &core).await,
         alpn if alpn == ALPN_PEER => peer::accepted(connection, core).await,
-        alpn if alpn == ALPN_JOIN => join::serve(connection, core).await,
         alpn if alpn == ALPN_IMAGE => images.serve(connection, core).await,
         alpn if alpn == ALPN_WORDS => words.serve(connection, &core).await,
         alpn if alpn == ALPN_HELM => helm.serve(connection, core).await,
         _ => tracing::debug!(%remote, "connection with an unknown protocol"),
     }
+    None
 }
 
 /// The key that a connection's other end has proved.

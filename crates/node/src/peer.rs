@@ -5,7 +5,7 @@ use std::time::Duration;
 use clan_os::channel::{recv_message, send_message};
 use clan_replica::LinkId;
 use clan_types::{MachineId, PeerAddr};
-use clan_wire::peer::{ALPN_PEER, MAX_MESSAGE, PeerMessage};
+use clan_wire::peer::{ALPN_PEER, JoinRequest, MAX_JOIN_REQUEST, MAX_MESSAGE, PeerMessage};
 use iroh::{
     Endpoint, RelayUrl,
     endpoint::{Connection, RecvStream, SendStream},
@@ -22,19 +22,34 @@ const HELLO_LIMIT: Duration = Duration::from_secs(10);
 /// Who is put out has so long to take the entries by which they were.
 const FAREWELL_LIMIT: Duration = Duration::from_secs(1);
 
-/// Tries to connect to the machines that come out of `dials`, and talks with those that it reaches.
+/// Tries to connect to the machines that come out of `dials`, and talks with those that it reaches; first of all with the
+/// one that admitted this machine a moment ago, on the connection that there is already.
 pub(crate) async fn dial(
     endpoint: Endpoint,
     core: CoreHandle,
     mut dials: mpsc::Receiver<PeerAddr>,
+    admitted_by: Option<Connection>,
     cancel: CancellationToken,
 ) {
     let mut attempts = JoinSet::new();
+    let mut host = admitted_by.as_ref().map(net::machine_of);
+    if let Some(connection) = admitted_by {
+        let core = core.clone();
+        attempts.spawn(async move {
+            let machine = net::machine_of(&connection);
+            stay(connection, core).await;
+            machine
+        });
+    }
     loop {
         tokio::select! {
             () = cancel.cancelled() => break,
             peer = dials.recv() => {
                 let Some(peer) = peer else { break };
+                if host == Some(peer.machine) {
+                    // This attempt is under way, and its end will be told.
+                    continue;
+                }
                 let (endpoint, core) = (endpoint.clone(), core.clone());
                 attempts.spawn(async move {
                     let relays = relay::urls(&core.view());
@@ -46,6 +61,7 @@ pub(crate) async fn dial(
             }
             Some(done) = attempts.join_next() => {
                 if let Ok(machine) = done {
+                    host = host.filter(|host| *host != machine);
                     core.dial_ended(machine).await;
                 }
             }
@@ -74,6 +90,14 @@ async fn dialled(connection: Connection, core: CoreHandle) {
     converse(connection, send, recv, core).await;
 }
 
+/// Goes on as a machine of the clan on the connection by which this one was admitted.
+async fn stay(connection: Connection, core: CoreHandle) {
+    let Ok(Ok((mut send, recv))) = timeout(HELLO_LIMIT, connection.open_bi()).await else { return };
+    if send_message(&mut send, &JoinRequest::Stay, MAX_JOIN_REQUEST).await.is_ok() {
+        converse(connection, send, recv, core).await;
+    }
+}
+
 /// Handles a connection that another machine made.
 pub(crate) async fn accepted(connection: Connection, core: CoreHandle) {
     if !greets(&connection, &core) {
@@ -97,7 +121,7 @@ fn greets(connection: &Connection, core: &CoreHandle) -> bool {
 }
 
 /// Greets, then passes messages until the connection ends.
-async fn converse(connection: Connection, mut send: SendStream, mut recv: RecvStream, core: CoreHandle) {
+pub(crate) async fn converse(connection: Connection, mut send: SendStream, mut recv: RecvStream, core: CoreHandle) {
     let (machine, view) = (net::machine_of(&connection), core.view());
     let hello = PeerMessage::Hello { clan: view.clan, vector: view.vector.to_vec() };
     if send_message(&mut send, &hello, MAX_MESSAGE).await.is_err() {

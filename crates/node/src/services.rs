@@ -20,7 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use crate::{core::CoreHandle, helm::Helm, host::Starter};
+use crate::{core::CoreHandle, helm::Helm, host::Starter, sockets};
 
 const CHECK_LIMIT: Duration = Duration::from_secs(5);
 const CHECK_HEALTHY: Duration = Duration::from_secs(5);
@@ -181,6 +181,7 @@ impl Hands {
 async fn keep(program: &'static [&'static str], over: CancellationToken) {
     let Some((name, args)) = program.split_first() else { return };
     loop {
+        sockets::still().await;
         match Command::new(name).args(args).stdin(Stdio::null()).kill_on_drop(true).spawn() {
             Ok(mut child) => tokio::select! {
                 () = over.cancelled() => return end(child).await,
@@ -204,6 +205,7 @@ async fn end(mut child: Child) {
 }
 
 async fn systemctl(verb: &str, unit: &str) {
+    sockets::still().await;
     match Command::new("systemctl").args([verb, "--no-block", unit]).status().await {
         Ok(status) if status.success() => tracing::info!(unit, verb, "told a service"),
         Ok(status) => tracing::error!(unit, verb, %status, "a service did not do as it was told"),

@@ -6,7 +6,7 @@ use clan_types::ByteSize;
 use clan_wire::control::{GuestStats, UnitStatus};
 use tokio::{process::Command, time::Instant};
 
-use crate::core::now;
+use crate::{core::now, sockets};
 
 /// As the kernel shows times to programs, on all processors that Clan runs on.
 const TICKS_PER_SECOND: u64 = 100;
@@ -44,7 +44,7 @@ impl Sampler {
         let busy = own.map_or(all_busy, |own| own.ticks);
         let cpu_permille = share(busy.saturating_sub(self.busy), total.saturating_sub(self.total));
         (self.busy, self.total) = (busy, total);
-        if self.units_at.is_none_or(|at| at.elapsed() >= UNITS_EVERY) {
+        if self.units_at.is_none_or(|at| at.elapsed() >= UNITS_EVERY) && sockets::is_still() {
             self.units = units(self.measured.units).await;
             self.units_at = Some(Instant::now());
         }

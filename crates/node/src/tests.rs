@@ -17,7 +17,7 @@ use clan_wire::{
     pieces::PIECE,
 };
 use ed25519_dalek::SigningKey;
-use iroh::Endpoint;
+use iroh::{Endpoint, endpoint::Connection};
 use tokio::{task::JoinSet, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -30,6 +30,7 @@ use crate::{
     mesh,
     net::{self, Desks},
     peer,
+    sockets::Alarm,
     words::{self as desk, WordsDesk},
 };
 
@@ -65,6 +66,17 @@ impl Machine {
         endpoint: Endpoint,
         bootstrap: Vec<PeerAddr>,
     ) -> Self {
+        Self::start_admitted(key, clan, entries, endpoint, bootstrap, None).await
+    }
+
+    async fn start_admitted(
+        key: SigningKey,
+        clan: &ClanId,
+        entries: &[EncodedEntry],
+        endpoint: Endpoint,
+        bootstrap: Vec<PeerAddr>,
+        admitted_by: Option<Connection>,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let store = LedgerStore::open(dir.path().join("ledger.redb"), clan).unwrap();
         let entries: Vec<_> = entries.iter().map(|entry| clan_ledger::Entry::decode(entry).unwrap()).collect();
@@ -97,10 +109,10 @@ impl Machine {
             endpoint.clone(),
             Desks { core: handle.clone(), images: images.clone(), words: words.clone(), helm: helm.clone() },
             cancel.clone(),
-            cancel.clone(),
+            Alarm::new(cancel.clone()),
         ));
         tasks.spawn(desk::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
-        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, cancel.clone()));
+        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, admitted_by, cancel.clone()));
         Self { core: handle, endpoint, key, images, words, helm, cancel, tasks, dir }
     }
 
@@ -206,8 +218,10 @@ async fn ask_one_of(
 }
 
 pub(crate) async fn joined(host: &Machine, clan: &ClanId, person_seed: u8, machine: SigningKey, name: &str) -> Machine {
-    let (endpoint, entries) = ask(host, &machine, newcomer(clan, person_seed, &machine, name)).await;
-    Machine::start(machine, clan, &entries.unwrap(), endpoint, vec![host.addr()]).await
+    let entries = newcomer(clan, person_seed, &machine, name);
+    let (endpoint, admitted) = ask_one_of(vec![host.addr()], &machine, entries).await;
+    let join::Admitted { connection, ledger, .. } = admitted.unwrap();
+    Machine::start_admitted(machine, clan, &encode(&ledger), endpoint, vec![host.addr()], Some(connection)).await
 }
 
 pub(crate) fn tomorrow() -> Timestamp {
@@ -220,6 +234,10 @@ async fn a_newcomer_is_admitted_and_both_machines_find_each_other() {
     let second = joined(&founder, &clan, 4, key(5), "bob").await;
     second.until("the newcomer is connected", |v| v.links.len() == 1).await;
     founder.until("the founder is connected", |v| v.links.len() == 1).await;
+    for machine in [&founder, &second] {
+        let stays = machine.core.view().links.values().all(|link| link.alpn() == clan_wire::peer::ALPN_JOIN);
+        assert!(stays, "they go on with the connection that they have");
+    }
     let offer = ServiceOffer {
         name: "web".parse().unwrap(),
         title: "Page".into(),

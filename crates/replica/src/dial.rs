@@ -20,6 +20,8 @@ pub(crate) struct Dialer {
     waiting: BTreeMap<MachineId, Backoff>,
     /// An attempt, or the connection that it led to, is under way.
     running: BTreeSet<MachineId>,
+    /// Newcomers, and until when it is theirs to go on with the connection that they have.
+    expected: BTreeMap<MachineId, Duration>,
     /// Whether there was anybody to dial yet.
     begun: bool,
 }
@@ -52,15 +54,15 @@ impl Dialer {
         self.waiting.retain(|machine, _| wanted.contains(machine) && !linked(machine));
         let courtesy = if self.begun { COURTESY } else { COURTESY_AT_FIRST };
         self.begun |= wanted.iter().any(|machine| machine != this);
+        self.expected.retain(|_, until| *until > at);
         let mut due = Vec::new();
         for machine in wanted {
             if machine == this || linked(machine) || self.running.contains(machine) {
                 continue;
             }
-            let backoff = self
-                .waiting
-                .entry(*machine)
-                .or_insert_with(|| Backoff::new(if this < machine { at } else { at + courtesy }));
+            let first = self.expected.get(machine).copied();
+            let first = first.unwrap_or(if this < machine { at } else { at + courtesy });
+            let backoff = self.waiting.entry(*machine).or_insert_with(|| Backoff::new(first));
             if backoff.due <= at {
                 backoff.failed(at);
                 self.running.insert(*machine);
@@ -68,6 +70,11 @@ impl Dialer {
             }
         }
         due
+    }
+
+    /// A machine is being admitted here: it is connected already.
+    pub(crate) fn expect(&mut self, machine: MachineId, at: Duration) {
+        self.expected.insert(machine, at + COURTESY);
     }
 
     /// An attempt is due now, even if it is the other one's turn.
@@ -116,6 +123,18 @@ mod tests {
         assert_eq!(poll(&mut high, 0, HIGH, false), []);
         high.hurry(LOW, Duration::from_secs(1));
         assert_eq!(poll(&mut high, 1, HIGH, false), [LOW]);
+    }
+
+    #[test]
+    fn a_newcomer_is_not_dialled_at_once_by_whoever_admits_it() {
+        let mut low = Dialer::default();
+        low.expect(HIGH, Duration::from_secs(10));
+        assert_eq!(poll(&mut low, 11, LOW, false), []);
+        assert_eq!(low.next(), Some(Duration::from_secs(10) + COURTESY));
+        assert_eq!(poll(&mut low, 16, LOW, false), [HIGH], "it did not stay");
+        low.ended(&HIGH);
+        assert_eq!(poll(&mut low, 17, LOW, true), []);
+        assert_eq!(poll(&mut low, 18, LOW, false), [HIGH], "a lost link is restored at once");
     }
 
     #[test]

@@ -169,6 +169,9 @@ pub enum JoinRequest {
         /// What the asker has of the ledger already.
         have: Vector,
     },
+    /// The machine was admitted, and goes on as one of the clan on this connection: what follows on the stream is what is
+    /// said on a `clan/peer/1` stream. Not answered otherwise.
+    Stay,
 }
 
 /// Answer to a [`JoinRequest`].

@@ -174,6 +174,7 @@ fn hinted(error: &clan_node::NodeError, args: &Args) -> CliError {
 
     let said = CliError::from_source("controller", error);
     match error {
+        NodeError::Deaf => said.hint("start it again, as systemd does by itself"),
         NodeError::Udp { .. } => said.hint("choose another port with `--port`; members learn of it by themselves"),
         NodeError::Socket(_) if args.socket.is_none() => {
             said.hint("run it with sudo, or name a place of your own: `--socket FILE --state DIR`")

@@ -73,6 +73,9 @@ impl Replica {
         let admission = checked.map_err(Err)?.id();
         let mut taking = Taking::default();
         for entry in &entries {
+            if let Body::Enrol { machine, .. } = entry.body() {
+                self.dialer.expect(*machine, now.at);
+            }
             // What was checked a moment ago is not refused; if it is, the countersignature below has no effect.
             if let Ok(inserted) = self.ledger.insert(entry.clone()) {
                 taking.add(entry.clone(), inserted);
