@@ -1,5 +1,5 @@
-//! The manager, QEMU or both are killed in the middle of an image switch, the manager in the middle of a snapshot and of its
-//! restoration. What is told afterwards is so: the one state or the other, and nothing of the attempt is left.
+//! The manager, QEMU or both are killed in the middle of an image switch, the manager in the middle of a snapshot. What is told
+//! afterwards is so: the one state or the other, and nothing of the attempt is left.
 
 use std::{
     collections::BTreeSet,
@@ -57,13 +57,9 @@ impl Place {
         let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
         program.to_string_lossy().contains("qemu")
     }
-
-    fn has(&self, beginning: &str) -> bool {
-        names(&self.0).iter().any(|name| name.starts_with(beginning))
-    }
 }
 
-fn names(folder: &Path) -> BTreeSet<String> {
+pub(crate) fn names(folder: &Path) -> BTreeSet<String> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
 }
@@ -88,10 +84,6 @@ fn starts(place: &Place) -> bool {
 
 fn copies(place: &Place) -> bool {
     names(&place.0.join("snapshots")).iter().any(|name| name.starts_with(".new-"))
-}
-
-fn puts_back(place: &Place) -> bool {
-    place.has("data.ext4.restoring")
 }
 
 fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
@@ -150,23 +142,9 @@ fn copied(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     interrupted(lab, &["vm", "snapshot", "--name", "cut"], copies, Victims::Manager)?;
     let snapshots = lab.person("founder").clan_json(&["vm", "snapshots"])?;
     let listed: Vec<&str> = snapshots.as_array().into_iter().flatten().map(|s| text(s, "name")).collect();
-    // What is listed can be put back, as it is next where it is there.
-    let name = match listed.as_slice() {
-        [] => "whole",
-        ["cut"] => "cut",
-        other => return Err(LabError::Promise(format!("these snapshots are there: {other:?}"))),
-    };
-    if name == "whole" {
-        lab.person("founder").clan(&["vm", "snapshot", "--name", name])?.success()?;
-    }
+    promise(["cut"].starts_with(&listed), || format!("these snapshots are there: {listed:?}"))?;
     reads(lab.person("founder"), &["kept"])?;
     screen.seen("a snapshot is whole or not there after a kill of the manager", began.elapsed());
-
-    let began = Instant::now();
-    write(lab.person("founder"), "later")?;
-    interrupted(lab, &["vm", "restore", name, "--yes"], puts_back, Victims::Manager)?;
-    reads(lab.person("founder"), &["kept", "later"])?;
-    screen.seen("a disk is put back or as it was after a kill of the manager", began.elapsed());
     Ok(())
 }
 
@@ -175,13 +153,7 @@ fn copied(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
 fn interrupted(lab: &mut Lab, arguments: &[&str], moment: Moment, victims: Victims) -> Result<Option<bool>, LabError> {
     let place = Place::of(lab.person("founder"))?;
     let mut command = Beside::start(lab, arguments)?;
-    let began = Instant::now();
-    while !moment(&place) {
-        if command.ended().is_some() || began.elapsed() > HEAL {
-            return Err(LabError::Promise(format!("the moment to kill did not come: {}", command.said())));
-        }
-        thread::sleep(MOMENT);
-    }
+    caught(&mut command, || moment(&place))?;
     let founder = lab.person("founder");
     if victims != Victims::Qemu {
         founder.kill_manager()?;
@@ -211,6 +183,18 @@ fn interrupted(lab: &mut Lab, arguments: &[&str], moment: Moment, victims: Victi
     let drafts = names(&place.0.join("snapshots")).into_iter().filter(|name| name.starts_with('.')).count();
     promise(drafts == 0, || format!("{drafts} half snapshots are left"))?;
     Ok(told)
+}
+
+/// Waits for a moment in what a command does.
+pub(crate) fn caught(command: &mut Beside, has_come: impl Fn() -> bool) -> Result<(), LabError> {
+    let began = Instant::now();
+    while !has_come() {
+        if command.ended().is_some() || began.elapsed() > HEAL {
+            return Err(LabError::Promise(format!("the moment to kill did not come: {}", command.said())));
+        }
+        thread::sleep(MOMENT);
+    }
+    Ok(())
 }
 
 /// The image that the machine is said to have.

@@ -1,5 +1,5 @@
 //! A virtual machine whose disk is encrypted: nothing of it is in the clear on the base OS, and after the manager's end it waits for
-//! its passphrase.
+//! its passphrase; also where that end was in the middle of putting a copy of the disk back.
 
 use std::{
     fs::{self, File},
@@ -12,7 +12,12 @@ use std::{
 
 use clan_lab::{Lab, LabError, Screen, matching, story};
 
-use crate::{MANAGER, kill, people::promise, text, vms};
+use crate::{
+    Beside, MANAGER,
+    crashes::{caught, names},
+    people::promise,
+    text, vms,
+};
 
 const CLAN: &str = "sealed";
 /// For a boot under emulation, beside another machine.
@@ -41,14 +46,27 @@ pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     founder.clan(&["vm", "snapshot", CLAN, "--name", "first"])?.success()?;
     screen.seen("a machine with an encrypted disk", began.elapsed());
 
+    // What runs goes on, and is told what will become of it.
     let began = Instant::now();
     founder.kill_manager()?;
     founder.start_manager(MANAGER)?;
-    let pid = story::until(HEAL, "what runs to be found", || Ok(vm(founder)?["pid"].as_u64()))?;
+    story::until(HEAL, "what runs to be found", || Ok(vm(founder)?["pid"].as_u64()))?;
     let told = founder.clan(&["status"])?.success()?.output();
     promise(told.contains("does not know the passphrase"), || format!("the status says nothing of a lock: {told}"))?;
-    kill(u32::try_from(pid).unwrap_or_default());
+    let from = file.display().to_string();
+    let unlock = ["vm", "unlock", CLAN, "--passphrase-file", &from];
+    founder.clan(&unlock)?.success()?;
+
+    let place = founder.data().join("clans").join(text(&vm(founder)?, "id"));
+    let is_draft = |name: &String| name.starts_with("data.ext4.");
+    let mut restore = Beside::start(lab, &["vm", "restore", "first", CLAN, "--yes"])?;
+    caught(&mut restore, || names(&place).iter().any(is_draft))?;
+    let founder = lab.person("founder");
+    founder.kill_manager()?;
+    drop(restore);
+    founder.start_manager(MANAGER)?;
     story::until(HEAL, "the machine to be locked", || Ok((vm(founder)?["state"] == "locked").then_some(())))?;
+    promise(!names(&place).iter().any(is_draft), || format!("this is there: {:?}", names(&place)))?;
     let reason = text(&vm(founder)?, "reason").to_owned();
     promise(reason.contains("clan vm unlock"), || format!("a locked machine says {reason:?}"))?;
     for (command, typed, says) in
@@ -58,8 +76,7 @@ pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
         let output = refused.output();
         promise(!refused.status.success() && output.contains(says), || format!("{command} said {output}"))?;
     }
-    let from = file.display().to_string();
-    founder.clan(&["vm", "unlock", CLAN, "--passphrase-file", &from])?.success()?;
+    founder.clan(&unlock)?.success()?;
     story::until(HEAL, "the machine running again", || Ok((vm(founder)?["state"] == "running").then_some(())))?;
     let (said, _) = founder.console(CLAN)?.run("tail -n 1 /root/mark", HEAL)?;
     promise(said.contains(&format!("{MARK} 2000")), || format!("the disk has {said:?} on it"))?;
@@ -70,7 +87,6 @@ pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     })?;
     screen.seen("it opens by its passphrase only, and has what was written", began.elapsed());
 
-    let place = founder.data().join("clans").join(text(&vm(founder)?, "id"));
     promise(place.join("snapshots/first/data.ext4").exists(), || "there is no snapshot to look through".into())?;
     let marked = containing(MARK, &[&place])?;
     promise(marked.is_empty(), || format!("these files have it in the clear: {marked}"))?;
