@@ -105,6 +105,18 @@ pub struct RevertChange {
     pub dry_run: bool,
 }
 
+/// Gives a machine of the clan another image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct UpdateMachine {
+    /// Which, by its whole id; what the clan publishes, if absent. A machine takes that, or the one that it had before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image: Option<String>,
+    /// Only say what would be.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub dry_run: bool,
+}
+
 /// What was changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct MachineChange {
@@ -124,6 +136,8 @@ pub enum MachineDeed {
     Restart,
     /// A terminal was opened, or a command run.
     Terminal,
+    /// The machine was given another image; one that it is not well with it gives back by itself.
+    Image,
 }
 
 /// An entry of a machine's journal.

@@ -27,7 +27,7 @@ pub use client::{ByteStream, ClientError, Console, EventStream, ManagerClient};
 pub use devices::{AddDevice, DeviceInfo, DeviceKind, DeviceOffer, RemoveDeviceQuery, RemovedDevice};
 pub use helm::{
     ChangeSetting, ControlChange, ControlSuggestion, MachineChange, MachineDeed, MachineEntry, MachineReport,
-    MachineSetting, RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery,
+    MachineSetting, RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery, UpdateMachine,
 };
 pub use images::{ImageGc, ImageGcQuery, ImageInfo, Publication, PublishImage, PublishedVm};
 pub use mesh::{AddWireguard, GroupInfo, RemoveNamed, RuleInfo, SetGroup, SetRule, WireguardMachine};

@@ -19,7 +19,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
     paths(
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
-        machine_report, machine_log, machine_journal, change_setting, revert_change, restart_machine, machine_terminal, set_control, suggest_control,
+        machine_report, machine_log, machine_journal, change_setting, revert_change, restart_machine, update_machine, machine_terminal, set_control, suggest_control,
         open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, preview_update, unlock_vm, lock_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, publish_image, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
@@ -189,6 +189,10 @@ fn revert_change() {}
 /// Start a machine anew
 #[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/restart", params(("clan" = String, Path), ("machine" = String, Path)), responses((status = 201, body = MachineChange), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn restart_machine() {}
+
+/// Give a machine another image: what the clan publishes, or what the machine ran before
+#[utoipa::path(post, path = "/api/v1/clans/{clan}/machines/{machine}/update", params(("clan" = String, Path), ("machine" = String, Path)), request_body = UpdateMachine, responses((status = 202, body = MachineChange, description = "Its computer begins"), (status = 200, body = MachineChange, description = "What it would do, or: nothing to do"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn update_machine() {}
 
 /// A terminal on a machine: frames both ways after an upgrade to `clan-terminal`
 #[utoipa::path(get, path = "/api/v1/clans/{clan}/machines/{machine}/terminal", params(("clan" = String, Path), ("machine" = String, Path), TerminalQuery), responses((status = 101, description = "Frames follow"), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

@@ -171,6 +171,13 @@ pub struct MachineInfo {
     /// Name of the machine that speaks the mesh for it, if it is a standard WireGuard machine.
     #[schema(value_type = Option<String>)]
     pub behind: Option<MachineName>,
+    /// Who may steer it, as it says itself, if known.
+    #[serde(default)]
+    pub control_mode: Option<ControlMode>,
+    /// The image that it runs, if it is known to run one.
+    #[serde(default)]
+    #[schema(value_type = Option<String>)]
+    pub image: Option<ImageId>,
 }
 
 /// How a machine is reached.

@@ -86,6 +86,46 @@ fn a_change_tells_how_to_take_it_back() {
     assert!(asked.all().iter().any(|a| a.ends_with(r#"{"name":"announce","value":"off"}"#)), "{:?}", asked.all());
 }
 
+fn image(n: u8) -> String {
+    clan_types::ImageId::from_bytes([n; 32]).to_string()
+}
+
+#[test]
+fn another_image_is_shown_then_asked_about_then_ordered() {
+    let computer = Computer::new();
+    let change =
+        json!({"entry": entry(7, json!({"deed": "image", "before": image(1), "after": image(2)}))}).to_string();
+    let asked = computer.manager(&[(CLANS, 200, clans()), (path("POST update"), 200, change)]);
+    let would = computer.clan(&["machine", "update", "desk", "--dry-run"]).assert().success().stdout_eq("");
+    let what = format!("image from {} to {}", &image(1)[..12], &image(2)[..12]);
+    says(&would, &[&format!("Would change on desk: {what}.")]);
+    let unasked = computer.clan(&["machine", "update", "desk"]).assert().code(1).stdout_eq("");
+    says(&unasked, &["needs your consent", "--yes", "--dry-run"]);
+    let orders =
+        || asked.all().iter().filter(|a| a.contains("update") && !a.contains("dry_run")).cloned().collect::<Vec<_>>();
+    assert!(orders().is_empty(), "{:?}", orders());
+    let done = computer.clan(&["machine", "update", "desk", "--yes"]).assert().success().stdout_eq("");
+    says(&done, &["Its computer begins", &what, "clan machine revert desk 7"]);
+    // What was shown is what is ordered.
+    assert!(
+        matches!(&orders()[..], [one] if one.ends_with(&format!(r#"{{"image":"{}"}}"#, image(2)))),
+        "{:?}",
+        orders()
+    );
+}
+
+#[test]
+fn the_image_that_a_machine_has_already_is_not_ordered() {
+    let computer = Computer::new();
+    let asked =
+        computer.manager(&[(CLANS, 200, clans()), (path("POST update"), 200, json!({"entry": null}).to_string())]);
+    says(
+        &computer.clan(&["machine", "update", "desk"]).assert().success(),
+        &["Nothing changes: desk is set so already."],
+    );
+    assert!(asked.all().iter().filter(|a| a.contains("update")).all(|a| a.contains("dry_run")), "{:?}", asked.all());
+}
+
 #[test]
 fn a_refusal_says_who_may_and_how_that_is_changed() {
     let computer = Computer::new();
@@ -125,7 +165,7 @@ fn others_are_let_in_after_a_question_only() {
 #[test]
 fn help_says_what_is_steered_and_by_whom() {
     let help = Computer::new().clan(&["machine", "--help"]).assert().success().stderr_eq("");
-    says(&help, &["stats", "logs", "settings", "set", "journal", "revert", "restart", "terminal", "suggest"]);
+    says(&help, &["stats", "logs", "settings", "set", "journal", "revert", "restart", "terminal", "suggest", "update"]);
     let help = Computer::new().clan(&["vm", "control", "--help"]).assert().success().stderr_eq("");
     says(&help, &["local    you alone", "remote   the clan's admins", "shared   both"]);
 }

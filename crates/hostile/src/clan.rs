@@ -171,6 +171,7 @@ mod tests {
             services: vec![],
             image: None,
             certificate: None,
+            control: clan_types::ControlMode::Local,
         };
         let body = postcard::to_allocvec(&beacon).unwrap();
         let message = signed_beacon(&body[64..]).unwrap();

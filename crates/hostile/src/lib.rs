@@ -34,6 +34,7 @@ use clan_wire::{
     control::{ControlRequest, ControlResponse},
     helm::{Answer, Call, Ends, Greeting, Input, Output},
     image::Manifest,
+    order::{Asks, Says},
     peer::{EntryPage, ImageRequest, ImageResponse, JoinRequest, JoinResponse, PeerMessage},
 };
 use data_encoding::BASE64URL_NOPAD;
@@ -192,6 +193,9 @@ pub fn helm(data: &[u8]) {
         1 => read::<Greeting>(rest),
         2 => read::<Answer>(rest),
         3 => read::<Input>(rest),
+        // Between a guest's controller and its manager.
+        5 => read::<Asks>(rest),
+        6 => read::<Says>(rest),
         _ => read::<Output>(rest),
     }
 }

@@ -2,7 +2,8 @@
 
 use clan_ledger::Entry;
 use clan_types::{
-    ByteSize, CertificateHash, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, Purpose, RelayAddr, Words,
+    ByteSize, CertificateHash, ControlMode, FileHash, ImageId, InviteLink, InviteSecret, PeerAddr, Purpose, RelayAddr,
+    Words,
 };
 use clan_wire::{
     agent::{AgentRequest, AgentResponse},
@@ -13,6 +14,7 @@ use clan_wire::{
         Size,
     },
     image::{FileRole, ImageFile, Manifest},
+    order::{Asks, Says},
     peer::{EntryPage, ImagePart, ImageRequest, InviteProof, JoinRefusal, JoinRequest, JoinResponse, PeerMessage},
     words::{WordsRefusal, WordsRequest, WordsResponse, announcement},
 };
@@ -51,6 +53,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
         services: vec![],
         image: Some(ImageId::from_bytes([1; 32])),
         certificate: Some(CertificateHash::from_bytes([5; 32])),
+        control: ControlMode::Remote,
     };
     seeds.push(("peer", framed(&[&[0], &bytes(&beacon)[64..]].concat())));
     let proof = InviteProof::new(&clan::key(50), &ledger.clan(), &clan::machine(clan::STRANGER));
@@ -142,6 +145,15 @@ fn helm() -> Vec<(&'static str, Vec<u8>)> {
     seeds.push(with(4, &Output::Data(b"hello".to_vec())));
     seeds.push(with(4, &Output::Cut(Refusal::Local)));
     seeds.push(with(4, &Output::Taken(5)));
+    let image = ImageId::from_bytes([1; 32]);
+    let update = Request::Update { image, dry_run: false };
+    let proof = Proof::new(&clan::key(50), &ends, &update);
+    seeds.push(with(0, &Call { proof: Some(proof.clone()), request: update }));
+    seeds.push(with(2, &Answer::Sign { image, challenge: [3; 32] }));
+    seeds.push(with(5, &Asks::Order { image, dry_run: true }));
+    seeds.push(with(5, &Asks::Signed(proof)));
+    seeds.push(with(6, &Says::Sign([3; 32])));
+    seeds.push(with(6, &Says::Refused(Refusal::NotPublished { image })));
     seeds.into_iter().map(|seed| ("helm", seed)).collect()
 }
 

@@ -12,6 +12,7 @@ use clan_types::{ClanId, ClanName, Passphrase, PersonId};
 use clan_wire::control::NodeStatus;
 use ed25519_dalek::SigningKey;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     disk::DiskError,
@@ -100,6 +101,8 @@ pub(crate) struct Clan {
     pub(crate) key: SigningKey,
     /// Held while an entry is signed and handed over: the person's log has one writer.
     pub(crate) log: tokio::sync::Mutex<PersonLog>,
+    /// Cancelled when this computer is no more in the clan, or the manager stops.
+    pub(crate) over: CancellationToken,
 }
 
 impl Clan {

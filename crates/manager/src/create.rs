@@ -226,6 +226,7 @@ impl Home {
             fresh: None,
             image: self.image,
             trial: None,
+            previous: None,
             memory: self.size.memory,
             disk: self.size.disk,
             cpus: self.size.cpus,

@@ -233,6 +233,8 @@ fn name(request: &ControlRequest) -> &'static str {
         ControlRequest::Peers => "name other machines",
         ControlRequest::SetControlMode(_) => "change who may steer it",
         ControlRequest::Steer { .. } => "call the machine",
+        ControlRequest::Orders => "pass on orders",
+        ControlRequest::NoteImage { .. } => "note its new image",
     }
 }
 

@@ -5,16 +5,17 @@ use std::time::Duration;
 
 use clan_api::{
     ApiProblem, ControlChange, ControlSuggestion, ErrorCode, MachineChange, MachineDeed, MachineEntry, MachineReport,
-    MachineSetting, SetControl, StatsPoint, SuggestControl, UnitInfo,
+    MachineSetting, SetControl, StatsPoint, SuggestControl, UnitInfo, UpdateMachine,
 };
 use clan_ledger::{Body, Ledger};
 use clan_os::channel::{MessageError, Stream, recv_message, send_message};
-use clan_types::{ControlMode, Role};
+use clan_types::{ControlMode, ImageId, Role};
 use clan_wire::{
     control::{ControlRequest, ControlResponse, MachineStatus, NodeStatus},
     helm::{
         Answer, Call, Deed, Ends, Greeting, JournalEntry, MAX_ANSWER, MAX_CALL, MAX_JOURNAL, Proof, Refusal, Request,
     },
+    order::Order,
 };
 use tokio::time::timeout;
 
@@ -23,7 +24,7 @@ use crate::{
     clan::Clan,
     decisions::{decide, own_role},
     guest::{self, GuestError, short},
-    problem,
+    problem, sign,
     status::{find_machine, point_of},
 };
 
@@ -52,8 +53,17 @@ pub(crate) async fn set_control(clan: &Clan, request: &SetControl) -> Result<Con
     if !request.dry_run {
         let mode: ControlMode = request.mode.into();
         let control = clan.control().map_err(|e| problem::guest(&e))?;
-        guest::tell(&control, &ControlRequest::SetControlMode(mode)).await.map_err(|e| problem::guest(&e))?;
-        clan.record.update(|r| r.control = mode).map_err(|e| problem::disk(&e))?;
+        let before = clan.record.get().control;
+        let agreed = |mode: ControlMode| clan.record.update(|r| r.control = mode).map_err(|e| problem::disk(&e));
+        // INVARIANT: once others may not steer, this manager takes no order of theirs, whatever the controller makes of it.
+        if !mode.is_for_admins() {
+            agreed(mode)?;
+        }
+        if let Err(error) = guest::tell(&control, &ControlRequest::SetControlMode(mode)).await {
+            agreed(before)?;
+            return Err(problem::guest(&error));
+        }
+        agreed(mode)?;
         tracing::info!(clan = %clan.name(), %mode, "who may steer the machine here was changed");
     }
     Ok(change)
@@ -127,8 +137,39 @@ async fn converse(
             Some(Proof::new(&clan.key, &ends, &request))
         }
     };
-    send_message(stream, &Call { proof, request }, MAX_CALL).await?;
+    let call = Call { proof, request };
+    send_message(stream, &call, MAX_CALL).await?;
+    let answer = recv_message(stream, MAX_ANSWER).await?;
+    let Answer::Sign { image, challenge } = answer else { return Ok(answer) };
+    let dry_run = match call.request {
+        Request::Update { image: wanted, dry_run } if wanted == image => dry_run,
+        // Which image was there before, the machine knows; its manager takes none but that, or what is published.
+        Request::Revert { dry_run, .. } => dry_run,
+        // INVARIANT: nothing is signed but what the person asked for.
+        _ => return Ok(Answer::Failed("it asked for another signature than for what was wanted".to_owned())),
+    };
+    let order = Order { clan: clan.id(), machine: machine.id, image, dry_run, challenge };
+    send_message(stream, &order.sign(&clan.key), MAX_CALL).await?;
     recv_message(stream, MAX_ANSWER).await
+}
+
+/// The image that a machine is to run: the one that is named, or what the clan publishes.
+pub(crate) async fn update(clan: &Clan, machine: &str, request: &UpdateMachine) -> Result<Answered, ApiProblem> {
+    let image = match &request.image {
+        Some(text) => text.trim().to_ascii_lowercase().parse::<ImageId>().map_err(|_| {
+            ApiProblem::new(ErrorCode::BadRequest, "an image of others is named by its whole id")
+                .hint("without `--image` it is what the clan publishes")
+        })?,
+        None => {
+            let ledger = sign::ledger(clan).await?;
+            let published = ledger.state().published.as_ref().map(|published| published.description.image);
+            published.ok_or_else(|| {
+                ApiProblem::new(ErrorCode::NotFound, "the clan publishes no image")
+                    .hint("publish one that a machine here runs: `clan image publish`")
+            })?
+        }
+    };
+    ask(clan, machine, Request::Update { image, dry_run: request.dry_run }).await
 }
 
 impl Answered {
@@ -155,7 +196,14 @@ impl Answered {
     }
 
     /// Of a change.
-    pub(crate) fn change(self) -> Result<MachineChange, ApiProblem> {
+    pub(crate) fn change(self, clan: &Clan) -> Result<MachineChange, ApiProblem> {
+        // What the user takes back here is said here too; a controller's word makes it stricter only.
+        if let Answer::Done(JournalEntry { what: Deed::Mode { after, .. }, .. }) = &self.answer
+            && self.machine.this
+            && !after.is_for_admins()
+        {
+            clan.record.update(|r| r.control = *after).map_err(|e| problem::disk(&e))?;
+        }
         match self.answer {
             Answer::Done(done) => Ok(MachineChange { entry: Some(entry(done)) }),
             Answer::Unchanged => Ok(MachineChange { entry: None }),
@@ -183,6 +231,9 @@ fn entry(entry: JournalEntry) -> MachineEntry {
         }
         Deed::Restart => (MachineDeed::Restart, None, None, None, None, None),
         Deed::Terminal { ended } => (MachineDeed::Terminal, None, None, None, None, ended),
+        Deed::Image { before, after, reverts } => {
+            (MachineDeed::Image, None, Some(before.to_string()), Some(after.to_string()), reverts, None)
+        }
     };
     MachineEntry {
         number: entry.number,
@@ -244,7 +295,6 @@ fn refused(refusal: &Refusal, status: &NodeStatus, machine: &MachineStatus, clan
                 "control" | "the control mode" => "`clan vm control`",
                 "power" => "`clan vm stop`",
                 "snapshots" => "`clan vm snapshot`",
-                "image" => "`clan image`",
                 _ => "`clan vm`",
             };
             not_allowed(format!("{} is {owner}'s to change, at the computer of {name}", short(what)))
@@ -265,12 +315,20 @@ fn refused(refusal: &Refusal, status: &NodeStatus, machine: &MachineStatus, clan
                 .hint(format!("see it: `clan machine journal {name}`"))
         }
         Refusal::NotRevertible { number } => conflict(format!("what entry {number} tells cannot be taken back"))
-            .why("only changes of settings and of the control mode can"),
+            .why("only changes of settings, of the image and of the control mode can"),
         Refusal::Stale { number, now } => conflict(format!("entry {number} is not the last word on it any more"))
             .why(format!("it has been changed since, and is `{}` now", short(now)))
             .hint(format!("take the last change back first: `clan machine journal {name}`")),
         Refusal::Busy => {
             conflict(format!("{name} has as many terminals open as it may have")).hint("close another first")
+        }
+        Refusal::NoImage => conflict(format!("{name} runs no image: it is {owner}'s computer itself"))
+            .why("its programs are updated there, as all of the computer are"),
+        Refusal::NotPublished { image } => conflict(format!("{name} does not take the image {}", image.short()))
+            .why("others have it run what the clan publishes, or what it ran before")
+            .hint("publish it first: `clan image publish`; a machine that was off has to hear of it"),
+        Refusal::NotNow { why } => {
+            conflict(format!("{owner}'s computer does not do it now")).why(short(why)).hint("try again later")
         }
         Refusal::Malformed => bad(format!("{name} does not understand the request"))
             .hint("it may run another version of Clan: see `clan machines --json`"),

@@ -23,8 +23,10 @@ fn users(shared: &Shared) -> BTreeMap<ImageId, Vec<ClanName>> {
     for clan in shared.clans() {
         let record = clan.record.get();
         // A VM that tries an image may go back to the one before.
-        let previous = record.trial.map(|trial| trial.previous);
-        for image in record.image.into_iter().chain(previous) {
+        let trial = record.trial.map(|trial| trial.previous);
+        // What those who steer a machine change, they can take back.
+        let previous = record.previous.filter(|_| record.control.is_for_admins());
+        for image in record.image.into_iter().chain(trial).chain(previous) {
             users.entry(image).or_default().push(record.name.clone());
         }
     }

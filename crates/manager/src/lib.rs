@@ -40,6 +40,7 @@ mod machine;
 mod manager;
 mod memory;
 mod mesh;
+mod orders;
 mod paths;
 mod problem;
 mod publish;

@@ -24,7 +24,7 @@ use crate::{
     http::{self, Listeners, auth::Auth},
     join,
     keeper::{Keeper, KeeperConfig, Patience, Turns},
-    leave,
+    leave, orders,
     paths::Paths,
     problem,
     record::{self, ClanRecord, Loaded, PersonLog, Phase},
@@ -175,7 +175,7 @@ pub(crate) struct Shared {
     pub(crate) answered: Mutex<Option<MachineId>>,
     /// The image that was offered to a newcomer last: what was shown is mostly what is fetched next.
     pub(crate) offered: Mutex<Option<(ImageId, Manifest)>>,
-    /// Endpoints on their way down; nobody has to wait for their goodbyes but the manager's end.
+    /// Endpoints on their way down, and what waits for orders; nobody has to wait for them but the manager's end.
     pub(crate) closing: TaskTracker,
     /// Held while a clan is added.
     pub(crate) admission: tokio::sync::Mutex<()>,
@@ -380,7 +380,7 @@ impl Shared {
     }
 
     /// Takes a clan that is on disk into this manager's care.
-    pub(crate) fn adopt(&self, record: ClanRecord) -> Result<Arc<Clan>, DiskError> {
+    pub(crate) fn adopt(self: &Arc<Self>, record: ClanRecord) -> Result<Arc<Clan>, DiskError> {
         let paths = self.paths.clan(&record.id);
         let (key, log) = (record::load_key(&paths)?, PersonLog::load(&paths)?);
         let id = record.id;
@@ -398,7 +398,9 @@ impl Shared {
             patience: Patience::default(),
         };
         let keeper = Keeper::spawn(record.clone(), config, self.keepers.child_token());
-        let clan = Arc::new(Clan { record, keeper, key, log: tokio::sync::Mutex::new(log) });
+        let over = self.stop.child_token();
+        let clan = Arc::new(Clan { record, keeper, key, log: tokio::sync::Mutex::new(log), over: over.clone() });
+        self.closing.spawn(orders::keep(self.clone(), clan.clone(), over));
         self.clans.write().unwrap_or_else(PoisonError::into_inner).insert(id, clan.clone());
         Ok(clan)
     }
@@ -444,6 +446,7 @@ impl Shared {
     /// Ends a clan's VM and removes everything of the clan from this computer.
     pub(crate) async fn discard(&self, clan: &Clan) -> Result<(), ApiProblem> {
         clan.record.update(|r| r.phase = Phase::Removing).map_err(|e| problem::disk(&e))?;
+        clan.over.cancel();
         clan.keeper.destroy().await;
         let (paths, id) = (self.paths.clone(), clan.id());
         crate::fetch::blocking(move || record::remove(&paths, &id)).await?.map_err(|e| problem::disk(&e))?;

@@ -117,6 +117,9 @@ pub(crate) struct ClanRecord {
     /// Present while it is not sure that the VM is well with its image, which is new to it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) trial: Option<Trial>,
+    /// The image that the VM was well with before it had its present one: what a change of it is taken back to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) previous: Option<ImageId>,
     pub(crate) memory: ByteSize,
     pub(crate) disk: ByteSize,
     pub(crate) cpus: u8,
@@ -315,6 +318,7 @@ pub(crate) mod tests {
             fresh: None,
             image: None,
             trial: None,
+            previous: None,
             memory: ByteSize::from_mib(512),
             disk: ByteSize::from_mib(2048),
             cpus: 2,

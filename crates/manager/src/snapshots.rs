@@ -332,7 +332,7 @@ mod tests {
     }
 
     /// A clan whose VM is stopped, with a disk of these contents.
-    fn clan(shared: &Shared, content: &[u8]) -> Arc<Clan> {
+    fn clan(shared: &Arc<Shared>, content: &[u8]) -> Arc<Clan> {
         let record = ClanRecord { disk: ByteSize::from_mib(1), ..tests::record(1, Phase::Ready) };
         tests::put(&shared.paths, &record, None);
         fs::write(shared.paths.clan(&record.id).data_disk(), content).unwrap();

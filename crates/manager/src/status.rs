@@ -214,6 +214,8 @@ fn machine(machine: &control::MachineStatus, status: &control::NodeStatus) -> Ma
         behind: machine
             .behind
             .and_then(|via| status.machines.iter().find(|front| front.id == via).map(|front| front.name.clone())),
+        control_mode: machine.control.map(Into::into),
+        image: machine.image,
     }
 }
 

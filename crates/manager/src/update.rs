@@ -8,7 +8,10 @@ use clan_api::{ApiProblem, ErrorCode, Flavour, ImageSource, TaskKind, Transfer, 
 use clan_build::StoredImage;
 use clan_ledger::{State, VmDescription};
 use clan_types::{ByteSize, ControlMode, ImageId, ServiceName};
-use clan_wire::{control::NodeStatus, image::Manifest};
+use clan_wire::{
+    control::{ControlRequest, NodeStatus},
+    image::Manifest,
+};
 use tokio::time::{Instant, sleep};
 
 use crate::{
@@ -241,8 +244,23 @@ fn steps(clan: &Clan) -> [String; 4] {
     ]
 }
 
-/// Switches a VM to another image, as a task.
+/// Whether an update could begin, without asking anybody else.
+pub(crate) async fn check(shared: &Shared, clan: &Clan, request: &UpdateVm) -> Result<(), ApiProblem> {
+    lock::check_unlocked(clan)?;
+    choose(shared, clan, request).await.map(drop)
+}
+
+/// Switches a VM to another image, as a task: its user says so.
 pub(crate) async fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) -> Result<Arc<Task>, ApiProblem> {
+    begin(shared, clan, request, true).await
+}
+
+/// The same by an order, which the machine's journal tells of already.
+pub(crate) async fn obey(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm) -> Result<Arc<Task>, ApiProblem> {
+    begin(shared, clan, request, false).await
+}
+
+async fn begin(shared: &Arc<Shared>, clan: Arc<Clan>, request: &UpdateVm, note: bool) -> Result<Arc<Task>, ApiProblem> {
     lock::check_unlocked(&clan)?;
     let Chosen { choice, stays } = choose(shared, &clan, request).await?;
     let shared_ = shared.clone();
@@ -255,7 +273,7 @@ pub(crate) async fn task(shared: &Arc<Shared>, clan: Arc<Clan>, request: &Update
             Choice::Build => task.unless_cancelled(image::default_image(&shared_, &task)).await?,
             Choice::Published(published) => fetch(&shared_, &clan, &task, *published).await?,
         };
-        switch(&shared_, &clan, &task, image).await
+        switch(&shared_, &clan, &task, image, note).await
     })
 }
 
@@ -271,7 +289,13 @@ pub(crate) fn go_on(shared: &Arc<Shared>, clan: Arc<Clan>) {
     }
 }
 
-async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredImage) -> Result<(), ApiProblem> {
+async fn switch(
+    shared: &Shared,
+    clan: &Clan,
+    task: &TaskHandle,
+    image: StoredImage,
+    note: bool,
+) -> Result<(), ApiProblem> {
     let record = clan.record.get();
     let Some(previous) = record.image.filter(|previous| *previous != image.id) else {
         task.log(format!("the {} has this image already", record.what()));
@@ -281,6 +305,9 @@ async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredIm
     let (store, id) = (shared.images.clone(), image.id);
     task.unless_cancelled(blocking(move || store.verify(&id))).await?.map_err(|e| problem::store(&e))?;
     let trial = was(clan, previous).await;
+    if note {
+        tell_journal(clan, previous, image.id).await;
+    }
     task.log(format!("from the image {} to {}", previous.short(), image.id.short()));
     task.begin(1);
     let switched = machine::while_held(clan, task.unless_cancelled(machine::hold(clan)), async {
@@ -295,6 +322,14 @@ async fn switch(shared: &Shared, clan: &Clan, task: &TaskHandle, image: StoredIm
     }
     task.begin(2);
     judge(shared, clan, task).await
+}
+
+/// Whoever else may steer the machine finds in its journal what its user did. One that does not run is told nothing.
+async fn tell_journal(clan: &Clan, before: ImageId, after: ImageId) {
+    let Ok(control) = clan.control() else { return };
+    if let Err(error) = guest::tell(&control, &ControlRequest::NoteImage { before, after }).await {
+        tracing::warn!(%error, "the machine's journal does not tell of its new image");
+    }
 }
 
 /// What is so while the VM runs its present image.
@@ -331,7 +366,8 @@ pub(crate) async fn judge(shared: &Shared, clan: &Clan, task: &TaskHandle) -> Re
     };
     let problem = match task.unless_cancelled(tried).await {
         Ok(()) => {
-            clan.record.update(|r| r.trial = None).map_err(|e| problem::disk(&e))?;
+            let previous = Some(trial.previous);
+            clan.record.update(|r| (r.trial, r.previous) = (None, previous)).map_err(|e| problem::disk(&e))?;
             if clan.record.get().is_container() {
                 // What only the previous image needed unpacked.
                 shared.keep_trees().await;
@@ -433,6 +469,8 @@ mod tests {
             relay: None,
             wireguard: Vec::new(),
             behind: None,
+            control: None,
+            image: None,
         }
     }
 

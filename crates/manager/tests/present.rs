@@ -84,6 +84,8 @@ impl Silent {
             relay: None,
             wireguard: vec!["203.0.113.7:51820".parse().unwrap()],
             behind: None,
+            control: None,
+            image: None,
         };
         NodeStatus {
             clan,

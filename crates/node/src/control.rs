@@ -280,6 +280,16 @@ impl Controller {
                 Err(why) => ControlResponse::Failed(why),
             },
             ControlRequest::Steer { machine } => return helm::steer(stream, &access, machine).await,
+            ControlRequest::Orders => {
+                if send_message(&mut stream, &ControlResponse::Connected, MAX_MESSAGE).await.is_ok() {
+                    access.helm.wait(stream);
+                }
+                return;
+            }
+            ControlRequest::NoteImage { before, after } => match access.helm.note_image(before, after, &access.core) {
+                Ok(()) => ControlResponse::Done,
+                Err(why) => ControlResponse::Failed(why),
+            },
             ControlRequest::OpenWords { words, link } => match access.words.open(&words, link.expose()) {
                 Ok(()) => ControlResponse::Done,
                 Err(error) => ControlResponse::Failed(chain(&error)),
@@ -548,6 +558,7 @@ impl Controller {
             cancel.clone(),
             self.alarm.clone(),
         ));
+        tasks.spawn(helm::keep_telling(helm.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(helm::keep_announcing(helm.clone(), endpoint.clone(), cancel.clone()));
         tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(words::tell_relays(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));

@@ -5,6 +5,7 @@
 //! as a log or a terminal is open.
 
 mod kept;
+mod order;
 mod session;
 
 use std::{
@@ -34,8 +35,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::kept::Kept;
 pub(crate) use self::kept::Possible;
+use self::{
+    kept::Kept,
+    order::{Desk, Wanted},
+};
 use crate::{
     control::Access,
     core::{CoreHandle, View, now},
@@ -67,6 +71,7 @@ pub(crate) struct Helm {
     /// Held while something is changed, on disk and here.
     writing: SyncMutex<()>,
     terminals: Arc<Semaphore>,
+    desk: Desk,
 }
 
 /// Who wants to steer.
@@ -155,6 +160,7 @@ impl Helm {
             kept: watch::Sender::new(Arc::new(kept)),
             writing: SyncMutex::new(()),
             terminals: Arc::new(Semaphore::new(MAX_TERMINALS)),
+            desk: Desk::default(),
         })
     }
 
@@ -270,9 +276,18 @@ impl Helm {
                     kept.set(name, value, &self.possible, by, now())
                 })
             }
-            Request::Revert { number, dry_run } => {
-                self.change(caller, &request, dry_run, core, |kept, by| kept.revert(number, &self.possible, by, now()))
+            Request::Update { image, dry_run } => {
+                let wanted = Wanted { image, reverts: None, dry_run };
+                self.order(caller, &request, wanted, send, recv, core).await
             }
+            Request::Revert { number, dry_run } => match self.image_before(number) {
+                Some((before, after)) => {
+                    let wanted = Wanted { image: before, reverts: Some((number, after)), dry_run };
+                    self.order(caller, &request, wanted, send, recv, core).await
+                }
+                None => self
+                    .change(caller, &request, dry_run, core, |kept, by| kept.revert(number, &self.possible, by, now())),
+            },
             Request::Restart => self.restart(caller, core).await,
         };
         // The manager starts a container again whose controller has ended.
@@ -495,6 +510,19 @@ pub(crate) async fn keep_announcing(helm: Arc<Helm>, endpoint: Endpoint, cancel:
         tokio::select! {
             () = cancel.cancelled() => return,
             _ = changed.changed() => {}
+        }
+    }
+}
+
+/// Has the machine say who may steer it, until cancelled.
+pub(crate) async fn keep_telling(helm: Arc<Helm>, core: CoreHandle, cancel: CancellationToken) {
+    let mut changed = helm.watch();
+    loop {
+        let mode = changed.borrow_and_update().mode;
+        core.change_own(move |own| own.control = mode).await;
+        tokio::select! {
+            () = cancel.cancelled() => return,
+            ended = changed.changed() => if ended.is_err() { return },
         }
     }
 }

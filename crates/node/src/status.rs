@@ -41,6 +41,8 @@ pub(crate) async fn machines(view: &View, wireguard: Option<&Wireguard>) -> Vec<
                 relay: relays.iter().find(|(relay, _)| relay == id).map(|(_, relay)| relay.clone()),
                 wireguard: beacon.map(|b| b.wireguard.clone()).unwrap_or_default(),
                 behind: None,
+                control: beacon.map(|b| b.control),
+                image: beacon.and_then(|b| b.image),
             }
         })
         .chain(view.state.good_peers().map(|(wg, peer)| standard(view, wg, peer, &paths)))
@@ -49,7 +51,9 @@ pub(crate) async fn machines(view: &View, wireguard: Option<&Wireguard>) -> Vec<
 
 /// Assembles the report.
 pub(crate) async fn report(view: &View, control: ControlMode, wireguard: Option<&Wireguard>) -> NodeStatus {
-    let machines = machines(view, wireguard).await;
+    let mut machines = machines(view, wireguard).await;
+    // Its beacon tells others of a change a moment later.
+    machines.iter_mut().filter(|machine| machine.this).for_each(|machine| machine.control = Some(control));
     let relays = relay::known(view);
     NodeStatus {
         clan: view.clan,
@@ -161,6 +165,8 @@ fn standard(view: &View, wg: &WgPublicKey, peer: &Peer, paths: &BTreeMap<Machine
         relay: None,
         wireguard: Vec::new(),
         behind: Some(peer.via),
+        control: None,
+        image: None,
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, net::SocketAddr, sync::Arc, time::Duration};
 
-use clan_types::{CertificateHash, ClanId, MachineId, Timestamp};
+use clan_types::{CertificateHash, ClanId, ControlMode, MachineId, Timestamp};
 use clan_wire::{
     beacon::{Beacon, BeaconError, ServiceOffer, SignedBeacon},
     image::Manifest,
@@ -27,6 +27,8 @@ pub struct Own {
     pub manifest: Vec<u8>,
     /// The certificate that it would show as a relay.
     pub certificate: Option<CertificateHash>,
+    /// Who may steer it.
+    pub control: ControlMode,
 }
 
 impl Own {
@@ -41,6 +43,7 @@ impl Own {
             services: self.services.clone(),
             image: (!self.manifest.is_empty()).then(|| Manifest::id_of(&self.manifest)),
             certificate: self.certificate,
+            control: self.control,
         }
     }
 }

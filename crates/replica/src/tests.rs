@@ -230,6 +230,7 @@ fn beacon(n: u8, made: Timestamp, clan: ClanId) -> SignedBeacon {
         services: vec![],
         image: None,
         certificate: None,
+        control: clan_types::ControlMode::Local,
     };
     SignedBeacon::sign(&beacon, &key(n)).unwrap()
 }

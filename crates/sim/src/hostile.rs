@@ -80,6 +80,7 @@ impl World {
                     services: vec![],
                     image: None,
                     certificate: None,
+                    control: clan_types::ControlMode::Local,
                 };
                 if let Ok(signed) = SignedBeacon::sign(&beacon, &machine) {
                     self.broadcast(home, &PeerMessage::Beacon(signed));

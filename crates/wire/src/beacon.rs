@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, time::Duration};
 
-use clan_types::{CertificateHash, ClanId, ImageId, MachineId, ServiceName, Timestamp};
+use clan_types::{CertificateHash, ClanId, ControlMode, ImageId, MachineId, ServiceName, Timestamp};
 use ed25519_dalek::{Signature, Signer, SigningKey, Verifier, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
@@ -36,6 +36,8 @@ pub struct Beacon {
     pub image: Option<ImageId>,
     /// The certificate that it would show as a relay.
     pub certificate: Option<CertificateHash>,
+    /// Who may steer it.
+    pub control: ControlMode,
 }
 
 /// A service that a machine offers to its clan.
@@ -128,6 +130,7 @@ mod tests {
             services: vec![],
             image: None,
             certificate: None,
+            control: ControlMode::Shared,
         };
         let signed = SignedBeacon::sign(&beacon, &key).unwrap();
         assert_eq!(signed.open(), Ok(beacon.clone()));

@@ -11,8 +11,8 @@ use std::{
 };
 
 use clan_types::{
-    ByteSize, CertificateHash, ClanId, ClanName, ControlMode, DeviceId, MachineId, MachineName, PeerAddr, PersonId,
-    PersonName, RelayAddr, Role, ServiceName, Timestamp, WgPublicKey, Words,
+    ByteSize, CertificateHash, ClanId, ClanName, ControlMode, DeviceId, ImageId, MachineId, MachineName, PeerAddr,
+    PersonId, PersonName, RelayAddr, Role, ServiceName, Timestamp, WgPublicKey, Words,
 };
 use serde::{Deserialize, Serialize};
 
@@ -109,6 +109,16 @@ pub enum ControlRequest {
     /// Ends the controller in good order, and so the container that it is in; a VM is switched off by its agent. Answered by
     /// [`ControlResponse::Done`].
     Stop,
+    /// The manager is there for an order of those who may steer the machine. Answered by [`ControlResponse::Connected`], then, when
+    /// there is one, by a conversation of [`crate::order`].
+    Orders,
+    /// The base OS user gives the machine another image, and its journal shall tell of it. Answered by [`ControlResponse::Done`].
+    NoteImage {
+        /// The image that it has.
+        before: ImageId,
+        /// The image that it gets.
+        after: ImageId,
+    },
 }
 
 /// Text that is not to be logged.
@@ -297,6 +307,10 @@ pub struct MachineStatus {
     pub wireguard: Vec<SocketAddr>,
     /// The machine that speaks the mesh for it, if it is a standard WireGuard machine; its id is then its WireGuard key.
     pub behind: Option<MachineId>,
+    /// Who may steer it, as it says itself, if known.
+    pub control: Option<ControlMode>,
+    /// The image that it runs, if known.
+    pub image: Option<ImageId>,
 }
 
 /// How a machine is reached.

@@ -7,7 +7,7 @@
 //! Over QUIC the stream is opened by the machine that is steered, and the caller's machine passes the bytes on without
 //! reading them: its person's manager is at the other end, and signs the call.
 
-use clan_types::{ClanId, ControlMode, DeviceId, MachineId, MachineName, PersonId, PersonName, Timestamp};
+use clan_types::{ClanId, ControlMode, DeviceId, ImageId, MachineId, MachineName, PersonId, PersonName, Timestamp};
 use ed25519_dalek::{Signature, Signer, SigningKey, Verifier, VerifyingKey};
 use serde::{Deserialize, Serialize};
 
@@ -76,18 +76,26 @@ pub struct Ends {
 impl Proof {
     /// Signs a request.
     pub fn new(key: &SigningKey, ends: &Ends, request: &Request) -> Self {
-        let signature = key.sign(&ends.statement(request)).to_bytes().to_vec();
-        Self { device: DeviceId::from_bytes(key.verifying_key().to_bytes()), signature }
+        Self::of(key, &ends.statement(request))
     }
 
     /// Whether the device signed this request for these ends.
     pub fn is_valid(&self, ends: &Ends, request: &Request) -> bool {
+        self.covers(&ends.statement(request))
+    }
+
+    pub(crate) fn of(key: &SigningKey, statement: &[u8]) -> Self {
+        let signature = key.sign(statement).to_bytes().to_vec();
+        Self { device: DeviceId::from_bytes(key.verifying_key().to_bytes()), signature }
+    }
+
+    pub(crate) fn covers(&self, statement: &[u8]) -> bool {
         let (Ok(key), Ok(signature)) =
             (VerifyingKey::from_bytes(self.device.as_bytes()), Signature::from_slice(&self.signature))
         else {
             return false;
         };
-        key.verify(&ends.statement(request), &signature).is_ok()
+        key.verify(statement, &signature).is_ok()
     }
 }
 
@@ -141,6 +149,14 @@ pub enum Request {
     Restart,
     /// Answered by [`Answer::Terminal`], then frames.
     Terminal(OpenTerminal),
+    /// Gives the machine another image: that which the clan publishes. Answered by [`Answer::Sign`], then, like a change, once
+    /// the manager of the machine's computer has agreed.
+    Update {
+        /// Which.
+        image: ImageId,
+        /// Only say what would be.
+        dry_run: bool,
+    },
 }
 
 /// A terminal, or a command.
@@ -180,6 +196,14 @@ pub enum Answer {
     Refused(Refusal),
     /// It did not work.
     Failed(String),
+    /// The manager of the machine's computer wants an order to be signed for itself: see [`crate::order::Order`]. The caller sends
+    /// the [`Proof`] of that, and gets another answer.
+    Sign {
+        /// The image that the order is about.
+        image: ImageId,
+        /// The manager's challenge.
+        challenge: [u8; 32],
+    },
 }
 
 /// A machine, as whoever may steer it sees it.
@@ -262,6 +286,15 @@ pub enum Deed {
         /// When it ended; `None` while it lasts.
         ended: Option<Timestamp>,
     },
+    /// The machine was given another image. One that it is not well with, it gives back by itself.
+    Image {
+        /// Before.
+        before: ImageId,
+        /// After.
+        after: ImageId,
+        /// The entry that this reverts, if it does.
+        reverts: Option<u64>,
+    },
 }
 
 /// Why somebody may not.
@@ -329,6 +362,21 @@ pub enum Refusal {
     /// The request has no sense, or is too large.
     #[error("the request was malformed")]
     Malformed,
+    /// The machine is a computer itself.
+    #[error("the machine runs no image")]
+    NoImage,
+    /// Others have a machine run what the clan publishes, or what it ran before.
+    #[error("the clan does not publish the image {}, and the machine did not run it before", image.short())]
+    NotPublished {
+        /// The image.
+        image: ImageId,
+    },
+    /// The manager of the machine's computer does not do it now.
+    #[error("its computer does not do it now: {why}")]
+    NotNow {
+        /// Why.
+        why: String,
+    },
 }
 
 /// To a terminal.
@@ -361,7 +409,12 @@ impl Request {
     /// Whether it is of a size that is dealt with.
     pub fn is_bounded(&self) -> bool {
         match self {
-            Self::Report | Self::Log { .. } | Self::Journal | Self::Revert { .. } | Self::Restart => true,
+            Self::Report
+            | Self::Log { .. }
+            | Self::Journal
+            | Self::Revert { .. }
+            | Self::Restart
+            | Self::Update { .. } => true,
             Self::Set { name, value, .. } => name.len() <= MAX_VALUE && value.len() <= MAX_VALUE,
             Self::Terminal(OpenTerminal { command, screen }) => {
                 let bytes: usize = command.iter().map(String::len).sum();

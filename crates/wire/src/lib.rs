@@ -10,6 +10,7 @@ pub mod control;
 pub mod helm;
 pub mod image;
 pub mod mux;
+pub mod order;
 pub mod peer;
 pub mod pieces;
 pub mod words;

@@ -3,7 +3,7 @@
 use super::{ByteStream, ClientError, Console, ManagerClient, Method, segment};
 use crate::{
     ChangeSetting, ControlChange, ControlSuggestion, LogQuery, MachineChange, MachineEntry, MachineReport,
-    RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery,
+    RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery, UpdateMachine,
 };
 
 impl ManagerClient {
@@ -60,6 +60,16 @@ impl ManagerClient {
     /// Starts a machine anew.
     pub async fn restart_machine(&self, clan: &str, machine: &str) -> Result<MachineChange, ClientError> {
         self.post(&at(clan, machine, "restart"), &serde_json::json!({})).await
+    }
+
+    /// Gives a machine another image, or finds out whether that would work.
+    pub async fn update_machine(
+        &self,
+        clan: &str,
+        machine: &str,
+        request: &UpdateMachine,
+    ) -> Result<MachineChange, ClientError> {
+        self.post(&at(clan, machine, "update"), request).await
     }
 
     /// A terminal on a machine, or a command there: frames both ways.

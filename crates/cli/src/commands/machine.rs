@@ -37,6 +37,8 @@ pub(crate) enum Verb {
     Revert(steer::Revert),
     /// Start a virtual machine of the clan anew
     Restart(steer::Restart),
+    /// Give a machine the image that the clan publishes
+    Update(steer::Update),
     /// Open a terminal on a machine, or run a command there
     Terminal(terminal::Args),
     /// Admit a machine that speaks standard WireGuard, and print its configuration
@@ -87,6 +89,7 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
         Verb::Revert(args) => steer::revert(args, context).await,
         Verb::Suggest(args) => steer::suggest(args, context).await,
         Verb::Restart(args) => steer::restart(args, context).await,
+        Verb::Update(args) => steer::update(args, context).await,
         Verb::Terminal(args) => terminal::run(args, context).await,
         Verb::Add { name, wireguard: _, via, public_key, qr, how } => {
             add(name, via, public_key, qr, how, context).await

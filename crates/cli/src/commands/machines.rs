@@ -30,7 +30,7 @@ pub(crate) async fn run(args: Args, context: &Context) -> Result<(), CliError> {
 
 /// Machines with their paths, and why they are what they are.
 pub(crate) fn table(machines: &[MachineInfo], now: Timestamp) -> Table {
-    let mut table = Table::new(&["MACHINE", "OWNER", "PATH", "WHY"]);
+    let mut table = Table::new(&["MACHINE", "OWNER", "CONTROL", "PATH", "WHY"]);
     for machine in machines {
         let (tone, path) = match (&machine.path, machine.last_seen) {
             (Some(path), _) => words::path(path),
@@ -41,7 +41,8 @@ pub(crate) fn table(machines: &[MachineInfo], now: Timestamp) -> Table {
         let behind = machine.behind.as_ref().map(|front| format!("standard WireGuard, behind {front}"));
         let why = behind.as_deref().unwrap_or(why);
         let owner = machine.owner_name.as_ref().map_or_else(|| machine.owner.short(), ToString::to_string);
-        table.row([machine.name.as_str().into(), owner.into(), Cell::toned(tone, path), why.into()]);
+        let control = machine.control_mode.map_or("-", words::control);
+        table.row([machine.name.as_str().into(), owner.into(), control.into(), Cell::toned(tone, path), why.into()]);
     }
     table
 }

@@ -10,7 +10,7 @@ use axum::{
 };
 use clan_api::{
     ApiProblem, ChangeSetting, ControlChange, ControlSuggestion, ErrorCode, LogQuery, MachineChange, MachineEntry,
-    MachineReport, RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery,
+    MachineReport, RevertChange, SetControl, SuggestControl, TERMINAL_UPGRADE, TerminalQuery, UpdateMachine,
 };
 use clan_wire::helm::{Answer as Said, OpenTerminal, Request as Asked, Size};
 use hyper_util::rt::TokioIo;
@@ -79,6 +79,17 @@ pub(super) async fn restart(State(shared): Clans, Path((clan, machine)): Machine
     changed(&shared, &clan, &machine, Asked::Restart, false).await
 }
 
+pub(super) async fn update(
+    State(shared): Clans,
+    Path((clan, machine)): Machine,
+    body: Bytes,
+) -> Answer<Json<MachineChange>> {
+    let (request, clan): (UpdateMachine, _) = (parse(&body)?, shared.find(&clan)?);
+    let change = helm::update(&clan, &machine, &request).await?.change(&clan)?;
+    let done = change.entry.is_some() && !request.dry_run;
+    Ok(Json(if done { StatusCode::ACCEPTED } else { StatusCode::OK }, change))
+}
+
 async fn changed(
     shared: &Shared,
     clan: &str,
@@ -86,7 +97,8 @@ async fn changed(
     request: Asked,
     dry_run: bool,
 ) -> Answer<Json<MachineChange>> {
-    let change = helm::ask(&*shared.find(clan)?, machine, request).await?.change()?;
+    let clan = shared.find(clan)?;
+    let change = helm::ask(&clan, machine, request).await?.change(&clan)?;
     let done = change.entry.is_some() && !dry_run;
     Ok(Json(if done { StatusCode::CREATED } else { StatusCode::OK }, change))
 }

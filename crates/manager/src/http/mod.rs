@@ -348,6 +348,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/clans/{clan}/machines/{machine}/settings", post(helm::change))
         .route("/clans/{clan}/machines/{machine}/reverts", post(helm::revert))
         .route("/clans/{clan}/machines/{machine}/restart", post(helm::restart))
+        .route("/clans/{clan}/machines/{machine}/update", post(helm::update))
         .route("/clans/{clan}/machines/{machine}/terminal", get(helm::terminal))
         .route("/clans/{clan}/control", post(helm::suggest))
         .route("/clans/{clan}/services", get(clans::services))

@@ -7,7 +7,7 @@ use clan_wire::helm::{Actor, Deed, JournalEntry, MAX_JOURNAL, Refusal, Setting};
 use serde::{Deserialize, Serialize};
 
 /// What is the user's of the computer itself, whatever the mode.
-const USERS: [&str; 8] = ["memory", "disk", "cpus", "image", "control", "power", "snapshots", "ports"];
+const USERS: [&str; 7] = ["memory", "disk", "cpus", "control", "power", "snapshots", "ports"];
 const ANNOUNCE: &str = "announce";
 const SERVICES: &str = "services";
 
@@ -150,7 +150,8 @@ impl Kept {
                 Ok(self.change_mode(before, Some(number), by, at))
             }
             Deed::Mode { .. } => Err(Refusal::Stale { number, now: self.mode.to_string() }),
-            Deed::Restart | Deed::Terminal { .. } => Err(Refusal::NotRevertible { number }),
+            // An image is for the manager to put back: see `order`.
+            Deed::Restart | Deed::Terminal { .. } | Deed::Image { .. } => Err(Refusal::NotRevertible { number }),
         }
     }
 

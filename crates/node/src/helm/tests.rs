@@ -13,6 +13,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::*;
 use crate::tests::{Machine, add, endpoint, founded, joined, key, person, tomorrow};
 
+mod order;
+
 const LIMIT: Duration = Duration::from_secs(20);
 /// Whoever is put out steers nothing any more within this time.
 const CUT_OFF: Duration = Duration::from_secs(3);

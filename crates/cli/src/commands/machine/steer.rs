@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use clan_api::{ChangeSetting, LogSource, MachineChange, MachineDeed, MachineEntry, RevertChange, SuggestControl};
+use clan_api::{
+    ChangeSetting, LogSource, MachineChange, MachineDeed, MachineEntry, RevertChange, SuggestControl, UpdateMachine,
+};
 use clan_types::ControlMode;
 
 use crate::{
@@ -10,9 +12,13 @@ use crate::{
     context::Context,
     error::CliError,
     printer::harmless,
+    progress,
     table::{Table, facts},
     words,
 };
+
+/// So much of an image's id is shown.
+const SHORT: usize = 12;
 
 /// Which machine.
 #[derive(Debug, clap::Args)]
@@ -73,6 +79,23 @@ pub(crate) struct Restart {
     #[command(flatten)]
     which: Which,
     /// Only say what would happen
+    #[arg(long)]
+    dry_run: bool,
+}
+
+/// Arguments of `clan machine update`.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The computer of the machine gets the image from members, and starts the machine with it; its disk stays. Where the machine is not
+well with it, it has its previous image back by itself. `clan machines --json` shows which image each machine runs,
+`clan machine revert` puts the previous one back.")]
+pub(crate) struct Update {
+    #[command(flatten)]
+    which: Which,
+    /// The image that it had before, by its whole id [default: what the clan publishes]
+    #[arg(long, value_name = "ID")]
+    image: Option<String>,
+    /// Only say what would change
     #[arg(long)]
     dry_run: bool,
 }
@@ -188,6 +211,32 @@ pub(crate) async fn restart(args: Restart, context: &Context) -> Result<(), CliE
     Ok(())
 }
 
+/// Gives a machine another image, after showing which.
+pub(crate) async fn update(args: Update, context: &Context) -> Result<(), CliError> {
+    let clan = context.clan(args.which.clan).await?;
+    let (machine, printer) = (&args.which.name, &context.printer);
+    let look = UpdateMachine { image: args.image, dry_run: true };
+    let asked = context.ask(context.client.update_machine(&clan, machine, &look));
+    let seen = progress::waiting(printer, "Asking the machine…", asked).await?;
+    let shown = seen.entry.as_ref().and_then(|entry| entry.after.clone());
+    if args.dry_run || shown.is_none() {
+        return told(&seen, machine, true, context);
+    }
+    let (name, what) = (harmless(machine), seen.entry.as_ref().map(deed).unwrap_or_default());
+    let question = format!("Stop {name} and start it with another image ({what})? Its disk stays.");
+    context.confirm(&question, "update it without being asked; `--dry-run` shows the image")?;
+    // What was shown is what is done, whatever the clan has published meanwhile.
+    let request = UpdateMachine { image: shown, dry_run: false };
+    let asked = context.ask(context.client.update_machine(&clan, machine, &request));
+    let change = progress::waiting(printer, "Asking the machine…", asked).await?;
+    if !printer.is_json() && change.entry.is_some() {
+        printer.talk(&format!(
+            "Its computer begins. See what {name} runs: `clan machines --json`; if it is not well, it goes back by itself."
+        ));
+    }
+    told(&change, machine, false, context)
+}
+
 fn told(change: &MachineChange, machine: &str, dry_run: bool, context: &Context) -> Result<(), CliError> {
     let printer = &context.printer;
     if printer.is_json() {
@@ -239,6 +288,10 @@ fn deed(entry: &MachineEntry) -> String {
         MachineDeed::ControlMode => format!("control from {} to {}", text(&entry.before), text(&entry.after)),
         MachineDeed::Setting => {
             format!("{} from {} to {}", text(&entry.setting), text(&entry.before), text(&entry.after))
+        }
+        MachineDeed::Image => {
+            let short = |id: &Option<String>| text(id).chars().take(SHORT).collect::<String>();
+            format!("image from {} to {}", short(&entry.before), short(&entry.after))
         }
         MachineDeed::Restart => "restart".to_owned(),
         MachineDeed::Terminal => match entry.ended {
