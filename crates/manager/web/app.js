@@ -1,12 +1,16 @@
 // The manager's page. It asks for /api/v1/status once a second while it is looked at, and shows what it says.
 // INVARIANT: text from elsewhere never becomes markup; it only ever passes text nodes and attributes.
 
+import { controlWord, journals } from "./journal.js";
+
 const API = "/api/v1";
 const EVERY_MS = 1000;
 /** The charts show so much of the past. */
 const WINDOW_MS = 120_000;
 /** Ended tasks stay visible for so long. */
 const RECENT_MS = 180_000;
+/** One that the person has to tell somebody of does for longer. */
+const UNHEARD_MS = 3_600_000;
 const SVG = "http://www.w3.org/2000/svg";
 
 // ---------------------------------------------------------------------------------------------------------------
@@ -189,6 +193,8 @@ async function refresh() {
     for (const vm of status.vms) remember(vm);
     for (const id of state.history.keys()) if (!status.vms.some((vm) => vm.id === id)) state.history.delete(id);
     tell();
+    const { clan, machine } = readRoute();
+    if (machine) journal.look(clan, machine);
   } catch (error) {
     state.link = error instanceof Refusal && error.status === 401 ? "signed-out" : "lost";
   }
@@ -223,7 +229,7 @@ function tell() {
   const now = new Map();
   for (const task of state.status.tasks) {
     const step = task.steps.find((s) => s.state === "running")?.title;
-    const text = { running: step ? `${task.title}: ${step}` : task.title, done: `${task.title}: done`, failed: `${task.title}: failed. ${task.problem?.message ?? ""}`, cancelled: `${task.title}: cancelled` };
+    const text = { running: step ? `${task.title}: ${step}` : task.title, done: isUnheard(task) ? `${task.title}: done. ${UNHEARD}` : `${task.title}: done`, failed: `${task.title}: failed. ${task.problem?.message ?? ""}`, cancelled: `${task.title}: cancelled` };
     now.set(`task ${task.id}`, text[task.state]);
   }
   for (const vm of state.status.vms) now.set(`vm ${vm.id}`, `${vm.machine} of ${vm.clan}: ${VM_WORD[vm.state]?.[1]}`);
@@ -656,12 +662,13 @@ function machinesSection(clan) {
     clan.machines.length === 0
       ? h("p", { class: "panel empty" }, "They show once this computer’s machine runs.")
       : h("div", { class: "panel" }, h("table", { class: "table", role: "table" },
-          h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ["Machine", "State", "Path", "Owner"].map((name) => h("th", { role: "columnheader", scope: "col" }, name)))),
+          h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, ["Machine", "State", "Path", "Owner", "Control"].map((name) => h("th", { role: "columnheader", scope: "col" }, name)))),
           h("tbody", { role: "rowgroup" }, clan.machines.map((machine) => h("tr", { role: "row", key: machine.id },
             cell("Machine", h("a", { href: `#/clan/${clan.id}/machine/${machine.id}` }, machine.name)),
             cell("State", stateWord(...machineState(clan, machine))),
             cell("Path", pathCell(clan, machine)),
-            cell("Owner", h("span", { class: "wrap" }, machine.owner_name ?? "unknown"))))))));
+            cell("Owner", h("span", { class: "wrap" }, machine.owner_name ?? "unknown")),
+            cell("Control", machine.control_mode ? tip(`control-${clan.id}-${machine.id}`, machine.control_mode, controlWord(machine, CONTROL_WORD)) : h("span", { class: "muted" }, "unknown"))))))));
 }
 
 function peopleSection(clan) {
@@ -675,6 +682,8 @@ function peopleSection(clan) {
 
 // ---------------------------------------------------------------------------------------------------------------
 // Pages
+
+const journal = journals({ h, call, ask, ago, span, sentence, segment, render });
 
 function clanHead(clan, level) {
   const online = clan.machines.filter((m) => machineState(clan, m)[0] === "good").length;
@@ -778,6 +787,7 @@ function machinePage(clan, machine) {
     vm && vm.published && publishedNote(clan, vm),
     services.length > 0 && servicesSection({ ...clan, services }, `Services of ${machine.name}`),
     vm && statsSection(clan, vm),
+    journal.section(clan, machine),
     h("section", { key: "details", "aria-label": "Details" },
       h("div", { class: "section-head" }, h("h2", null, "Details")),
       h("dl", { class: "panel facts" }, facts([
@@ -791,8 +801,8 @@ function machinePage(clan, machine) {
         ["Kind", vm && (KIND_WORD[vm.flavour](vm))],
         ["Memory", vm && vm.flavour === "vm" && bytes(vm.memory)],
         ["Disk", vm && vm.flavour === "vm" && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
-        ["Image", vm && vm.image && h("code", null, vm.image.slice(0, 10))],
-        ["Control", vm && CONTROL_WORD[vm.control_mode]],
+        ["Image", (machine.image ?? vm?.image) && h("code", null, (machine.image ?? vm.image).slice(0, 10))],
+        ["Control", vm ? CONTROL_WORD[vm.control_mode] : controlWord(machine, CONTROL_WORD)],
         ["Restarts", vm && vm.restarts > 0 && String(vm.restarts)],
         ["System units", units.length > 0 && units.map((u) => `${u.name}: ${u.state}`).join(", ")],
       ]))),
@@ -829,6 +839,9 @@ function treeNav(route) {
   ];
 }
 
+const UNHEARD = "No other machine of the clan was there to hear it. They show this one until one of its admins takes it off the list: clan revoke machine";
+const isUnheard = (task) => task.state === "done" && task.result?.kind === "left" && !task.result.heard;
+
 function taskRow(task) {
   const running = task.state === "running";
   const step = task.steps.find((s) => s.state === "running");
@@ -843,17 +856,18 @@ function taskRow(task) {
     : h("progress", { key: "unknown", "aria-label": `${task.title}: step ${done + 1} of ${task.steps.length || 1}` });
   const ended = { done: ["good", "Done"], failed: ["bad", "Failed"], cancelled: ["idle", "Cancelled"] }[task.state];
   const why = task.problem && task.state === "failed" ? [sentence(task.problem.why ? `${task.problem.message}: ${task.problem.why}` : task.problem.message), ...(task.problem.hints ?? []).map(sentence)].join(" ") : "";
+  const unheard = isUnheard(task);
   return h("li", { class: "task", key: task.id },
     h("span", { class: "task-title" }, task.title),
-    h("span", { class: "task-step" }, running ? now || "Starting" : why),
-    running ? bar : stateWord(...ended),
+    h("span", { class: "task-step" }, running ? now || "Starting" : unheard ? UNHEARD : why),
+    running ? bar : unheard ? stateWord("warn", "Done, unheard") : stateWord(...ended),
     h("span", { class: "task-figures" }, running ? figures : task.finished ? span(task.finished - task.started) : ""),
     running ? h("button", { type: "button", class: "button small", disabled: state.busy.has(`task ${task.id}`), "aria-label": `Cancel: ${task.title}`, onclick: () => cancelTask(task) }, "Cancel") : h("span", null));
 }
 
 function tasksPanel() {
   const { tasks, now } = state.status;
-  const shown = tasks.filter((t) => t.state === "running" || (t.finished && now - t.finished < RECENT_MS)).slice(0, 6);
+  const shown = tasks.filter((t) => t.state === "running" || (t.finished && now - t.finished < (isUnheard(t) ? UNHEARD_MS : RECENT_MS))).slice(0, 6);
   const running = shown.filter((t) => t.state === "running").length;
   return [
     h("div", { class: "tasks-head", key: "head" }, h("h2", { id: "tasks-heading" }, "Tasks"), h("span", { class: "muted small" }, running ? `${running} running` : "nothing running")),

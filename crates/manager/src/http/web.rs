@@ -9,10 +9,11 @@ use clan_api::{ApiProblem, ErrorCode};
 
 use super::problems::Refusal;
 
-const FILES: [(&str, &str, &str); 4] = [
+const FILES: [(&str, &str, &str); 5] = [
     ("/", "text/html; charset=utf-8", include_str!("../../web/index.html")),
     ("/index.html", "text/html; charset=utf-8", include_str!("../../web/index.html")),
     ("/app.js", "text/javascript; charset=utf-8", include_str!("../../web/app.js")),
+    ("/journal.js", "text/javascript; charset=utf-8", include_str!("../../web/journal.js")),
     ("/style.css", "text/css; charset=utf-8", include_str!("../../web/style.css")),
 ];
 const POLICY: &str =
@@ -79,7 +80,12 @@ mod tests {
 
     #[tokio::test]
     async fn files_have_types_and_a_strict_policy() {
-        for (path, media_type) in [("/", "text/html"), ("/app.js", "text/javascript"), ("/style.css", "text/css")] {
+        for (path, media_type) in [
+            ("/", "text/html"),
+            ("/app.js", "text/javascript"),
+            ("/journal.js", "text/javascript"),
+            ("/style.css", "text/css"),
+        ] {
             let response = get(path).await;
             assert_eq!(response.status(), StatusCode::OK);
             assert!(response.headers()[header::CONTENT_TYPE].to_str().unwrap().starts_with(media_type), "{path}");
