@@ -104,6 +104,17 @@ impl CliError {
             .hint("start it again with `clan manager`, then see how things stand: `clan status`")
     }
 
+    /// The manager was started again, and does not know of the task.
+    pub(crate) fn not_gone_on_with(what: &str) -> Self {
+        Self::new(
+            Exit::Refused,
+            "not_gone_on_with",
+            format!("the manager was started again, and does not go on with: {what}"),
+        )
+        .hint("see how things stand: `clan status`")
+        .hint("then run the same command again, if it is still wanted")
+    }
+
     /// Stdout cannot be written to.
     pub(crate) fn stdout(error: io::Error) -> Self {
         if error.kind() == io::ErrorKind::BrokenPipe {

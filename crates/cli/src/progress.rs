@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use clan_api::{EventStream, StepState, TaskEvent, TaskId, TaskInfo, TaskState};
+use clan_api::{ClientError, ErrorCode, EventStream, StepState, TaskEvent, TaskId, TaskInfo, TaskState};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use crate::{
@@ -17,8 +17,10 @@ use crate::{
 
 /// Log lines that are kept to be shown if the task fails.
 const KEPT_LINES: usize = 15;
-/// How long a manager that went away may take to come back.
-const RETURN_LIMIT: Duration = Duration::from_secs(10);
+/// How long a manager that went away may take to come back: systemd takes a moment, a person some more.
+const RETURN_LIMIT: Duration = Duration::from_secs(180);
+/// So long nothing is said of it: a manager that is only busy, or is started again at once, is no news.
+const QUIET: Duration = Duration::from_secs(2);
 const RETRY: Duration = Duration::from_millis(500);
 
 /// Follows a task until it ends; its last state if it ended well.
@@ -33,11 +35,12 @@ pub(crate) async fn follow(context: &Context, task: TaskInfo) -> Result<TaskInfo
 
 impl Watch {
     async fn until_it_ends(&mut self, context: &Context) -> Result<(), CliError> {
-        let (id, title) = (self.last.id, self.last.title.clone());
         self.screen.update(&self.last);
         let mut events: Option<EventStream> = None;
         let mut cancelled = false;
         while !self.last.state.is_final() {
+            // The next manager goes on under another number.
+            let id = self.last.id;
             let event = tokio::select! {
                 biased;
                 _ = tokio::signal::ctrl_c() => None,
@@ -51,7 +54,13 @@ impl Watch {
                 Some(Ok(TaskEvent::Log { line })) => self.log(&line),
                 Some(Err(Broken)) => {
                     events = None;
-                    self.last = come_back(context, id, &title).await?;
+                    self.last = tokio::select! {
+                        biased;
+                        _ = tokio::signal::ctrl_c() => return Err(CliError::refused("interrupted", "stopped watching")
+                            .why("the manager went away; the next one goes on")
+                            .hint("start it with `clan manager`, then see how things stand: `clan status`")),
+                        task = come_back(context, &self.last, &self.screen) => task?,
+                    };
                     self.screen.update(&self.last);
                 }
                 None if cancelled => {
@@ -82,18 +91,46 @@ async fn next_event(context: &Context, id: TaskId, events: &mut Option<EventStre
     stream.next().await.ok_or(Broken)?.map_err(|_| Broken)
 }
 
-/// Asks for the task until a manager answers: one that was killed may be started again.
-async fn come_back(context: &Context, id: TaskId, title: &str) -> Result<TaskInfo, CliError> {
-    let deadline = Instant::now() + RETURN_LIMIT;
+/// Asks for the task until a manager answers: one that was killed may be started again, and goes on with what it can.
+async fn come_back(context: &Context, task: &TaskInfo, screen: &Screen) -> Result<TaskInfo, CliError> {
+    let gone = Instant::now();
+    let mut told = false;
     loop {
         tokio::time::sleep(RETRY).await;
-        match context.client.task(id).await {
-            Ok(task) => return Ok(task),
-            Err(clan_api::ClientError::Problem(problem)) => return Err((*problem).into()),
-            Err(_) if Instant::now() < deadline => {}
-            Err(_) => return Err(CliError::manager_gone(title)),
+        let found = match context.client.task(task.id).await {
+            Err(ClientError::Problem(problem)) if problem.code == ErrorCode::NotFound => {
+                // Another manager, which has not heard of it: what is not at its end has no file.
+                context.client.tasks().await.map(|tasks| successor(task, tasks))
+            }
+            found => found.map(Some),
+        };
+        match found {
+            Ok(Some(found)) => {
+                if found.id != task.id {
+                    screen.note("The manager was started again, and goes on.");
+                }
+                return Ok(found);
+            }
+            Ok(None) => return Err(CliError::not_gone_on_with(&task.title)),
+            Err(ClientError::Problem(problem)) => return Err((*problem).into()),
+            Err(_) if gone.elapsed() > RETURN_LIMIT => return Err(CliError::manager_gone(&task.title)),
+            Err(_) if gone.elapsed() > QUIET && !told => {
+                told = true;
+                let limit = words::span(RETURN_LIMIT);
+                screen.note(&format!(
+                    "The manager went away. Waiting up to {limit} for it to be started again, which goes on with this: `clan manager` \
+                     (Ctrl-C stops waiting)"
+                ));
+            }
+            Err(_) => {}
         }
     }
+}
+
+/// What the next manager made of a task: the latest that does the same for the same clan.
+fn successor(task: &TaskInfo, tasks: Vec<TaskInfo>) -> Option<TaskInfo> {
+    let same = |other: &TaskInfo| other.id > task.id && other.kind == task.kind && other.clan == task.clan;
+    tasks.into_iter().filter(same).max_by_key(|other| other.id)
 }
 
 struct Watch {
@@ -293,7 +330,38 @@ fn style(template: &str) -> ProgressStyle {
 
 #[cfg(test)]
 mod tests {
+    use clan_api::TaskKind;
+
     use super::*;
+
+    #[test]
+    fn the_next_managers_task_is_the_latest_of_the_same_kind_for_the_same_clan() {
+        let task = |id: u64, kind: TaskKind, clan: &str| TaskInfo {
+            id: TaskId::from_u64(id),
+            kind,
+            title: "Join".into(),
+            clan: clan.parse().ok(),
+            state: TaskState::Running,
+            started: clan_types::Timestamp::from_millis(id),
+            finished: None,
+            steps: Vec::new(),
+            progress: None,
+            detail: None,
+            result: None,
+            problem: None,
+            log: Vec::new(),
+        };
+        let (lost, join) = (task(5, TaskKind::JoinClan, "family"), TaskKind::JoinClan);
+        let others = vec![
+            task(3, join, "family"),
+            task(9, join, "work"),
+            task(8, TaskKind::UpdateVm, "family"),
+            task(7, join, "family"),
+            task(6, join, "family"),
+        ];
+        assert_eq!(successor(&lost, others.clone()).unwrap().id, TaskId::from_u64(7));
+        assert!(successor(&lost, others[..3].to_vec()).is_none(), "an earlier one, and those of others, are not it");
+    }
 
     #[test]
     fn every_template_is_well_formed() {

@@ -9,6 +9,7 @@ use snapbox::str;
 
 const NOW: u64 = 1_790_000_000_000;
 const TASK: &str = "00000000000000aa";
+const TASK_EVENTS: &str = "GET /api/v1/tasks/00000000000000aa/events";
 
 fn clan(name: &str, byte: u8) -> Value {
     json!({
@@ -16,9 +17,9 @@ fn clan(name: &str, byte: u8) -> Value {
         "role": "owner", "machine_name": "laptop", "online": true, "as_of": NOW, "people": [], "problems": [],
         "machines": [
             {"id": MachineId::from_bytes([1; 32]), "name": "laptop", "owner": PersonId::from_bytes([1; 32]), "owner_name": "anna", "address": "fd01::1",
-             "host_name": "laptop.family.clan", "this": true, "path": {"kind": "local", "remote": null, "rtt_us": null, "why": "it is this machine"}, "last_seen": NOW, "version": "0.1.0"},
+             "host_name": "laptop.family.clan", "this": true, "path": {"kind": "local", "remote": null, "rtt_us": null, "why": "it is this machine"}, "last_seen": NOW, "version": "0.1.0", "control_mode": "shared"},
             {"id": MachineId::from_bytes([2; 32]), "name": "desk", "owner": PersonId::from_bytes([2; 32]), "owner_name": "ben", "address": "fd01::2",
-             "host_name": "desk.family.clan", "this": false, "path": {"kind": "direct", "remote": "192.0.2.7:41641", "rtt_us": 3400, "why": "same LAN"}, "last_seen": NOW - 5000, "version": "0.1.0"},
+             "host_name": "desk.family.clan", "this": false, "path": {"kind": "direct", "remote": "192.0.2.7:41641", "rtt_us": 3400, "why": "same LAN"}, "last_seen": NOW - 5000, "version": "0.1.0", "control_mode": "local"},
             {"id": MachineId::from_bytes([3; 32]), "name": "attic", "owner": PersonId::from_bytes([2; 32]), "owner_name": "ben", "address": "fd01::3",
              "host_name": "attic.family.clan", "this": false, "path": null, "last_seen": NOW - 7_200_000, "version": null}
         ],
@@ -63,10 +64,10 @@ fn status_shows_clans_machines_services_and_problems() {
 family, you are owner  k3f9 2d8s 7qpa
   laptop is running for 3 min 20 s, control shared, CPU 12 %, memory 120 MiB of 500 MiB
 
-  MACHINE  OWNER  PATH            WHY
-  laptop   anna   this computer
-  desk     ben    direct, 3.4 ms  same LAN
-  attic    ben    seen 2 h ago
+  MACHINE  OWNER  CONTROL  PATH            WHY
+  laptop   anna   shared   this computer
+  desk     ben    local    direct, 3.4 ms  same LAN
+  attic    ben    -        seen 2 h ago
 
   SERVICE  MACHINE  STATE  ADDRESS                 TITLE
   web      desk     works  http://web.family.clan  Family·[31m page
@@ -272,6 +273,45 @@ Stop the machine: failed after 30 s
 error: the machine did not stop
 why: it hangs
 hint: look at its console: `clan vm console`
+
+"#]]);
+}
+
+/// A task of which the manager told no end, after which another manager answers, with these tasks.
+fn restarted(tasks: Value) -> Computer {
+    let computer = Computer::new();
+    let first = task("running", json!([{"title": "Stop the machine", "state": "running", "elapsed_ms": 1000}]));
+    let mut next = task("done", json!([{"title": "Stop the machine", "state": "done", "elapsed_ms": 2000}]));
+    next["id"] = json!("00000000000000bb");
+    computer.manager(&[
+        ("POST /api/v1/vms/family/stop", 202, first.to_string()),
+        // It breaks off; and the task, of which the next manager has not heard, is answered by 404.
+        (TASK_EVENTS, 200, events(&[json!({"event": "update", "task": first})])),
+        ("GET /api/v1/tasks", 200, tasks.to_string()),
+        ("GET /api/v1/tasks/00000000000000bb/events", 200, events(&[json!({"event": "update", "task": next})])),
+    ]);
+    computer
+}
+
+#[test]
+fn what_the_next_manager_goes_on_with_is_followed() {
+    let mut next = task("running", json!([]));
+    next["id"] = json!("00000000000000bb");
+    let told = restarted(json!([next])).clan(&["vm", "stop", "family"]).assert().success();
+    let said = String::from_utf8_lossy(&told.get_output().stderr).into_owned();
+    assert!(said.contains("The manager was started again, and goes on."), "{said}");
+    assert!(said.contains("Stop the machine: done in 2.0 s"), "{said}");
+}
+
+#[test]
+fn what_the_next_manager_does_not_go_on_with_is_said() {
+    let mut earlier = task("running", json!([]));
+    earlier["id"] = json!("00000000000000a9");
+    restarted(json!([earlier])).clan(&["vm", "stop", "family"]).assert().code(1).stdout_eq("").stderr_eq(str![[r#"
+Stop the machine…
+error: the manager was started again, and does not go on with: Join the clan family
+hint: see how things stand: `clan status`
+hint: then run the same command again, if it is still wanted
 
 "#]]);
 }
