@@ -1,54 +1,41 @@
-//! The manager's side of the controller: the channel to it, and the life of the node behind it.
+//! The manager's side of the controller: the channel to it, and what it asks for.
 
+mod node;
 mod outcome;
 
 use std::{
-    net::{IpAddr, SocketAddr},
     path::PathBuf,
     sync::{Arc, Mutex as SyncMutex, PoisonError},
     time::Duration,
 };
 
 use clan_ledger::{Intake, KeyProof, Ledger};
-use clan_os::{
-    addresses,
-    channel::{Channel, ChannelError, LocalListener, Stream, open_virtio_port, recv_message, send_message},
-    tun::Tun,
-    wireguard::Wireguard,
-};
-use clan_relay::Names;
-use clan_store::{LedgerStore, SealKey, StoreError};
+use clan_os::channel::{Channel, ChannelError, LocalListener, Stream, open_virtio_port, recv_message, send_message};
 use clan_types::{ClanId, DeviceId};
-use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, NodeStatus, PORT, Provision};
-use iroh::{Endpoint, RelayUrl, endpoint::Connection};
+use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
-    sync::{Mutex, Notify, Semaphore},
-    task::JoinSet,
+    sync::{Mutex, Semaphore},
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-use self::outcome::{ProvisionError, ProvisionOrNodeError};
+pub(crate) use self::node::Access;
+use self::{node::Node, outcome::ProvisionError};
 use crate::{
     Host, NodeError, Options,
-    core::{Core, CoreHandle, Own, View},
-    helm::{self, Helm, Possible},
-    host::{self, Ports},
+    core::View,
+    helm, host,
     identity::Identity,
     image::ImageServer,
     join, memory,
-    mesh::{self, Mesh, MeshPlan},
-    net::{self, Desks},
-    own, peer, ping, pulse, recall,
-    relay::{self, Certificate},
+    mesh::Mesh,
+    ping,
     report::{Scope, chain},
-    services,
-    sockets::{self, Alarm},
+    sockets::Alarm,
     state::{self, Place},
     stats::Sampler,
     status, streams,
-    words::{self, WordsDesk},
 };
 
 const PORT_PATIENCE: Duration = Duration::from_secs(60);
@@ -62,8 +49,6 @@ pub(crate) const REQUEST_LIMIT: Duration = Duration::from_secs(20);
 const REPORT_EVERY: Duration = Duration::from_secs(1);
 /// How long a machine that goes waits for one that knows: all others learn from that. There may be none that is on.
 const FAREWELL: Duration = Duration::from_secs(15);
-/// How long closing all connections may take.
-const GOODBYES: Duration = Duration::from_secs(5);
 
 /// Serves the manager until cancelled, and runs the node once there is a place for it.
 pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result<(), NodeError> {
@@ -122,43 +107,6 @@ struct Controller {
     /// Without its endpoint the machine hears nobody: the whole controller ends, and systemd starts it afresh.
     alarm: Alarm,
     cancel: CancellationToken,
-}
-
-/// A machine with a place in a clan.
-struct Node {
-    place: Place,
-    core: CoreHandle,
-    endpoint: Endpoint,
-    words: Arc<WordsDesk>,
-    helm: Arc<Helm>,
-    /// Absent where the computer does not let the controller carry packets.
-    mesh: Option<Mesh>,
-    tasks: JoinSet<()>,
-    cancel: CancellationToken,
-}
-
-/// A machine's two ways out: the interface of the mesh, and the endpoint on the base network.
-struct Ways {
-    /// Or why there is none.
-    tun: Result<Tun, NodeError>,
-    endpoint: Endpoint,
-    ports: Ports,
-    names: Names,
-    /// Relays that the endpoint was introduced to.
-    introduced: Vec<RelayUrl>,
-    /// The connection on which the machine was admitted a moment ago.
-    admitted_by: Option<Connection>,
-}
-
-/// What most requests need of a node, without holding its lock.
-pub(crate) struct Access {
-    pub(crate) core: CoreHandle,
-    words: Arc<WordsDesk>,
-    wireguard: Option<Arc<Wireguard>>,
-    pub(crate) helm: Arc<Helm>,
-    pub(crate) endpoint: Endpoint,
-    /// The node ends.
-    pub(crate) over: CancellationToken,
 }
 
 impl Controller {
@@ -415,161 +363,6 @@ impl Controller {
         }
     }
 
-    async fn take_place(&self, provision: Provision, mut known: Ledger) -> Result<Node, ProvisionError> {
-        let mut ways = self.ways(&provision.clan).await?;
-        let mut peers = Vec::new();
-        if let Some(redeem) = provision.redeem {
-            ways.introduced =
-                clan_relay::introduce(&ways.endpoint, &ways.names, &redeem.relays, redeem.proof.as_ref()).await;
-            let admitted = join::redeem(&ways.endpoint, &redeem, &ways.introduced, known).await?;
-            known = admitted.ledger;
-            ways.admitted_by = Some(admitted.connection);
-            peers = redeem.peers;
-            // Those of the link may all be put out before this machine has heard of others.
-            let others =
-                admitted.peers.into_iter().filter(|other| peers.iter().all(|peer| peer.machine != other.machine));
-            let others: Vec<_> = others.collect();
-            peers.extend(others);
-        }
-        // The services are those of the image; a computer's own are not for the clan to start.
-        let offers = if self.host.is_guest() { provision.offers } else { Vec::new() };
-        let clan_name = known.state().clan_name.clone();
-        let place = Place { clan: provision.clan, clan_name, name: provision.name, offers, peers };
-        let machine = self.identity().machine();
-        helm::begin(&self.dir, provision.control).map_err(|e| ProvisionError::Failed(chain(&e)))?;
-        let node = self
-            .start_node(place.clone(), ways, None, |ledger| {
-                ledger.insert_all(known.entries().cloned());
-                match ledger.state().machine_in_good_standing(&machine) {
-                    Some(_) => Ok(()),
-                    None => Err("the clan's ledger does not name this machine".to_owned()),
-                }
-            })
-            .await?;
-        // INVARIANT: the place is written last; a machine that stopped before is provisioned again, from the start.
-        place.save(&self.dir).map_err(|e| ProvisionError::Failed(chain(&e)))?;
-        Ok(node)
-    }
-
-    async fn ways(&self, clan: &ClanId) -> Result<Ways, NodeError> {
-        let identity = self.identity();
-        let ports = self.host.ports(&self.dir)?;
-        let tun = mesh::interface(&self.host.interface(clan), clan, &identity.machine()).await;
-        // A computer changes its network; what the endpoint sends into the tunnel does not get through it.
-        let found = timeout(self.host.network_patience(), base_address()).await.ok();
-        let address = found.filter(|_| self.host.is_guest()).unwrap_or_else(|| own::everywhere(found));
-        let external = self.environment.lock().await.quic.clone();
-        let bind = SocketAddr::new(address, ports.quic);
-        let names = Names::default();
-        let endpoint = net::endpoint(identity.endpoint_key(), bind, &external, &names).await?;
-        match tun {
-            Err(error) if self.host.is_guest() => Err(error),
-            tun => Ok(Ways { tun, endpoint, ports, names, introduced: Vec::new(), admitted_by: None }),
-        }
-    }
-
-    /// Starts everything that a machine in a clan runs. `prepare` may add to the ledger before anybody sees it.
-    async fn start_node(
-        &self,
-        place: Place,
-        Ways { tun, endpoint, ports, names, introduced, admitted_by }: Ways,
-        doubt: Option<Duration>,
-        prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
-    ) -> Result<Node, ProvisionOrNodeError> {
-        // What this machine has verified before it wrote it down need not be verified again at every start.
-        let seal = SealKey::derive(&self.identity().signing().to_bytes());
-        let path = self.dir.join("ledger.redb");
-        let open = || LedgerStore::open_sealed(&path, &place.clan, seal.clone());
-        let store = match open() {
-            // It was put aside; the replica learns from the other machines what it held.
-            Err(error @ StoreError::Corrupt { .. }) => {
-                tracing::error!(why = chain(&error), "the ledger's file is damaged: it is learnt anew");
-                open()
-            }
-            opened => opened,
-        };
-        let store = store.map_err(NodeError::from)?;
-        let mut ledger = store.load().map_err(NodeError::from)?;
-        let known = ledger.len();
-        prepare(&mut ledger).map_err(ProvisionOrNodeError::Reason)?;
-        if ledger.len() > known {
-            store.append_all(ledger.entries()).map_err(NodeError::from)?;
-        }
-        let environment = self.environment.lock().await.clone();
-        let seen = if self.host.is_guest() { None } else { own::look(&endpoint, ports).await };
-        let (quic, wireguard) = seen.unwrap_or((environment.quic, environment.wireguard));
-        let certificate = Arc::new(Certificate::load_or_create(&self.dir)?);
-        let own = Own {
-            quic,
-            wireguard,
-            manifest: environment.manifest,
-            // From outside, no TCP port leads into a VM.
-            certificate: (!self.host.is_guest()).then(|| certificate.hash()),
-            ..Own::default()
-        };
-        let cancel = self.cancel.child_token();
-        let identity = self.identity();
-        let services = self.host.is_guest().then(services::known);
-        let possible = Possible { services, offers: place.offers.clone() };
-        let helm = Arc::new(Helm::load(&self.dir, &self.host, possible, identity.machine()).map_err(NodeError::from)?);
-        let remembered = recall::load(&self.dir);
-        let bootstrap = place.peers.iter().chain(&remembered).cloned().collect();
-        let clan_name = place.clan_name.clone().or_else(|| "clan".parse().ok());
-        let clan_name = clan_name.ok_or_else(|| ProvisionOrNodeError::Reason("the clan has no name".to_owned()))?;
-        let (core, handle, dials) =
-            Core::new(identity.signing().clone(), ledger, store, own, bootstrap, clan_name, doubt);
-        let mut tasks = JoinSet::new();
-        tasks.spawn(core.run(cancel.clone()));
-        let plan = MeshPlan {
-            port: ports.wireguard,
-            names: self.host.names(&place.clan, &identity.machine()),
-            names_may_fail: !self.host.is_guest(),
-            multicast: self.host.multicast(),
-        };
-        let mesh = match tun {
-            Ok(tun) => Mesh::start(&identity, tun, &plan, &handle, &cancel).await,
-            Err(error) => Err(error),
-        };
-        let mesh = match mesh {
-            Ok(mesh) => Some(mesh),
-            // The ledger can be kept, and the clan be managed, on a computer that carries no packets.
-            Err(error) if !self.host.is_guest() => {
-                tracing::warn!(why = chain(&error), "no packets flow between this computer and the clan");
-                handle.problem("data plane", Some(host::no_packets(&error))).await;
-                None
-            }
-            Err(error) => {
-                cancel.cancel();
-                while tasks.join_next().await.is_some() {}
-                return Err(error.into());
-            }
-        };
-        let moved = Arc::new(Notify::new());
-        tasks.spawn(pulse::watch(endpoint.clone(), names.clone(), handle.clone(), moved.clone(), cancel.clone()));
-        if !self.host.is_guest() {
-            let news = own::News { wireguard: mesh.as_ref().map(Mesh::wireguard), moved };
-            tasks.spawn(own::follow(endpoint.clone(), ports, news, handle.clone(), cancel.clone()));
-        }
-        let words = Arc::new(WordsDesk::new(identity.machine()));
-        tasks.spawn(sockets::watch(endpoint.bound_sockets(), self.alarm.clone(), cancel.clone()));
-        tasks.spawn(net::accept(
-            endpoint.clone(),
-            Desks { core: handle.clone(), images: self.images.clone(), words: words.clone(), helm: helm.clone() },
-            cancel.clone(),
-            self.alarm.clone(),
-        ));
-        tasks.spawn(helm::keep_telling(helm.clone(), handle.clone(), cancel.clone()));
-        tasks.spawn(helm::keep_announcing(helm.clone(), endpoint.clone(), cancel.clone()));
-        tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
-        tasks.spawn(words::tell_relays(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
-        tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
-        tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
-        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, admitted_by, cancel.clone()));
-        tasks.spawn(recall::keep(self.dir.clone(), remembered, handle.clone(), cancel.clone()));
-        tasks.spawn(services::run(helm.clone(), handle.clone(), self.host.starter(), cancel.clone()));
-        Ok(Node { place, core: handle, endpoint, words, helm, mesh, tasks, cancel })
-    }
-
     async fn farewell(&self, access: &Access, entry: Vec<u8>) -> ControlResponse {
         if let Err(error) = access.core.insert(vec![entry]).await {
             return ControlResponse::Failed(chain(&error));
@@ -606,58 +399,5 @@ impl Controller {
                 return;
             }
         }
-    }
-}
-
-impl Access {
-    pub(crate) fn wireguard(&self) -> Option<&Wireguard> {
-        self.wireguard.as_deref()
-    }
-
-    /// What the machine reports of the clan, and of itself.
-    pub(crate) async fn status(&self, view: &View) -> NodeStatus {
-        status::report(view, self.helm.mode(), self.wireguard()).await
-    }
-}
-
-impl Node {
-    async fn take_environment(&self, environment: Environment) {
-        for addr in &environment.quic {
-            self.endpoint.add_external_addr(*addr).await;
-        }
-        self.core
-            .change_own(move |own| {
-                own.quic = environment.quic;
-                own.wireguard = environment.wireguard;
-                own.manifest = environment.manifest;
-            })
-            .await;
-    }
-
-    async fn stop(mut self) {
-        self.cancel.cancel();
-        while self.tasks.join_next().await.is_some() {}
-        if let Some(mesh) = self.mesh {
-            mesh.stop().await;
-        }
-        // It says goodbye to every peer; one that does not answer must not keep this computer from going down.
-        if tokio::time::timeout(GOODBYES, self.endpoint.close()).await.is_err() {
-            tracing::debug!("the endpoint was not closed in time");
-        }
-    }
-}
-
-/// The address of the base network, once there is one.
-async fn base_address() -> IpAddr {
-    loop {
-        match addresses::physical().await {
-            Ok(all) => {
-                if let Some(address) = all.iter().find(|a| a.is_ipv4()).or(all.first()) {
-                    return *address;
-                }
-            }
-            Err(error) => tracing::warn!(%error, "cannot list network addresses"),
-        }
-        tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
