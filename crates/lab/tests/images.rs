@@ -4,11 +4,14 @@
 
 #[allow(dead_code, reason = "not every test looks at processes")]
 mod boxes;
+#[allow(dead_code, reason = "not every test types into a page")]
+mod chromium;
 mod people;
 
-use std::{fs, os::unix::fs::MetadataExt, path::Path, thread, time::Instant};
+use std::{fs, os::unix::fs::MetadataExt, path::Path, process::Stdio, time::Instant};
 
 use boxes::{HEAL, MANAGER, kill_all, online, pinged, running, tree, with_boxes};
+use chromium::Chromium;
 use clan_lab::{Lab, LabError, Person, Screen, story};
 use clan_types::InviteLink;
 use people::promise;
@@ -67,19 +70,15 @@ fn from_two(lab: &mut Lab, screen: &Screen) -> Result<String, LabError> {
         lab.slow(name, WIRE)?;
     }
 
-    // The newcomer's manager is killed in the middle. `clan join` waits for it to come back, in vain.
+    // The newcomer's manager is killed in the middle, and `clan join` waits for the next one.
     let began = Instant::now();
     let stranger = lab.person("stranger");
     let staging = stranger.data().join("images");
-    let person = &*stranger;
-    let joined = thread::scope(|scope| {
-        let joining = scope.spawn(|| join(person, &link));
-        let arrived = until_here(&staging, FIRST);
-        kill_all(&[person.manager_pid().unwrap()]);
-        (joining.join().unwrap(), arrived)
-    });
-    joined.1?;
-    promise(joined.0.is_err(), || "it joined without a manager".into())?;
+    let mut joining = stranger.command("clan")?;
+    joining.args(["join", &link, "--container", "--yes", "--person", "stranger", "--machine", "stranger"]);
+    joining.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let joining = joining.spawn().map_err(|source| LabError::Io { what: "start clan join".into(), source })?;
+    until_here(&staging, FIRST)?;
     stranger.kill_manager()?;
     let kept = here(&staging);
     promise(kept >= FIRST && kept < total, || format!("{kept} bytes of {total} are there after the cut"))?;
@@ -104,6 +103,11 @@ fn from_two(lab: &mut Lab, screen: &Screen) -> Result<String, LabError> {
     let stranger = lab.person("stranger");
     story::until(HEAL, "the newcomer in the clan", || online(stranger))?;
     screen.seen("the rest comes from the other member, after one goes off", began.elapsed());
+    let joined =
+        joining.wait_with_output().map_err(|source| LabError::Io { what: "wait for clan join".into(), source })?;
+    let said = String::from_utf8_lossy(&joined.stderr).into_owned();
+    let followed = said.contains("was started again, and goes on") && said.contains("is now a machine of");
+    promise(joined.status.success() && followed, || format!("the command does not follow: {said}"))?;
 
     let log = task_log(stranger, &task)?;
     let pieces =
@@ -216,10 +220,77 @@ fn published(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     promise(again.contains("runs exactly this image already"), || again.clone())?;
     screen.seen("a member takes it over from members", began.elapsed());
 
-    // Of the old one nothing is left once nobody runs it.
+    ordered(lab, screen, [&old, &new])?;
+    // Of the other one nothing is left once nobody runs it, nor takes it back.
+    let second = lab.person("second");
+    second.clan(&["vm", "control", "local", "--yes"])?.success()?;
     second.clan(&["image", "gc", "--yes"])?.success()?;
     let images = second.clan_json(&["image", "list"])?;
     promise(images.as_array().is_some_and(|all| all.len() == 1), || format!("{images}"))
+}
+
+/// The founder has the other member's machine take what the clan publishes, as far as its user lets them; who takes it back
+/// on the manager's page.
+fn ordered(lab: &mut Lab, screen: &Screen, [old, new]: [&str; 2]) -> Result<(), LabError> {
+    let began = Instant::now();
+    let refused = lab.person("founder").clan(&["machine", "update", "second", "--yes"])?;
+    let said = refused.stderr.contains("only second steers second") && refused.stderr.contains("control mode is local");
+    promise(refused.status.code() == Some(1) && said, || format!("local: {}", refused.output()))?;
+    let second = lab.person("second");
+    second.clan(&["vm", "control", "shared", "--yes"])?.success()?;
+    second.clan(&["vm", "update", "--image", old, "--yes"])?.success()?;
+    promise(runs(second)? == old, || "its user does not get the old image".into())?;
+    screen.seen("a member has its old image again", began.elapsed());
+
+    let began = Instant::now();
+    let founder = lab.person("founder");
+    let plan = story::until(HEAL, "the other machine", || {
+        let plan = founder.clan_quietly(&["machine", "update", "second", "--dry-run", "--json"])?;
+        Ok(plan.success().and_then(|plan| plan.json()).ok())
+    })?;
+    promise(plan["entry"]["before"] == old && plan["entry"]["after"] == new, || format!("{plan}"))?;
+    promise(
+        lab.person("second").clan_json(&["machine", "journal", "second"])?.as_array().map(Vec::len) == Some(2),
+        || "looking is written down, or the user's own change is not".into(),
+    )?;
+    let founder = lab.person("founder");
+    let change = founder.clan_json(&["machine", "update", "second", "--yes"])?;
+    promise(change["entry"]["deed"] == "image" && change["entry"]["person_name"] == "founder", || format!("{change}"))?;
+    story::until(HEAL, "second's new image, as the founder sees it", || {
+        let machines = founder.clan_json(&["machines"])?;
+        let second = machines.as_array().into_iter().flatten().find(|m| m["name"] == "second").cloned();
+        let there = second.is_some_and(|m| m["image"] == new && m["control_mode"] == "shared" && !m["path"].is_null());
+        Ok(there.then_some(()))
+    })?;
+    let second = lab.person("second");
+    promise(runs(second)? == new, || "the container has its old image".into())?;
+    screen.seen("an admin has it take the published one", began.elapsed());
+
+    let began = Instant::now();
+    let (clan, machine) = (clan_id(second)?, machine_id(second)?);
+    let page = story::url_in(&second.clan_quietly(&["web", "--print"])?.success()?.stdout)?;
+    let mut browser = Chromium::start(lab.account())?;
+    browser.open(&page)?;
+    let origin = page.split('/').take(3).collect::<Vec<_>>().join("/");
+    browser.open(&format!("{origin}/#/clan/{clan}/machine/{machine}"))?;
+    let what = format!("image from {} to {}", &old[..12], &new[..12]);
+    browser.shows(".journal", &["founder", &what, "control from local to shared", "its own computer"])?;
+    browser.picture(&lab.record().logs().join("journal.png"))?;
+    browser.press(".journal button.revert")?;
+    browser.shows("dialog[open]", &["Take entry 3 back?", "the image that it had before"])?;
+    browser.press("dialog[open] button[type=submit]")?;
+    let second = lab.person("second");
+    story::until(HEAL, "the image before", || Ok((runs(second)? == old && online(second)?.is_some()).then_some(())))?;
+    browser.shows(".journal", &["which takes 3 back"])?;
+    browser.picture(&lab.record().logs().join("taken-back.png"))?;
+    screen.seen("its user takes that back, on the page", began.elapsed());
+    Ok(())
+}
+
+fn clan_id(person: &Person) -> Result<String, LabError> {
+    let status = person.clan_json(&["status"])?;
+    let id = status["clans"][0]["id"].as_str().map(str::to_owned);
+    id.ok_or_else(|| LabError::Promise(format!("no clan: {status}")))
 }
 
 fn runs(person: &Person) -> Result<String, LabError> {

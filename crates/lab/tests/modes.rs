@@ -17,6 +17,7 @@ use clan_lab::{
     nat::{Nat, SiteSpec},
     story::until,
 };
+use clan_types::ImageId;
 use common::{running::Running, with_fleet};
 use serde_json::Value;
 
@@ -54,8 +55,11 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     }
 
     screen.heading("Local: nobody but ben steers ben");
+    let image = ImageId::from_bytes([7; 32]).to_string();
+    let update = ["machine", "update", "ben", "--image", image.as_str(), "--yes"];
     for attempt in [
-        &["machine", "stats", "ben"][..],
+        &update[..],
+        &["machine", "stats", "ben"],
         &["machine", "journal", "ben"],
         &["machine", "set", "ben", "announce=off"],
         &["machine", "terminal", "ben", "--", "true"],
@@ -71,6 +75,15 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     fleet.computer("ben").clan(&["vm", "control", "shared", "--yes"])?.success()?;
     let shown = fleet.computer("ben").clan_quietly(&["status"])?.success()?.stdout;
     demand(shown.contains("control shared"), "status does not show who steers")?;
+    until(LIMIT, "eve hearing who steers which machine", || {
+        let machines = fleet.computer("eve").clan_json(&["machines"])?;
+        let of = |name: &str| machines.as_array()?.iter().find(|m| m["name"] == name)?["control_mode"].as_str();
+        let heard = ["ada", "ben", "eve"].map(of) == [Some("local"), Some("shared"), Some("local")];
+        Ok(heard.then_some(()))
+    })?;
+    let table = fleet.computer("eve").clan_quietly(&["machines"])?.success()?.stdout;
+    demand(table.contains("CONTROL") && table.contains("shared"), &format!("the table does not show it: {table}"))?;
+    refused(fleet, "eve", &update, &["ben runs no image"])?;
     let report = fleet.computer("eve").clan_json(&["machine", "stats", "ben"])?;
     demand(report["stats"]["memory_total"].as_u64() > Some(0), "no statistics")?;
     let changed = fleet.computer("eve").clan_json(&["machine", "set", "ben", "announce=off"])?;

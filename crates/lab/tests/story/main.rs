@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
 mod browser;
+#[path = "../chromium/mod.rs"]
+mod chromium;
 mod failures;
 mod isolation;
 mod links;
