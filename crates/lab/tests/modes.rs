@@ -100,6 +100,12 @@ fn tell(fleet: &mut Fleet) -> Result<(), LabError> {
     fleet.computer("eve").clan(&["machine", "revert", "ben", &again])?.success()?;
     demand(setting(fleet, "ben")? == "off", "eve's revert does not work")?;
     refused(fleet, "eve", &["machine", "set", "ben", "memory=1G"], &["ben's to change", "clan vm resize"])?;
+    let out = fleet.computer("ben").clan_json(&["machine", "revert", "ben", "1"])?;
+    refused(fleet, "eve", &["machine", "stats", "ben"], &["only ben steers ben"])?;
+    // What shut others out is not taken back without a question.
+    let out = out["entry"]["number"].as_u64().unwrap().to_string();
+    refused(fleet, "ben", &["machine", "revert", "ben", &out], &["said anew", "clan vm control shared"])?;
+    fleet.computer("ben").clan(&["vm", "control", "shared", "--yes"])?.success()?;
 
     screen.heading("A terminal on ben: as ben's account, and its exit status comes back");
     let ran = fleet.computer("eve").clan_quietly(&["machine", "terminal", "ben", "--", "sh", "-c", "id -u; exit 7"])?;

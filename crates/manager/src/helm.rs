@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clan_api::{
     ApiProblem, ControlChange, ControlSuggestion, ErrorCode, MachineChange, MachineDeed, MachineEntry, MachineReport,
-    MachineSetting, SetControl, StatsPoint, SuggestControl, UnitInfo, UpdateMachine,
+    MachineSetting, RevertChange, SetControl, StatsPoint, SuggestControl, UnitInfo, UpdateMachine,
 };
 use clan_ledger::{Body, Ledger};
 use clan_os::channel::{MessageError, Stream, recv_message, send_message};
@@ -172,6 +172,31 @@ pub(crate) async fn update(clan: &Clan, machine: &str, request: &UpdateMachine) 
     ask(clan, machine, Request::Update { image, dry_run: request.dry_run }).await
 }
 
+/// Takes back what an entry of a machine's journal tells.
+pub(crate) async fn revert(clan: &Clan, machine: &str, request: &RevertChange) -> Result<Answered, ApiProblem> {
+    let &RevertChange { number, dry_run } = request;
+    let status = clan.state().await?;
+    // INVARIANT: whom the user lets in, they say themselves ([`set_control`]), and a journal that the machine keeps does not.
+    if find_machine(&status, machine)?.this
+        && let Answer::Journal(entries) = ask(clan, machine, Request::Journal).await?.answer
+        && let Some(mode) = lets_in(&entries, number)
+    {
+        let problem = ApiProblem::new(ErrorCode::Conflict, "whom you let in is said anew, not taken back");
+        return Err(problem
+            .why(format!("before entry {number} the control mode was {mode}"))
+            .hint(format!("agree to it again: `clan vm control {mode}`")));
+    }
+    ask(clan, machine, Request::Revert { number, dry_run }).await
+}
+
+/// The mode that there would be again without an entry, if others steer in it.
+fn lets_in(entries: &[JournalEntry], number: u64) -> Option<ControlMode> {
+    match entries.iter().find(|entry| entry.number == number)?.what {
+        Deed::Mode { before, .. } => Some(before).filter(|mode| mode.is_for_admins()),
+        _ => None,
+    }
+}
+
 impl Answered {
     /// Of [`Request::Report`].
     pub(crate) fn report(self) -> Result<MachineReport, ApiProblem> {
@@ -197,7 +222,7 @@ impl Answered {
 
     /// Of a change.
     pub(crate) fn change(self, clan: &Clan) -> Result<MachineChange, ApiProblem> {
-        // What the user takes back here is said here too; a controller's word makes it stricter only.
+        // What the user takes back here is said here too: see `revert`.
         if let Answer::Done(JournalEntry { what: Deed::Mode { after, .. }, .. }) = &self.answer
             && self.machine.this
             && !after.is_for_admins()
@@ -332,5 +357,29 @@ fn refused(refusal: &Refusal, status: &NodeStatus, machine: &MachineStatus, clan
         }
         Refusal::Malformed => bad(format!("{name} does not understand the request"))
             .hint("it may run another version of Clan: see `clan machines --json`"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clan_types::{MachineId, Timestamp};
+    use clan_wire::helm::Actor;
+
+    use super::*;
+
+    #[test]
+    fn only_what_shuts_others_out_is_taken_back_of_the_mode() {
+        let by =
+            Actor { person: None, name: None, machine: MachineId::from_bytes([1; 32]), machine_name: None, here: true };
+        let entry = |number, what| JournalEntry { number, at: Timestamp::from_millis(0), by: by.clone(), what };
+        let mode = |before, after| Deed::Mode { before, after, reverts: None };
+        let entries = [
+            entry(1, mode(ControlMode::Local, ControlMode::Shared)),
+            entry(2, mode(ControlMode::Shared, ControlMode::Remote)),
+            entry(3, mode(ControlMode::Remote, ControlMode::Local)),
+            entry(4, Deed::Restart),
+        ];
+        let judged = [1, 2, 3, 4, 5].map(|number| lets_in(&entries, number));
+        assert_eq!(judged, [None, Some(ControlMode::Shared), Some(ControlMode::Remote), None, None]);
     }
 }

@@ -56,17 +56,18 @@ export function journals({ h, call, ask, ago, span, sentence, segment, render })
     switch (entry.deed) {
       case "setting": return `setting ${entry.setting}`;
       case "image": return "image";
-      // Who may steer is said by the user of its own computer.
+      // Who may steer is said by the user of its own computer; and whom they let in, anew each time.
       case "control_mode": return machine.this ? "control" : null;
       default: return null;
     }
   }
 
-  /** Numbers of the entries that are the last word on what they are about. */
-  function lastWords(entries, machine) {
+  /** Numbers of the entries that can be taken back: each is the last word on what it is about. */
+  function revertible(entries, machine) {
     const last = new Map();
-    for (const entry of entries) if (subject(entry, machine)) last.set(subject(entry, machine), entry.number);
-    return new Set(last.values());
+    for (const entry of entries) if (subject(entry, machine)) last.set(subject(entry, machine), entry);
+    const letsIn = (entry) => entry.deed === "control_mode" && entry.before !== "local";
+    return new Set([...last.values()].filter((entry) => !letsIn(entry)).map((entry) => entry.number));
   }
 
   function askRevert(clan, machine, entry) {
@@ -101,7 +102,7 @@ export function journals({ h, call, ask, ago, span, sentence, segment, render })
     }
     if (!entries) return body(h("p", { class: "panel empty" }, "Asking the machine…"));
     const forbidden = machine.this && machine.control_mode === "remote";
-    const last = lastWords(entries, machine);
+    const last = revertible(entries, machine);
     const cell = (label, ...inside) => h("td", { role: "cell", "data-label": label }, ...inside);
     const row = (entry) => h("tr", { role: "row", key: String(entry.number) },
       cell("Number", String(entry.number)),

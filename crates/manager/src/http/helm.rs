@@ -71,8 +71,8 @@ pub(super) async fn revert(
     Path((clan, machine)): Machine,
     body: Bytes,
 ) -> Answer<Json<MachineChange>> {
-    let RevertChange { number, dry_run } = parse(&body)?;
-    changed(&shared, &clan, &machine, Asked::Revert { number, dry_run }, dry_run).await
+    let (request, clan): (RevertChange, _) = (parse(&body)?, shared.find(&clan)?);
+    answered(helm::revert(&clan, &machine, &request).await?.change(&clan)?, StatusCode::CREATED, request.dry_run)
 }
 
 pub(super) async fn restart(State(shared): Clans, Path((clan, machine)): Machine) -> Answer<Json<MachineChange>> {
@@ -85,9 +85,7 @@ pub(super) async fn update(
     body: Bytes,
 ) -> Answer<Json<MachineChange>> {
     let (request, clan): (UpdateMachine, _) = (parse(&body)?, shared.find(&clan)?);
-    let change = helm::update(&clan, &machine, &request).await?.change(&clan)?;
-    let done = change.entry.is_some() && !request.dry_run;
-    Ok(Json(if done { StatusCode::ACCEPTED } else { StatusCode::OK }, change))
+    answered(helm::update(&clan, &machine, &request).await?.change(&clan)?, StatusCode::ACCEPTED, request.dry_run)
 }
 
 async fn changed(
@@ -98,9 +96,12 @@ async fn changed(
     dry_run: bool,
 ) -> Answer<Json<MachineChange>> {
     let clan = shared.find(clan)?;
-    let change = helm::ask(&clan, machine, request).await?.change(&clan)?;
-    let done = change.entry.is_some() && !dry_run;
-    Ok(Json(if done { StatusCode::CREATED } else { StatusCode::OK }, change))
+    answered(helm::ask(&clan, machine, request).await?.change(&clan)?, StatusCode::CREATED, dry_run)
+}
+
+fn answered(change: MachineChange, done: StatusCode, dry_run: bool) -> Answer<Json<MachineChange>> {
+    let changes = change.entry.is_some() && !dry_run;
+    Ok(Json(if changes { done } else { StatusCode::OK }, change))
 }
 
 pub(super) async fn log(
