@@ -72,9 +72,10 @@ fn from_two(lab: &mut Lab, screen: &Screen) -> Result<String, LabError> {
 
     // The newcomer's manager is killed in the middle, and `clan join` waits for the next one.
     let began = Instant::now();
+    let program = lab.record().programs().join("clan");
     let stranger = lab.person("stranger");
     let staging = stranger.data().join("images");
-    let mut joining = stranger.command("clan")?;
+    let mut joining = stranger.command(program)?;
     joining.args(["join", &link, "--container", "--yes", "--person", "stranger", "--machine", "stranger"]);
     joining.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let joining = joining.spawn().map_err(|source| LabError::Io { what: "start clan join".into(), source })?;
@@ -244,10 +245,13 @@ fn ordered(lab: &mut Lab, screen: &Screen, [old, new]: [&str; 2]) -> Result<(), 
 
     let began = Instant::now();
     let founder = lab.person("founder");
-    let plan = story::until(HEAL, "the other machine", || {
+    let mut said = String::new();
+    let plan = story::until(HEAL, "an order that is agreed to", || {
         let plan = founder.clan_quietly(&["machine", "update", "second", "--dry-run", "--json"])?;
+        said = plan.output();
         Ok(plan.success().and_then(|plan| plan.json()).ok())
-    })?;
+    });
+    let plan = plan.map_err(|error| LabError::Promise(format!("{error}: {said}")))?;
     promise(plan["entry"]["before"] == old && plan["entry"]["after"] == new, || format!("{plan}"))?;
     promise(
         lab.person("second").clan_json(&["machine", "journal", "second"])?.as_array().map(Vec::len) == Some(2),

@@ -98,7 +98,7 @@ mod tests {
     }
 
     /// A clan whose VM is stopped, and has an encrypted disk.
-    async fn clan(shared: &Shared) -> Arc<Clan> {
+    async fn clan(shared: &Arc<Shared>) -> Arc<Clan> {
         let record = ClanRecord { encrypted: true, disk: SIZE, cpus: 1, ..tests::record(1, Phase::Ready) };
         tests::put(&shared.paths, &record, None);
         let disk = shared.paths.clan(&record.id).data_disk();

@@ -16,7 +16,10 @@ use clan_wire::{
     helm::{Proof, Refusal},
     order::{Asks, MAX_ORDER, Order, Says},
 };
-use tokio::time::{sleep, timeout};
+use tokio::{
+    io::AsyncWriteExt,
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -108,6 +111,7 @@ async fn attend(shared: &Arc<Shared>, clan: &Arc<Clan>, channel: &Channel) -> Re
     };
     send_message(&mut stream, &says, MAX_ORDER).await?;
     if dry_run || !matches!(says, Says::Accepted { .. }) {
+        finish(stream).await;
         return Ok(());
     }
     let Asks::Noted = part(&mut stream).await? else { return Err(OrderError::Unexpected) };
@@ -122,6 +126,12 @@ async fn attend(shared: &Arc<Shared>, clan: &Arc<Clan>, channel: &Channel) -> Re
 
 async fn part(stream: &mut Stream) -> Result<Asks, OrderError> {
     Ok(timeout(PART, recv_message(stream, MAX_ORDER)).await.map_err(|_| OrderError::Late)??)
+}
+
+/// Lets the controller read what was said last: of a stream that is dropped, nothing more arrives.
+async fn finish(mut stream: Stream) {
+    let _ = stream.shutdown().await;
+    let _ = timeout(PART, tokio::io::copy(&mut stream, &mut tokio::io::sink())).await;
 }
 
 fn wish(image: ImageId) -> UpdateVm {
