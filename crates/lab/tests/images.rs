@@ -241,6 +241,9 @@ fn ordered(lab: &mut Lab, screen: &Screen, [old, new]: [&str; 2]) -> Result<(), 
     second.clan(&["vm", "control", "shared", "--yes"])?.success()?;
     second.clan(&["vm", "update", "--image", old, "--yes"])?.success()?;
     promise(runs(second)? == old, || "its user does not get the old image".into())?;
+    let noted = journal(second)?;
+    let own = noted.last().is_some_and(|entry| entry["after"] == old && entry["here"] == true);
+    promise(own, || format!("its user's own change is not written down: {noted:?}"))?;
     screen.seen("a member has its old image again", began.elapsed());
 
     let began = Instant::now();
@@ -253,13 +256,11 @@ fn ordered(lab: &mut Lab, screen: &Screen, [old, new]: [&str; 2]) -> Result<(), 
     });
     let plan = plan.map_err(|error| LabError::Promise(format!("{error}: {said}")))?;
     promise(plan["entry"]["before"] == old && plan["entry"]["after"] == new, || format!("{plan}"))?;
-    promise(
-        lab.person("second").clan_json(&["machine", "journal", "second"])?.as_array().map(Vec::len) == Some(2),
-        || "looking is written down, or the user's own change is not".into(),
-    )?;
+    promise(journal(lab.person("second"))? == noted, || "looking is written down".into())?;
     let founder = lab.person("founder");
     let change = founder.clan_json(&["machine", "update", "second", "--yes"])?;
     promise(change["entry"]["deed"] == "image" && change["entry"]["person_name"] == "founder", || format!("{change}"))?;
+    let number = change["entry"]["number"].as_u64().unwrap_or_default();
     story::until(HEAL, "second's new image, as the founder sees it", || {
         let machines = founder.clan_json(&["machines"])?;
         let second = machines.as_array().into_iter().flatten().find(|m| m["name"] == "second").cloned();
@@ -281,14 +282,19 @@ fn ordered(lab: &mut Lab, screen: &Screen, [old, new]: [&str; 2]) -> Result<(), 
     browser.shows(".journal", &["founder", &what, "control from local to shared", "its own computer"])?;
     browser.picture(&lab.record().logs().join("journal.png"))?;
     browser.press(".journal button.revert")?;
-    browser.shows("dialog[open]", &["Take entry 3 back?", "the image that it had before"])?;
+    browser.shows("dialog[open]", &[&format!("Take entry {number} back?"), "the image that it had before"])?;
     browser.press("dialog[open] button[type=submit]")?;
     let second = lab.person("second");
     story::until(HEAL, "the image before", || Ok((runs(second)? == old && online(second)?.is_some()).then_some(())))?;
-    browser.shows(".journal", &["which takes 3 back"])?;
+    browser.shows(".journal", &[&format!("which takes {number} back")])?;
     browser.picture(&lab.record().logs().join("taken-back.png"))?;
     screen.seen("its user takes that back, on the page", began.elapsed());
     Ok(())
+}
+
+fn journal(person: &Person) -> Result<Vec<Value>, LabError> {
+    let entries = person.clan_json(&["machine", "journal", person.name()])?;
+    Ok(entries.as_array().cloned().unwrap_or_default())
 }
 
 fn clan_id(person: &Person) -> Result<String, LabError> {
