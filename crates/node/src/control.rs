@@ -163,8 +163,9 @@ impl Controller {
     /// Takes up the place that the machine had before a restart.
     async fn resume(&self) -> Result<(), NodeError> {
         if let Some(place) = Place::load(&self.dir)? {
+            let files = self.files(&place.clan);
             let ways = self.ways(&place.clan).await?;
-            let node = self.start_node(place, ways, Some(DOUBT), |_| Ok(())).await?;
+            let node = self.start_node(place, files.await?, ways, Some(DOUBT), |_| Ok(())).await?;
             *self.node.lock().await = Some(node);
         }
         Ok(())

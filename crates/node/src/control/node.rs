@@ -14,7 +14,7 @@ use clan_types::ClanId;
 use clan_wire::control::{Environment, NodeStatus, Provision};
 use iroh::{Endpoint, RelayUrl, endpoint::Connection};
 use tokio::{sync::Notify, task::JoinSet, time::timeout};
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 
 use super::{
     Controller,
@@ -66,6 +66,12 @@ pub(super) struct Ways {
     admitted_by: Option<Connection>,
 }
 
+/// What a node writes to and reads from, opened.
+pub(super) struct Files {
+    store: LedgerStore,
+    certificate: Arc<Certificate>,
+}
+
 /// What most requests need of a node, without holding its lock.
 pub(crate) struct Access {
     pub(crate) core: CoreHandle,
@@ -79,6 +85,9 @@ pub(crate) struct Access {
 
 impl Controller {
     pub(super) async fn take_place(&self, provision: Provision, mut known: Ledger) -> Result<Node, ProvisionError> {
+        // Of a VM, which belongs to one clan, the files are made while the network is waited for. A computer that is not let in
+        // keeps nothing of a clan.
+        let files = self.host.is_guest().then(|| self.files(&provision.clan));
         let mut ways = self.ways(&provision.clan).await?;
         let mut peers = Vec::new();
         if let Some(redeem) = provision.redeem {
@@ -100,8 +109,9 @@ impl Controller {
         let place = Place { clan: provision.clan, clan_name, name: provision.name, offers, peers };
         let machine = self.identity().machine();
         helm::begin(&self.dir, provision.control).map_err(|e| ProvisionError::Failed(chain(&e)))?;
+        let files = files.unwrap_or_else(|| self.files(&place.clan)).await?;
         let node = self
-            .start_node(place.clone(), ways, None, |ledger| {
+            .start_node(place.clone(), files, ways, None, |ledger| {
                 ledger.insert_all(known.entries().cloned());
                 match ledger.state().machine_in_good_standing(&machine) {
                     Some(_) => Ok(()),
@@ -131,27 +141,36 @@ impl Controller {
         }
     }
 
+    /// Opens the files of a machine in a clan, or creates them, from now on and beside whatever else is done.
+    pub(super) fn files(&self, clan: &ClanId) -> impl Future<Output = Result<Files, NodeError>> + use<> {
+        // What this machine has verified before it wrote it down need not be verified again at every start.
+        let seal = SealKey::derive(&self.identity().signing().to_bytes());
+        let (dir, clan) = (self.dir.clone(), *clan);
+        let opening = AbortOnDropHandle::new(tokio::task::spawn_blocking(move || {
+            let path = dir.join("ledger.redb");
+            let open = || LedgerStore::open_sealed(&path, &clan, seal.clone());
+            let store = match open() {
+                // It was put aside; the replica learns from the other machines what it held.
+                Err(error @ StoreError::Corrupt { .. }) => {
+                    tracing::error!(why = chain(&error), "the ledger's file is damaged: it is learnt anew");
+                    open()
+                }
+                opened => opened,
+            };
+            Ok(Files { store: store?, certificate: Arc::new(Certificate::load_or_create(&dir)?) })
+        }));
+        async move { opening.await.map_err(|e| NodeError::network("the ledger's file", e))? }
+    }
+
     /// Starts everything that a machine in a clan runs. `prepare` may add to the ledger before anybody sees it.
     pub(super) async fn start_node(
         &self,
         place: Place,
+        Files { store, certificate }: Files,
         Ways { tun, endpoint, ports, names, introduced, admitted_by }: Ways,
         doubt: Option<Duration>,
         prepare: impl FnOnce(&mut Ledger) -> Result<(), String>,
     ) -> Result<Node, ProvisionOrNodeError> {
-        // What this machine has verified before it wrote it down need not be verified again at every start.
-        let seal = SealKey::derive(&self.identity().signing().to_bytes());
-        let path = self.dir.join("ledger.redb");
-        let open = || LedgerStore::open_sealed(&path, &place.clan, seal.clone());
-        let store = match open() {
-            // It was put aside; the replica learns from the other machines what it held.
-            Err(error @ StoreError::Corrupt { .. }) => {
-                tracing::error!(why = chain(&error), "the ledger's file is damaged: it is learnt anew");
-                open()
-            }
-            opened => opened,
-        };
-        let store = store.map_err(NodeError::from)?;
         let mut ledger = store.load().map_err(NodeError::from)?;
         let known = ledger.len();
         prepare(&mut ledger).map_err(ProvisionOrNodeError::Reason)?;
@@ -161,7 +180,6 @@ impl Controller {
         let environment = self.environment.lock().await.clone();
         let seen = if self.host.is_guest() { None } else { own::look(&endpoint, ports).await };
         let (quic, wireguard) = seen.unwrap_or((environment.quic, environment.wireguard));
-        let certificate = Arc::new(Certificate::load_or_create(&self.dir)?);
         let own = Own {
             quic,
             wireguard,
