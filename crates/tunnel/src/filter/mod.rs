@@ -169,10 +169,12 @@ impl Filter {
             return;
         }
         // INVARIANT: an answer of a service here begins nothing, so that it ends when its permission does. TCP says which
-        // packet opens a connection; of other conversations it is remembered that the other side began them.
+        // packet opens a connection, and an echo who asks; of other conversations it is remembered that the other side began
+        // them. Both sides may ask with the same identifier, as machines do that began as copies of one.
         let older = now < started + PICK_UP && flow.source_port >= FIRST_EPHEMERAL;
         let begins = flow.begins || older;
-        if !begins || self.theirs.get(&own).is_some_and(|until| now < *until) {
+        let asks = flow.kind == Kind::EchoRequest;
+        if !begins || (!asks && self.theirs.get(&own).is_some_and(|until| now < *until)) {
             return;
         }
         if self.own.len() >= MAX_FLOWS {
@@ -226,6 +228,9 @@ impl Filter {
     }
 
     fn is_answer(&mut self, flow: &Flow, now: Duration) -> bool {
+        if flow.kind == Kind::EchoRequest {
+            return false;
+        }
         match self.own.get_mut(&Conversation::answered_by(flow)) {
             Some(until) if now < *until => {
                 *until = now + idle(flow.protocol);

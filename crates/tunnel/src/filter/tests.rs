@@ -196,6 +196,27 @@ fn pings_are_answered_and_come_back() {
 }
 
 #[test]
+fn both_may_ask_for_an_echo_with_the_same_identifier() {
+    let mut filter = filter();
+    assert!(filter.inbound(&ip(v6(MEMBER), v6(ME), ICMP_V6, &echo(128, 7)), secs(0)));
+    filter.outbound(&ip(v6(ME), v6(MEMBER), ICMP_V6, &echo(129, 7)), secs(0));
+    filter.outbound(&ip(v6(ME), v6(MEMBER), ICMP_V6, &echo(128, 7)), secs(1));
+    assert!(filter.inbound(&ip(v6(MEMBER), v6(ME), ICMP_V6, &echo(129, 7)), secs(1)));
+    assert!(filter.inbound(&ip(v6(MEMBER), v6(ME), ICMP_V6, &echo(128, 7)), secs(2)));
+}
+
+#[test]
+fn asking_for_an_echo_does_not_let_others_ask() {
+    let mut policy = Policy::default();
+    policy.allow(v6(MEMBER), Access::Ports { ports: vec![], ping: false });
+    let mut filter = Filter::default();
+    filter.set_policy(policy);
+    filter.outbound(&ip(v6(ME), v6(MEMBER), ICMP_V6, &echo(128, 7)), secs(0));
+    assert!(filter.inbound(&ip(v6(MEMBER), v6(ME), ICMP_V6, &echo(129, 7)), secs(0)));
+    assert!(!filter.inbound(&ip(v6(MEMBER), v6(ME), ICMP_V6, &echo(128, 7)), secs(0)));
+}
+
+#[test]
 fn errors_pass_only_about_what_was_sent() {
     let mut filter = filter();
     let sent = ip(v6(ME), v6(MEMBER), UDP, &ports(40_000, 53));
