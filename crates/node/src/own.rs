@@ -44,9 +44,7 @@ pub(crate) async fn follow(
         packets.keep_outside(ports.quic);
     }
     let mut changed = Instant::now();
-    let mut changes = addresses::changes()
-        .inspect_err(|error| tracing::warn!(%error, "a change of the network is noticed late"))
-        .ok();
+    let mut changes = changes();
     let mut before = addresses::physical().await.ok();
     loop {
         tokio::select! {
@@ -98,7 +96,13 @@ pub(crate) fn everywhere(found: Option<IpAddr>) -> IpAddr {
     }
 }
 
-async fn next(changes: &mut Option<addresses::Changes>) {
+/// Changes of the network, if the kernel tells of them.
+pub(crate) fn changes() -> Option<addresses::Changes> {
+    addresses::changes().inspect_err(|error| tracing::warn!(%error, "a change of the network is noticed late")).ok()
+}
+
+/// Waits for the next change; for ever if none is told.
+pub(crate) async fn next(changes: &mut Option<addresses::Changes>) {
     match changes {
         Some(changes) => changes.next().await,
         None => std::future::pending().await,

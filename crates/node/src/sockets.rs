@@ -20,6 +20,8 @@ use clan_os::addresses;
 use tokio::{sync::watch, time::timeout};
 use tokio_util::sync::CancellationToken;
 
+use crate::own;
+
 /// How often the sockets are looked for, beside after a change.
 const EVERY: Duration = Duration::from_secs(5);
 /// The endpoint waits a quarter of a second for a change to end, looks around, and binds.
@@ -68,20 +70,12 @@ impl Alarm {
 
 /// Raises the alarm when one of the bound sockets is gone for good; until cancelled.
 pub(crate) async fn watch(bound: Vec<SocketAddr>, alarm: Alarm, cancel: CancellationToken) {
-    let mut changes = addresses::changes()
-        .inspect_err(|error| tracing::warn!(%error, "a change of the network is noticed late"))
-        .ok();
+    let mut changes = own::changes();
     loop {
-        let changed = async {
-            match &mut changes {
-                Some(changes) => changes.next().await,
-                None => std::future::pending().await,
-            }
-        };
         tokio::select! {
             () = cancel.cancelled() => return,
             () = tokio::time::sleep(EVERY) => {}
-            () = changed => {
+            () = own::next(&mut changes) => {
                 let moving = Moving::begin();
                 tokio::select! {
                     () = cancel.cancelled() => return,
@@ -118,8 +112,7 @@ impl Drop for Moving {
 
 /// Until nothing more has changed for a while.
 async fn settled(changes: &mut Option<addresses::Changes>) {
-    let Some(changes) = changes else { return };
-    let quiet = async { while timeout(SETTLE, changes.next()).await.is_ok() {} };
+    let quiet = async { while timeout(SETTLE, own::next(changes)).await.is_ok() {} };
     let _ = timeout(PATIENCE, quiet).await;
 }
 
