@@ -58,12 +58,7 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let began = Instant::now();
     let running: Vec<String> = vms(founder)?.iter().filter(|vm| runs(vm)).map(|vm| text(vm, "clan").into()).collect();
     let stopped = &running[..STOPPED];
-    let stopping =
-        stopped.iter().map(|name| Beside::start(lab, &["vm", "stop", name.as_str()])).collect::<Result<Vec<_>, _>>()?;
-    for mut stop in stopping {
-        let (status, said) = stop.finish(LIMIT)?;
-        promise(status.success(), || format!("a machine does not stop: {said}"))?;
-    }
+    at_once(lab, "stop", stopped)?;
     let founder = lab.person("founder");
     story::until(LIMIT, "those that waited starting in the place of those that stopped", || {
         let all = vms(founder)?;
@@ -80,9 +75,8 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     drop(founding);
     founder.set_options(&[]);
     founder.start_manager(MANAGER)?;
-    for name in stopped {
-        founder.clan_quietly(&["vm", "start", name.as_str()])?.success()?;
-    }
+    at_once(lab, "start", stopped)?;
+    let founder = lab.person("founder");
     story::until(LIMIT, "all machines running", || {
         let status = founder.clan_json(&["status"])?;
         let online = status["clans"].as_array().into_iter().flatten().filter(|clan| clan["online"] == true).count();
@@ -108,6 +102,16 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let clans = fs::read_dir(founder.data().join("clans")).map_or(0, Iterator::count);
     promise(clans == 0, || format!("{clans} clans are left"))?;
     screen.seen("deleting them leaves nothing that runs", began.elapsed());
+    Ok(())
+}
+
+/// Stops or starts some machines, and waits until all that is done.
+fn at_once(lab: &mut Lab, verb: &str, clans: &[String]) -> Result<(), LabError> {
+    let begun = clans.iter().map(|clan| Beside::start(lab, &["vm", verb, clan.as_str()]));
+    for mut one in begun.collect::<Result<Vec<_>, _>>()? {
+        let (status, said) = one.finish(LIMIT)?;
+        promise(status.success(), || format!("a machine does not {verb}: {said}"))?;
+    }
     Ok(())
 }
 

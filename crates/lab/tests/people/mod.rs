@@ -1,14 +1,10 @@
 //! A lab of people that a test has for itself.
 
-use std::{
-    fs::{self, DirBuilder},
-    io,
-    os::unix::fs::{DirBuilderExt, chown},
-    path::Path,
-    process::Command,
-};
+mod packages;
 
-use clan_lab::{Account, Lab, LabConfig, LabError, Person, Screen, leftovers, story};
+use std::path::Path;
+
+use clan_lab::{Account, Lab, LabConfig, LabError, Screen, leftovers, story};
 
 /// Lays a lab of this name, which keeps images in the folder of that name, and as `adapt` has it; runs `tell`, and takes the lab
 /// down again. The test fails when `tell` does, and when anything is left behind.
@@ -33,7 +29,7 @@ pub(crate) fn with_people(
     adapt(&mut config);
     let mut lab = Lab::up(&config, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
     let record = lab.record().clone();
-    let shared = share_packages(&account.state_root().with_file_name("clan-lab-test"), lab.person("founder"), &account)
+    let shared = packages::share(lab.person("founder"), &account)
         .map_err(|source| LabError::Io { what: "share packages".into(), source });
     let told = shared.and_then(|()| tell(&mut lab, &screen));
     if let Err(error) = &told {
@@ -44,24 +40,6 @@ pub(crate) fn with_people(
     told.unwrap_or_else(|error| panic!("{}; the logs are in {}", error.chain(), record.logs().display()));
     let left = leftovers(&record);
     assert!(left.is_empty(), "{left:?}");
-}
-
-/// What the story has downloaded need not be downloaded again.
-fn share_packages(story: &Path, person: &Person, account: &Account) -> io::Result<()> {
-    let cache = person.data().join("cache");
-    for folder in [person.data(), cache.clone()] {
-        if !folder.is_dir() {
-            DirBuilder::new().mode(0o700).create(&folder)?;
-            chown(&folder, Some(account.uid), Some(account.gid))?;
-        }
-    }
-    for root in fs::read_dir(story.join("founder/data/cache")).into_iter().flatten().flatten() {
-        let place = cache.join(root.file_name());
-        if root.file_name().to_string_lossy().starts_with("root-") && !place.exists() {
-            Command::new("cp").arg("-a").args([root.path(), place]).status()?;
-        }
-    }
-    Ok(())
 }
 
 pub(crate) fn promise(kept: bool, what: impl FnOnce() -> String) -> Result<(), LabError> {

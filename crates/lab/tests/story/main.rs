@@ -9,6 +9,8 @@ mod failures;
 mod isolation;
 mod links;
 mod machine;
+#[path = "../people/packages.rs"]
+mod packages;
 mod secrecy;
 mod traffic;
 
@@ -56,7 +58,8 @@ fn two_people_meet_and_what_goes_wrong_is_told_or_heals() {
     let (mut config, capture) = config();
     config.capture = Some(capture.path().join("internet.pcap"));
     let mut lab = Lab::up(&config, &screen).unwrap_or_else(|error| panic!("{}", error.chain()));
-    let record = lab.record().clone();
+    let (record, account) = (lab.record().clone(), lab.account().clone());
+    packages::share(lab.person("founder"), &account).unwrap();
     let watch = secrecy::Watch::begin();
 
     let began = Instant::now();
