@@ -168,6 +168,33 @@ fn a_newcomer_and_the_countersignature_are_written_at_once_or_not_at_all() {
 }
 
 #[test]
+fn whoever_is_let_in_or_comes_back_is_not_dialled_while_the_connection_that_they_came_by_is_there() {
+    let ledger = clan();
+    // Of two machines this one dials at once if its key is the lesser.
+    let greater = (110..150).find(|n| machine(101) < machine(*n)).unwrap();
+    let back = {
+        let mut person = ledger.clone();
+        vec![say(&mut person, 1, enrol(&ledger.clan(), 1, greater)).encode()]
+    };
+    let admitted = newcomer(&ledger.clan(), greater - 100);
+    for (entries, how) in [(admitted, "let in"), (back, "back")] {
+        let mut replica = replica(ledger.clone());
+        replica.handle_redemption(Ticket(1), entries, now(2));
+        let mut done = settle(&mut replica);
+        assert_eq!(answers(&done), [&Answer::Redeemed(Ok(()))], "{how}");
+        let dials = |a: &Action| matches!(a, Action::Dial(peer) if peer.machine == machine(greater));
+        for second in 2..8 {
+            replica.handle_timeout(now(second));
+            done.extend(settle(&mut replica));
+        }
+        assert!(!done.iter().any(dials), "whoever is {how} is connected");
+        // That did not last, and nobody comes again.
+        replica.handle_timeout(now(9));
+        assert!(settle(&mut replica).iter().any(dials), "whoever is {how} is looked for");
+    }
+}
+
+#[test]
 fn who_is_put_out_loses_the_link_and_is_not_dialled() {
     let ledger = clan();
     let mut replica = linked(ledger.clone());

@@ -1,6 +1,6 @@
 //! Newcomers: what they may see, and how they are admitted.
 
-use clan_ledger::Body;
+use clan_ledger::{Body, Entry};
 use clan_types::MachineId;
 use clan_wire::peer::{DeviceProof, EncodedEntry, InviteProof, JoinRefusal};
 
@@ -54,6 +54,7 @@ impl Replica {
             return Err(Ok(()));
         }
         if newcomer::returns(&entries, &self.state, now.wall).map_err(Err)? {
+            self.expect(&entries, now);
             let mut taking = Taking::default();
             for entry in &entries {
                 let inserted = self.ledger.insert(entry.clone()).map_err(|_| Err(JoinRefusal::Malformed))?;
@@ -71,11 +72,9 @@ impl Replica {
         }
         let checked = self.ledger.check_redemption(&entries, now.wall).map_err(newcomer::redeem_refusal);
         let admission = checked.map_err(Err)?.id();
+        self.expect(&entries, now);
         let mut taking = Taking::default();
         for entry in &entries {
-            if let Body::Enrol { machine, .. } = entry.body() {
-                self.dialer.expect(*machine, now.at);
-            }
             // What was checked a moment ago is not refused; if it is, the countersignature below has no effect.
             if let Ok(inserted) = self.ledger.insert(entry.clone()) {
                 taking.add(entry.clone(), inserted);
@@ -89,5 +88,14 @@ impl Replica {
         }
         self.persist(taking, None, Then::Redeem { ticket, entries });
         Ok(())
+    }
+
+    /// The machines that are admitted by these entries are connected already.
+    fn expect(&mut self, entries: &[Entry], now: Now) {
+        for entry in entries {
+            if let Body::Enrol { machine, .. } = entry.body() {
+                self.dialer.expect(*machine, now.at);
+            }
+        }
     }
 }
