@@ -167,6 +167,11 @@ pub struct ContainerPlan {
     /// bounds it.
     #[schema(value_type = u64)]
     pub unpacked: ByteSize,
+    /// The most memory that what is in it takes, where that can be bounded; a warning says where not.
+    #[schema(value_type = u64)]
+    pub memory: ByteSize,
+    /// As many processors it takes at most, likewise.
+    pub cpus: u32,
     /// Why there can be none here now, and what to do; absent if there can.
     pub problem: Option<ApiProblem>,
 }

@@ -334,7 +334,7 @@ pub struct VmInfo {
     pub wanted: bool,
     /// How many times it was started again since it last was stable.
     pub restarts: u32,
-    /// Process id of QEMU.
+    /// Process id of QEMU, or of what stands for a container.
     pub pid: Option<u32>,
     /// What executes it, while it runs.
     pub accelerator: Option<AcceleratorKind>,

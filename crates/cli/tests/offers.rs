@@ -60,7 +60,7 @@ fn container(missing: u64) -> String {
     json!({"clan": ClanId::from_bytes([1; 32]), "clan_name": "family", "fingerprint": "k3f9 2d8s 7qpa", "inviter": "anna", "role": "member", "expires": 4_000_000_000_000u64,
         "people": ["anna"], "machines": ["laptop"], "control_mode": "local", "integrated": null, "vm": null, "warnings": [],
         "network_layer": "mesh", "applications": ["web", "wiki"],
-        "container": {"image": ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small", "unpacked": 360u64 << 20, "problem": null,
+        "container": {"image": ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small", "unpacked": 360u64 << 20, "memory": 512u64 << 20, "cpus": 2, "problem": null,
             "download": {"total": 180u64 << 20, "missing": missing}}})
     .to_string()
 }
@@ -79,7 +79,8 @@ fn a_container_says_what_it_takes_and_how_much_of_it_has_to_come() {
   Members       1 person, 1 machine
   Will run      a container: Debian 12, small
   Image         beeqscijbe
-  Apart         less than a virtual machine: it shares this computer's kernel, and nothing bounds it
+  Apart         less than a virtual machine: it shares this computer's kernel
+  Takes         at most 512 MiB of memory, 2 processors, where that can be bounded
   Disk          the image's 180 MiB, some 360 MiB to unpack it, and what it writes
   Download      60 MiB of 180 MiB; the rest is here
   Applications  web, wiki

@@ -42,8 +42,8 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let warned = preview["warnings"].to_string();
     promise(warned.contains("shares this computer's kernel"), || format!("nobody is warned: {preview}"))?;
     promise(preview["container"]["problem"].is_null(), || format!("containers are said not to work: {preview}"))?;
-    let sized = second.clan(&["join", &link, "--container", "--memory", "1G", "--yes"])?;
-    promise(sized.status.code() == Some(2), || format!("a container has a size: {}", sized.output()))?;
+    let sized = second.clan(&["join", &link, "--container", "--disk", "1G", "--yes"])?;
+    promise(sized.status.code() == Some(2), || format!("a container has a disk: {}", sized.output()))?;
 
     let began = Instant::now();
     second.clan(&["join", &link, "--container", "--yes", "--person", "second", "--machine", "second"])?.success()?;
@@ -66,6 +66,7 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
 
     let vms = second.clan_json(&["vm", "list"])?;
     promise(vms[0]["flavour"] == "container", || format!("it is no container: {vms}"))?;
+    bounded(second, &preview["warnings"])?;
     for verb in [&["vm", "pause"][..], &["vm", "snapshot"], &["vm", "resize", "--disk", "9G"]] {
         let refused = second.clan(verb)?;
         let said = refused.stderr.contains("a container cannot do this");
@@ -80,6 +81,28 @@ fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     isolated(second)?;
     survives(lab, screen)?;
     leaves(lab, screen)
+}
+
+/// All of it is in a group of its own, or it is said why not, and its priority is lower.
+fn bounded(second: &mut Person, warnings: &Value) -> Result<(), LabError> {
+    let vms = second.clan_json(&["vm", "list"])?;
+    let tree = tree(running(second)?);
+    let read = |pid: &u32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    if let Some(why) = vms[0]["unlimited"].as_str() {
+        promise(warnings.to_string().contains(why), || format!("it was not said before: {warnings}"))?;
+        let listed = second.clan(&["vm", "list"])?.success()?.output();
+        promise(listed.contains(why), || format!("`clan vm list` does not say why: {listed}"))?;
+        // nice, the 19th field of proc_pid_stat(5).
+        let nice = |pid| {
+            let stat = read(pid, "stat");
+            stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(16)?.parse::<i32>().ok())
+        };
+        return promise(tree.iter().all(|pid| nice(pid).is_some_and(|nice| nice >= 5)), || {
+            format!("a process of {tree:?} has no lower priority")
+        });
+    }
+    let outside = tree.iter().find(|pid| !read(pid, "cgroup").contains("/clan-vm-"));
+    promise(outside.is_none(), || format!("{outside:?} is in no group of the container's"))
 }
 
 /// Echoes cross each other where the kernel opens no sockets for them, either.

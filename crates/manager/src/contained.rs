@@ -221,6 +221,8 @@ impl Loop {
                 UdpForward { host: any(record.ports.quic), guest_port: GUEST_QUIC },
                 UdpForward { host: any(record.ports.wireguard), guest_port: GUEST_WIREGUARD },
             ],
+            memory: record.memory,
+            cpus: record.cpus,
         })
     }
 
@@ -307,9 +309,10 @@ impl Loop {
 
     fn show(&self, state: VmState, problem: Option<ApiProblem>) {
         let (pid, restarts) = (self.running.as_ref().map(|r| r.container.pid()), self.restarts.count());
+        let unlimited = self.running.as_ref().and_then(|r| r.container.unlimited()).map(ToString::to_string);
         self.with.publish.send_if_modified(|view| {
             let since = if view.state == state { view.since } else { now() };
-            let next = VmView { problem, since, restarts, pid, ..VmView::without_vm(state) };
+            let next = VmView { problem, since, restarts, pid, unlimited, ..VmView::without_vm(state) };
             let changed = *view != next;
             *view = next;
             changed

@@ -31,6 +31,8 @@ use crate::{
 
 pub(crate) const DEFAULT_MEMORY: ByteSize = ByteSize::from_mib(512);
 pub(crate) const DEFAULT_DISK: ByteSize = ByteSize::from_mib(2048);
+/// The controller and its services take some 50 MiB.
+const LEAST_CONTAINED: ByteSize = ByteSize::from_mib(128);
 pub(crate) const LEAST_DISK: ByteSize = ByteSize::from_mib(64);
 /// What the base OS keeps for itself.
 const HOST_RESERVE: ByteSize = ByteSize::from_mib(128);
@@ -89,6 +91,24 @@ pub(crate) fn check_computer(shared: &Shared, size: Size) -> Result<(), ApiProbl
     Ok(())
 }
 
+/// Checks what a container is to have at most. More memory than there is does no harm: nothing is set aside for it.
+fn check_contained(size: Size, cpus: u32) -> Result<(), ApiProblem> {
+    let bad = |message: String| ApiProblem::new(ErrorCode::BadRequest, message);
+    if size.memory < LEAST_CONTAINED {
+        return Err(bad(format!("{} are too little for a container", size.memory))
+            .hint(format!("give it at least {LEAST_CONTAINED}")));
+    }
+    if size.cpus == 0 || u32::from(size.cpus) > cpus {
+        return Err(bad(format!("the container shall have {} processors, this computer has {cpus}", size.cpus)));
+    }
+    Ok(())
+}
+
+/// As many processors as a person asks for.
+pub(crate) fn processors(asked: u32) -> Result<u8, ApiProblem> {
+    u8::try_from(asked).map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no machine can have"))
+}
+
 /// As many processors as a VM gets unless told otherwise.
 pub(crate) fn default_cpus(shared: &Shared) -> u8 {
     u8::try_from(crate::status::host(&shared.paths).cpus.clamp(1, 2)).unwrap_or(1)
@@ -105,13 +125,13 @@ pub(crate) async fn begin(
     let home = match &request.integrate {
         Some(_) if request.container => return Err(one_or_the_other()),
         Some(socket) => Home::integrated(shared, socket, sizes.contains(&true)).await?,
-        None if request.container => Home::container(shared, sizes.contains(&true))?,
+        None if request.container => {
+            let cpus = request.cpus.map_or_else(|| Ok(default_cpus(shared)), processors)?;
+            let (memory, disk) = (request.memory.unwrap_or(DEFAULT_MEMORY), DEFAULT_DISK);
+            Home::container(shared, Size { memory, disk, cpus }, request.disk.is_some())?
+        }
         None => {
-            let cpus = match request.cpus {
-                None => default_cpus(shared),
-                Some(n) => u8::try_from(n)
-                    .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
-            };
+            let cpus = request.cpus.map_or_else(|| Ok(default_cpus(shared)), processors)?;
             let (memory, disk) = (request.memory.unwrap_or(DEFAULT_MEMORY), request.disk.unwrap_or(DEFAULT_DISK));
             Home::vm(shared, Size { memory, disk, cpus })?
         }
@@ -174,15 +194,15 @@ impl Home {
         Ok(Self::of(Flavour::Vm, size, free_ports()?))
     }
 
-    /// A container. What it has of memory, disk and processors is what a VM of the clan would have by default: the clan's
-    /// description says it to others, and nothing bounds a container.
-    pub(crate) fn container(shared: &Shared, sized: bool) -> Result<Self, ApiProblem> {
-        if sized {
-            return Err(ApiProblem::new(ErrorCode::BadRequest, "memory, disk and processors are for a VM")
-                .why("a container takes of this computer's what it needs, and nothing bounds it"));
+    /// A container. Its memory and processors are the most that it takes, where that can be bounded; its disk is what others are
+    /// told that a VM of the clan should have, and bounds nothing.
+    pub(crate) fn container(shared: &Shared, size: Size, disk_asked: bool) -> Result<Self, ApiProblem> {
+        if disk_asked {
+            return Err(ApiProblem::new(ErrorCode::BadRequest, "the size of a disk is for a VM")
+                .why("a container's files are in a folder of this computer's, and nothing bounds them"));
         }
+        check_contained(size, crate::status::host(&shared.paths).cpus)?;
         clan_vm::container::check().map_err(|missing| problem::vm(&clan_vm::VmError::Missing(missing)))?;
-        let size = Size { memory: DEFAULT_MEMORY, disk: DEFAULT_DISK, cpus: default_cpus(shared) };
         Ok(Self::of(Flavour::Container, size, free_ports()?))
     }
 

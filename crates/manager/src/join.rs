@@ -97,7 +97,7 @@ async fn begin_by(
     let home = match (&request.integrate, found.description()) {
         (Some(_), _) if request.container => return Err(create::one_or_the_other()),
         (Some(socket), _) => Home::integrated(shared, socket, asked.anything()).await?,
-        (None, Some(_)) if request.container => Home::container(shared, asked.anything())?,
+        (None, Some(description)) if request.container => offer::contained(shared, description, asked)?,
         (None, Some(description)) => Home::vm(shared, offer::size(shared, description, asked)?)?,
         (None, None) => return Err(no_image()),
     };

@@ -16,7 +16,8 @@
 //! those. The container's user namespace is below pasta's, so that its root has no say there.
 //!
 //! Root in the container is the base OS's user, with capabilities over its namespaces only; other users in it are from the
-//! range of subordinate ids that the base OS's user has (subuid(5)). It has no cgroup of its own: nothing bounds its memory.
+//! range of subordinate ids that the base OS's user has (subuid(5)). All of it is in a control group of its own, as a virtual
+//! machine is ([`crate::limits`]).
 
 mod missing;
 mod seccomp;
@@ -42,6 +43,7 @@ use std::{
     time::Duration,
 };
 
+use clan_types::ByteSize;
 use rustix::{
     fs::{Mode, OFlags},
     io::FdFlags,
@@ -51,7 +53,8 @@ use tokio::{io::unix::AsyncFd, net::UnixStream, sync::watch, time};
 
 use crate::{
     UdpForward, VmError, args, console, file, host,
-    process::{self, Dir, Identity},
+    limits::{self, Bounds, Group, Most, Unlimited},
+    process::{self, Dir, Identity, Lock},
 };
 
 pub use missing::{Missing, check};
@@ -85,6 +88,10 @@ pub struct ContainerSpec {
     pub shown: Vec<(String, PathBuf)>,
     /// UDP ports to forward into it.
     pub forwards: Vec<UdpForward>,
+    /// The most that what is in it takes, where that can be bounded.
+    pub memory: ByteSize,
+    /// As many processors as it takes at most, likewise.
+    pub cpus: u8,
 }
 
 /// How a container ended.
@@ -108,6 +115,7 @@ struct Inner {
     dir: Dir,
     identity: Identity,
     handle: OwnedFd,
+    unlimited: Option<Unlimited>,
     exit: watch::Receiver<Option<ContainerExit>>,
 }
 
@@ -139,28 +147,17 @@ impl Container {
         command.arg("--").arg(&spec.program).args(stage::words(stage::BEGIN)).arg(plan.encode()?);
         command.current_dir(dir.join(".")).stdin(Stdio::null()).stdout(output).stderr(again);
         command.env_clear().envs(tree::environment());
-        let lock_fd = lock.as_fd().as_raw_fd();
-        // SAFETY: the closure only makes system calls, which are safe between fork and exec. The lock stays open in the
-        // parent until `spawn` has returned. Privileges can be gained up to here: newuidmap(1) needs to.
-        unsafe {
-            command.pre_exec(move || {
-                rustix::process::setsid()?;
-                rustix::io::fcntl_setfd(BorrowedFd::borrow_raw(lock_fd), FdFlags::empty())?;
-                Ok(())
-            });
-        }
-        let mut child = command.spawn().map_err(VmError::io("run", &tools.unshare))?;
-        drop(lock);
-        let pid = child.id();
-        let failed = |source| VmError::Process { doing: "watch", source };
-        let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
-        let watched = watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity)));
-        match watched {
-            Ok((handle, identity)) => Self::watch(dir, identity, handle, Some(child)),
+        let group = Group::make(&dir.join("."), Most::of_container(spec.memory, spec.cpus));
+        match launch(command, group.as_ref().ok(), &lock, &dir) {
+            Ok((child, handle, identity)) => {
+                drop(lock);
+                let group = Group::taken(group, identity.pid).await;
+                Self::watch(dir, identity, handle, Some(child), group)
+            }
             Err(error) => {
-                // It may have ended by itself.
-                let _ = child.kill();
-                let _ = child.wait();
+                if let Ok(group) = group {
+                    group.remove().await;
+                }
                 Err(error)
             }
         }
@@ -173,26 +170,44 @@ impl Container {
         }
         let dir = Dir::open(dir)?;
         if dir.lock().await?.is_some() {
+            // It may have been killed while nobody watched.
+            limits::tidy(&dir.join(".")).await;
             return Ok(None);
         }
         let Some(identity) = dir.holder().await else { return Ok(None) };
         let Some(handle) = identity.handle()? else { return Ok(None) };
-        Self::watch(dir, identity, handle, None).map(Some)
+        let group = Group::of(identity.pid).ok_or_else(Unlimited::from_before);
+        Self::watch(dir, identity, handle, None, group).map(Some)
     }
 
-    fn watch(dir: Dir, identity: Identity, handle: OwnedFd, child: Option<Child>) -> Result<Self, VmError> {
+    fn watch(
+        dir: Dir,
+        identity: Identity,
+        handle: OwnedFd,
+        child: Option<Child>,
+        group: Result<Group, Unlimited>,
+    ) -> Result<Self, VmError> {
         let failed = |source| VmError::Process { doing: "watch", source };
         let owned = handle.try_clone().map_err(failed)?;
         // SAFETY: an `OwnedFd` keeps its descriptor, and keeps it open, for as long as the registration owns it.
         let watched = unsafe { AsyncFd::register(owned) }.map_err(|error| failed(error.into()))?;
         let (sender, exit) = watch::channel(None);
-        tokio::spawn(supervise(watched, child, dir.join(args::CONSOLE_LOG), sender));
-        Ok(Self(Arc::new(Inner { dir, identity, handle, exit })))
+        let (group, unlimited) = match group {
+            Ok(group) => (Some(group), None),
+            Err(why) => (None, Some(why)),
+        };
+        tokio::spawn(supervise(watched, (child, group), dir.join(args::CONSOLE_LOG), sender));
+        Ok(Self(Arc::new(Inner { dir, identity, handle, unlimited, exit })))
     }
 
     /// The process that stands for it.
     pub fn pid(&self) -> u32 {
         self.0.identity.pid
+    }
+
+    /// Why nothing but a lower priority bounds what it takes of the base OS, if so.
+    pub fn unlimited(&self) -> Option<&Unlimited> {
+        self.0.unlimited.as_ref()
     }
 
     /// Waits until it has ended. Any number of tasks may wait.
@@ -245,6 +260,39 @@ impl Container {
     }
 }
 
+/// Starts the process that stands for a container, and writes down which one it is. Nothing runs after an error.
+fn launch(
+    mut command: Command,
+    group: Option<&Group>,
+    lock: &Lock,
+    dir: &Dir,
+) -> Result<(Child, OwnedFd, Identity), VmError> {
+    let bounds = Bounds::of_container(group).map_err(VmError::io("confine", command.get_program()))?;
+    let lock_fd = lock.as_fd().as_raw_fd();
+    // SAFETY: the closure only makes system calls, which are safe between fork and exec. The lock stays open in the
+    // parent until `spawn` has returned. Privileges can be gained up to here: newuidmap(1) needs to.
+    unsafe {
+        command.pre_exec(move || {
+            rustix::process::setsid()?;
+            rustix::io::fcntl_setfd(BorrowedFd::borrow_raw(lock_fd), FdFlags::empty())?;
+            bounds.enter()
+        });
+    }
+    let mut child = command.spawn().map_err(VmError::io("run", command.get_program()))?;
+    let pid = child.id();
+    let failed = |source| VmError::Process { doing: "watch", source };
+    let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
+    match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {
+        Ok((handle, identity)) => Ok((child, handle, identity)),
+        Err(error) => {
+            // It may have ended by itself.
+            let _ = child.kill();
+            let _ = child.wait();
+            Err(error)
+        }
+    }
+}
+
 /// Connects to a socket in a folder that a container shares.
 ///
 /// INVARIANT: whatever the container puts in its place, no other file is opened: the last step of the way is not followed if
@@ -263,7 +311,7 @@ async fn connect(path: &Path) -> Result<UnixStream, VmError> {
 
 async fn supervise(
     process: AsyncFd<OwnedFd>,
-    mut child: Option<Child>,
+    (mut child, group): (Option<Child>, Option<Group>),
     log: PathBuf,
     exit: watch::Sender<Option<ContainerExit>>,
 ) {
@@ -291,6 +339,9 @@ async fn supervise(
         Some((None, Some(code))) => ContainerExit::Ended(code),
         _ => ContainerExit::Unknown,
     };
+    if let Some(group) = group {
+        group.remove().await;
+    }
     exit.send_replace(Some(how));
 }
 

@@ -14,7 +14,7 @@ mod fence;
 mod file;
 mod host;
 mod kernel;
-mod limits;
+pub mod limits;
 mod luks;
 pub mod network;
 mod preflight;

@@ -1,12 +1,12 @@
-//! What a virtual machine may take of the base OS, whatever a guest does that spins, or that has taken QEMU over: a control
-//! group of its own where this user has one to divide (<https://docs.kernel.org/admin-guide/cgroup-v2.html>), and a lower
-//! priority where not.
+//! What a virtual machine or a container may take of the base OS, whatever a guest does that spins, or that has taken QEMU over: a
+//! control group of its own where this user has one to divide (<https://docs.kernel.org/admin-guide/cgroup-v2.html>), and a
+//! lower priority where not.
 
 use std::{
     collections::BTreeSet,
     fmt, fs,
     fs::File,
-    io,
+    io, iter,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::MetadataExt,
@@ -25,12 +25,16 @@ use rustix::{
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 /// In front of the names of groups.
 const PREFIX: &str = "clan-vm-";
-/// Half of what everybody else has: a guest that spins leaves two thirds of a busy processor to whoever wants it.
+/// Half of what everybody else has: one that spins leaves two thirds of a busy processor to whoever wants it.
 const WEIGHT: u32 = 50;
-/// Beside the guest's memory: the code cache of the emulation, and what of the disk's image is cached.
+/// Beside the machine's memory: the code cache of the emulation, what connects a container, and what is cached of files.
 const MEMORY_BESIDE: ByteSize = ByteSize::from_mib(512);
 /// QEMU's threads, with those that it does input and output by.
 const THREADS: u32 = 256;
+/// Threads of everything in a container.
+const THREADS_CONTAINED: u32 = 2048;
+/// In which a container gets its time on processors, in microseconds: the kernel's own choice.
+const PERIOD_US: u64 = 100_000;
 /// As `nice` counts.
 const NICE: i32 = 5;
 /// Addresses beside the guest's memory, of which little is used: stacks, heaps, libraries.
@@ -40,12 +44,54 @@ const HIERARCHY: &str = "cgroup2";
 const REMOVE_AGAIN: Duration = Duration::from_millis(20);
 const REMOVE_ATTEMPTS: u32 = 25;
 
-/// Why a virtual machine has no group of its own: only its priority is lower.
+/// Whether what is started now would be bounded; else why not.
+pub fn check() -> Result<(), Unlimited> {
+    plan(&levels()).map(drop)
+}
+
+/// The most that a machine may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Most {
+    /// Of the machine; what runs it has some beside.
+    memory: ByteSize,
+    /// Whole ones; QEMU has a thread for each of its guest's, and so no need of this.
+    processors: Option<u8>,
+    threads: u32,
+}
+
+impl Most {
+    /// Of a virtual machine that has so much memory.
+    pub(crate) fn of_vm(memory: ByteSize) -> Self {
+        Self { memory, processors: None, threads: THREADS }
+    }
+
+    /// Of a container that has so much memory, and so many processors.
+    pub(crate) fn of_container(memory: ByteSize, processors: u8) -> Self {
+        Self { memory, processors: Some(processors.max(1)), threads: THREADS_CONTAINED }
+    }
+
+    /// What is written to which file of a group, for one of its controllers.
+    fn settings(&self, controller: &str) -> Vec<(&'static str, String)> {
+        match controller {
+            "cpu" => {
+                let most = self.processors.map(|n| format!("{} {PERIOD_US}", u64::from(n) * PERIOD_US));
+                iter::once(("cpu.weight", WEIGHT.to_string())).chain(most.map(|most| ("cpu.max", most))).collect()
+            }
+            "memory" => {
+                let most = self.memory.as_bytes().saturating_add(MEMORY_BESIDE.as_bytes());
+                vec![("memory.max", most.to_string())]
+            }
+            _ => vec![("pids.max", self.threads.to_string())],
+        }
+    }
+}
+
+/// Why a virtual machine or a container has no group of its own: only its priority is lower.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unlimited(String);
 
 impl Unlimited {
-    /// Of a virtual machine that was found running.
+    /// Of one that was found running.
     pub(crate) fn from_before() -> Self {
         Self("it was started without a control group of its own".into())
     }
@@ -149,19 +195,19 @@ fn level(dir: &Path, top: bool) -> Level {
     }
 }
 
-/// A virtual machine's control group. Its undo is [`Group::remove`].
+/// A machine's control group. Its undo is [`Group::remove`].
 #[derive(Debug)]
 pub(crate) struct Group(PathBuf);
 
 impl Group {
-    /// Makes a group for the virtual machine in `dir`, bounded for one that has so much memory.
-    pub(crate) fn make(dir: &Path, memory: ByteSize) -> Result<Self, Unlimited> {
+    /// Makes a group for the machine in `dir`.
+    pub(crate) fn make(dir: &Path, most: Most) -> Result<Self, Unlimited> {
         let plan = plan(&levels())?;
-        Self::by(&plan, dir, memory)
+        Self::by(&plan, dir, most)
             .map_err(|error| Unlimited(format!("{} cannot be divided: {error}", plan.parent.display())))
     }
 
-    fn by(plan: &Plan, dir: &Path, memory: ByteSize) -> io::Result<Self> {
+    fn by(plan: &Plan, dir: &Path, most: Most) -> io::Result<Self> {
         for controller in &plan.enable {
             fs::write(plan.parent.join("cgroup.subtree_control"), format!("+{controller}"))?;
         }
@@ -171,22 +217,15 @@ impl Group {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             made => made?,
         }
-        let bounded = plan.controllers.iter().try_for_each(|controller| {
-            let most = memory.as_bytes().saturating_add(MEMORY_BESIDE.as_bytes());
-            let (file, value) = match *controller {
-                "cpu" => ("cpu.weight", WEIGHT.to_string()),
-                "memory" => ("memory.max", most.to_string()),
-                _ => ("pids.max", THREADS.to_string()),
-            };
-            fs::write(group.0.join(file), value)
-        });
+        let mut settings = plan.controllers.iter().flat_map(|controller| most.settings(controller));
+        let bounded = settings.try_for_each(|(file, value)| fs::write(group.0.join(file), value));
         bounded.inspect_err(|_| {
             let _ = fs::remove_dir(&group.0);
         })?;
         Ok(group)
     }
 
-    /// The group of a virtual machine that runs.
+    /// The group of a machine that runs, by the process that stands for it.
     pub(crate) fn of(pid: u32) -> Option<Self> {
         let read = |path: String| fs::read_to_string(path).unwrap_or_default();
         let (_, own) = place(&read("/proc/self/mountinfo".into()), &read(format!("/proc/{pid}/cgroup")))?;
@@ -199,7 +238,7 @@ impl Group {
         match made {
             Ok(group) if Self::of(pid).is_none() => {
                 group.remove().await;
-                Err(Unlimited("the kernel does not let QEMU into its control group".into()))
+                Err(Unlimited("the kernel lets nothing into its control group".into()))
             }
             made => made,
         }
@@ -210,28 +249,30 @@ impl Group {
         Ok(File::options().write(true).open(self.0.join("cgroup.procs"))?.into())
     }
 
-    /// Removes it, once its last process has ended.
+    /// Removes it, and kills what is left in it: what stood for the machine has ended.
     pub(crate) async fn remove(self) {
+        // Not there in older kernels, before 5.14; and a container's processes end with what started them in any case.
+        let _ = fs::write(self.0.join("cgroup.kill"), "1");
         for _ in 0..REMOVE_ATTEMPTS {
             match fs::remove_dir(&self.0) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => tokio::time::sleep(REMOVE_AGAIN).await,
                 _ => return,
             }
         }
-        tracing::warn!(group = %self.0.display(), "a virtual machine's control group is not removed");
+        tracing::warn!(group = %self.0.display(), "a machine's control group is not removed");
     }
 }
 
-/// Removes the group of a virtual machine in `dir` that was killed while nobody watched.
+/// Removes the group of a machine in `dir` that was killed while nobody watched. Nothing of it may run.
 pub(crate) async fn tidy(dir: &Path) {
-    let (Ok(plan), Ok(name)) = (plan(&levels()), name(dir)) else { return };
-    let group = Group(plan.parent.join(name));
-    if group.0.is_dir() {
+    let Ok(name) = name(dir) else { return };
+    // Which group is divided may have been another one then: that depends on what else this user runs.
+    for group in levels().iter().map(|level| Group(level.dir.join(&name))).filter(|group| group.0.is_dir()) {
         group.remove().await;
     }
 }
 
-/// What a group is called: by its virtual machine's folder, which no two share.
+/// What a group is called: by its machine's folder, which no two share.
 fn name(dir: &Path) -> io::Result<String> {
     let meta = fs::metadata(dir)?;
     Ok(format!("{PREFIX}{}-{}", meta.dev(), meta.ino()))
@@ -240,13 +281,19 @@ fn name(dir: &Path) -> io::Result<String> {
 /// What bounds a process, prepared before it is forked.
 pub(crate) struct Bounds {
     group: Option<OwnedFd>,
-    addresses: u64,
+    addresses: Option<u64>,
 }
 
 impl Bounds {
-    pub(crate) fn new(group: Option<&Group>, memory: ByteSize) -> io::Result<Self> {
+    /// Of a QEMU whose guest has so much memory.
+    pub(crate) fn of_vm(group: Option<&Group>, memory: ByteSize) -> io::Result<Self> {
         let addresses = memory.as_bytes().saturating_add(ADDRESSES_BESIDE.as_bytes());
-        Ok(Self { group: group.map(Group::entrance).transpose()?, addresses })
+        Ok(Self { addresses: Some(addresses), ..Self::of_container(group)? })
+    }
+
+    /// Of what runs a container: programs in it may need many addresses, however little they use of them.
+    pub(crate) fn of_container(group: Option<&Group>) -> io::Result<Self> {
+        Ok(Self { group: group.map(Group::entrance).transpose()?, addresses: None })
     }
 
     /// Bounds this process, which has just been forked: makes system calls only.
@@ -255,8 +302,8 @@ impl Bounds {
             let most = rustix::process::getrlimit(resource).maximum.map_or(most, |now| most.min(now));
             rustix::process::setrlimit(resource, Rlimit { current: Some(most), maximum: Some(most) })
         };
-        bound(Resource::As, self.addresses)?;
-        // A guest's memory is nobody's to find on the disk.
+        self.addresses.map_or(Ok(()), |most| bound(Resource::As, most))?;
+        // A machine's memory is nobody's to find on the disk.
         bound(Resource::Core, 0)?;
         // Zero stands for whoever writes it.
         if self.group.as_ref().is_none_or(|group| rustix::io::write(group.as_fd(), b"0").is_err()) {
@@ -336,11 +383,12 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let controllers: Vec<_> = CONTROLLERS.into_iter().filter(|name| top.enabled.contains(*name)).collect();
         let plan = Plan { parent: top.dir, controllers: controllers.clone(), enable: Vec::new() };
-        let group = Group::by(&plan, folder.path(), ByteSize::from_mib(64)).unwrap();
+        let group = Group::by(&plan, folder.path(), Most::of_container(ByteSize::from_mib(64), 2)).unwrap();
         if controllers.contains(&"cpu") {
             assert_eq!(fs::read_to_string(group.0.join("cpu.weight")).unwrap().trim(), "50");
+            assert_eq!(fs::read_to_string(group.0.join("cpu.max")).unwrap().trim(), "200000 100000");
         }
-        let bounds = Bounds::new(Some(&group), ByteSize::from_mib(64)).unwrap();
+        let bounds = Bounds::of_vm(Some(&group), ByteSize::from_mib(64)).unwrap();
         let mut command = Command::new("sleep");
         command.arg("60");
         // SAFETY: makes system calls only.
@@ -356,9 +404,60 @@ mod tests {
         assert!(!place.exists());
     }
 
+    #[tokio::test]
+    async fn what_is_left_in_a_group_ends_with_it() {
+        let Some(top) = levels().into_iter().find(|level| level.writable && (level.top || !level.populated)) else {
+            eprintln!("no control group is ours here: not tested");
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let plan = Plan { parent: top.dir, controllers: Vec::new(), enable: Vec::new() };
+        let group = Group::by(&plan, folder.path(), Most::of_container(ByteSize::from_mib(64), 1)).unwrap();
+        if !group.0.join("cgroup.kill").exists() {
+            eprintln!("this kernel does not kill groups: not tested");
+            return group.remove().await;
+        }
+        let bounds = Bounds::of_container(Some(&group)).unwrap();
+        let mut command = Command::new("sh");
+        // A child that outlives what started it.
+        command.args(["-c", "sleep 1000 & echo $!"]).stdout(std::process::Stdio::piped());
+        // SAFETY: makes system calls only.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, move || bounds.enter()) };
+        let mut child = command.spawn().unwrap();
+        let mut said = [0; 16];
+        let len = io::Read::read(child.stdout.as_mut().unwrap(), &mut said).unwrap();
+        let left: u32 = std::str::from_utf8(&said[..len]).unwrap().trim().parse().unwrap();
+        child.wait().unwrap();
+        assert_eq!(Group::of(left).unwrap().0, group.0);
+        let place = group.0.clone();
+        group.remove().await;
+        assert!(!place.exists());
+        // Whoever takes over what is orphaned may not have reaped it yet.
+        assert!(
+            crate::host::Stat::of(left).is_ok_and(|stat| stat.zombie) || !Path::new(&format!("/proc/{left}")).exists()
+        );
+    }
+
+    #[test]
+    fn a_vm_and_a_container_are_bounded_by_what_they_were_given() {
+        let settings = |most: Most| CONTROLLERS.map(|controller| most.settings(controller)).concat();
+        let (memory, beside) = (ByteSize::from_mib(512), (1024_u64 << 20).to_string());
+        let weight = ("cpu.weight", "50".to_owned());
+        assert_eq!(
+            settings(Most::of_vm(memory)),
+            [weight.clone(), ("memory.max", beside.clone()), ("pids.max", "256".into())]
+        );
+        assert_eq!(
+            settings(Most::of_container(memory, 2)),
+            [weight.clone(), ("cpu.max", "200000 100000".into()), ("memory.max", beside), ("pids.max", "2048".into())]
+        );
+        // No processor at all would be nothing that runs.
+        assert_eq!(settings(Most::of_container(memory, 0))[1].1, "100000 100000");
+    }
+
     #[test]
     fn without_a_group_a_process_has_a_lower_priority() {
-        let bounds = Bounds::new(None, ByteSize::from_mib(64)).unwrap();
+        let bounds = Bounds::of_vm(None, ByteSize::from_mib(64)).unwrap();
         let mut command = Command::new("sleep");
         command.arg("60");
         // SAFETY: makes system calls only.

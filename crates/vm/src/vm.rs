@@ -27,7 +27,7 @@ use crate::{
     fence::Fence,
     host,
     kernel::Lent,
-    limits::{self, Bounds, Group, Unlimited},
+    limits::{self, Bounds, Group, Most, Unlimited},
     network::{Feeder, Found, Namespace},
     preflight::{self, Emulator},
     process::{self, Confined, Dir, Identity, QEMU_LOG},
@@ -121,7 +121,7 @@ impl Vm {
         let state = saved::open(&spec.begin);
         let key = spec.passphrase.as_ref().map(sealed::hand_over).transpose();
         let key = key.map_err(|source| VmError::Process { doing: "hand the passphrase to", source });
-        let group = Group::make(&dir.join("."), spec.memory);
+        let group = Group::make(&dir.join("."), Most::of_vm(spec.memory));
         let started = emulator.and_then(|emulator| Ok((emulator, state?, key?))).and_then(|(emulator, state, key)| {
             let (namespace, group) = (namespace.as_ref(), group.as_ref().ok());
             let (state, key) = (state.as_ref().map(AsFd::as_fd), key.as_ref().map(AsFd::as_fd));
@@ -448,7 +448,7 @@ fn launch(
     let arguments = args::arguments(spec, emulator, kernel, direct, apart, inherited)?;
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
     let fence = Fence::around(&dir.join("."), spec, qemu).map_err(VmError::io("confine", qemu))?;
-    let bounds = Bounds::new(group, spec.memory).map_err(VmError::io("confine", qemu))?;
+    let bounds = Bounds::of_vm(group, spec.memory).map_err(VmError::io("confine", qemu))?;
     let mut child = process::spawn(qemu, arguments, dir, lock, Confined { entrance, bounds, fence }, [state, key])?;
     let pid = child.id();
     let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);

@@ -118,13 +118,13 @@ impl Integrate {
 /// How large the virtual machine is.
 #[derive(Debug, Default, clap::Args)]
 pub(crate) struct Size {
-    /// Memory of the virtual machine, such as 512M or 2G
+    /// Memory of the virtual machine, or the most that the container takes, such as 512M or 2G
     #[arg(long, value_name = "SIZE")]
     pub(crate) memory: Option<ByteSize>,
     /// Largest size of its disk; it takes room only as it fills
     #[arg(long, value_name = "SIZE")]
     pub(crate) disk: Option<ByteSize>,
-    /// Processors of the virtual machine
+    /// Processors of the virtual machine, or of the container
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) cpus: Option<u32>,
 }

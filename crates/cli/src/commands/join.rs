@@ -232,9 +232,14 @@ fn facts(preview: &JoinPreview) -> Vec<String> {
         facts.extend([
             ("Will run", format!("a container: {}", container.image_title)),
             ("Image", container.image.short()),
+            ("Apart", "less than a virtual machine: it shares this computer's kernel".to_owned()),
             (
-                "Apart",
-                "less than a virtual machine: it shares this computer's kernel, and nothing bounds it".to_owned(),
+                "Takes",
+                format!(
+                    "at most {} of memory, {}, where that can be bounded",
+                    container.memory,
+                    words::count(container.cpus as usize, "processor")
+                ),
             ),
             (
                 "Disk",

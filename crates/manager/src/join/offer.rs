@@ -23,7 +23,7 @@ const UNPACKED: u64 = 2;
 /// What a container is not.
 const CONTAINER_WARNING: &str = "A container shares this computer's kernel: it keeps less apart than a virtual machine. \
      A fault in the kernel that the clan's machine makes use of opens this computer to it, with your rights at least, and \
-     nothing bounds the memory, the disk and the processors that it takes. Choose it for clans whose admins you trust.";
+     nothing bounds the disk that it takes. Choose it for clans whose admins you trust.";
 
 /// The size that a person asks for, instead of what the clan recommends.
 #[derive(Debug, Clone, Copy, Default)]
@@ -193,12 +193,18 @@ async fn container_plan(
     let manifest = manifest(shared, fetcher, state, description).await?;
     let download = check_image(shared, &manifest, None)?;
     warnings.push(CONTAINER_WARNING.into());
+    if let Err(why) = clan_vm::limits::check() {
+        warnings.push(format!("Nothing will bound the memory and the processors that the container takes: {why}."));
+    }
+    let size = wished(shared, description, asked)?;
     Ok(ContainerPlan {
         image: description.image,
         image_title: description.title.to_string(),
         download,
         unpacked: unpacked(&manifest, |_| true),
-        problem: Home::container(shared, asked.anything()).err(),
+        memory: size.memory,
+        cpus: u32::from(size.cpus),
+        problem: Home::container(shared, size, asked.disk.is_some()).err(),
     })
 }
 
@@ -274,15 +280,21 @@ fn unpacked(manifest: &Manifest, counts: impl Fn(&clan_types::FileHash) -> bool)
     ByteSize::from_bytes(files.map(|f| f.size.as_bytes()).fold(0, u64::saturating_add).saturating_mul(UNPACKED))
 }
 
+/// A container of the size that the clan recommends for a VM, unless the person says otherwise.
+pub(super) fn contained(shared: &Shared, description: &VmDescription, asked: Asked) -> Result<Home, ApiProblem> {
+    Home::container(shared, wished(shared, description, asked)?, asked.disk.is_some())
+}
+
+fn wished(shared: &Shared, description: &VmDescription, asked: Asked) -> Result<Size, ApiProblem> {
+    let recommended = || Ok(description.cpus.clamp(1, create::default_cpus(shared)));
+    let cpus = asked.cpus.map_or_else(recommended, create::processors)?;
+    let (memory, disk) = (asked.memory.unwrap_or(description.memory), asked.disk.unwrap_or(description.disk));
+    Ok(Size { memory, disk, cpus })
+}
+
 /// The size that the clan recommends, unless the person says otherwise, fitted to this computer.
 pub(super) fn size(shared: &Shared, description: &VmDescription, asked: Asked) -> Result<Size, ApiProblem> {
-    let cpus = match asked.cpus {
-        None => description.cpus.clamp(1, create::default_cpus(shared)),
-        Some(n) => u8::try_from(n)
-            .map_err(|_| ApiProblem::new(ErrorCode::BadRequest, "that many processors no VM can have"))?,
-    };
-    let memory = asked.memory.unwrap_or(description.memory);
-    let size = Size { memory, disk: asked.disk.unwrap_or(description.disk), cpus };
+    let size = wished(shared, description, asked)?;
     create::check_computer(shared, size)?;
     publish::check_disk(size.disk, crate::status::host(&shared.paths).disk_available)?;
     Ok(size)
