@@ -4,9 +4,9 @@ use std::{
     ffi::{CStr, CString},
     fs::{self, File},
     io,
-    os::fd::AsRawFd,
     path::Path,
     process::ExitCode,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -20,14 +20,20 @@ use rustix::{
 };
 
 use crate::{
-    RESIDENT,
     cmdline::{CmdlineError, Disks},
-    disk, log, port, renew,
+    disk, log,
+    port::Conversation,
+    renew,
+    start::Start,
 };
 
 /// How long a disk may take to appear.
 const DISK_PATIENCE: Duration = Duration::from_secs(20);
 const INIT: &CStr = c"/sbin/init";
+/// How the copy that stays is named. Systemd lets programs of root whose name begins with `@` live through the shutdown.
+const RESIDENT: &CStr = c"@clan-agent";
+/// Is there once virtio-serial ports can be.
+const PORTS: &str = "/sys/class/virtio-ports";
 /// The data disk carries the root file system, so systemd cannot release it as it stops the mounts. This leaves it to the
 /// last step of the shutdown, which makes it read-only, so that it is clean at the next start.
 const DATA_MOUNT: &str = "[Unit]\nDefaultDependencies=no\n";
@@ -57,34 +63,49 @@ impl<T, E: Into<io::Error>> Attempt<T> for Result<T, E> {
     }
 }
 
-/// Starts the guest. If that fails, stays as its only program and tells the manager. Never ends: the kernel would panic.
+/// Starts the guest, and answers the manager meanwhile. If that fails, stays as its only program. Never ends: the kernel would
+/// panic.
 pub(crate) fn boot() -> ExitCode {
     let begin = Instant::now();
-    let mut problems = Vec::new();
+    let start = Arc::new(Start::default());
     if let Err(error) = kernel_mounts() {
-        note(&mut problems, &error.to_string());
+        note(&start, &error.to_string());
     }
     log::open();
-    load_modules(&mut problems);
+    let mut answering = None;
+    load_modules(&start, || {
+        if answering.is_none() && Path::new(PORTS).exists() {
+            let conversation = Conversation::new(start.clone());
+            answering = Some(thread::spawn(|| conversation.while_starting()));
+        }
+    });
     log::info(&format!("modules loaded after {} ms", begin.elapsed().as_millis()));
     // The new root is entered only once everything in it is in place.
     match stack_disks().and_then(|disks| enter(&disks)) {
-        Ok(own_program) => {
+        Ok(()) => {
+            start.enter();
             if let Err(error) = disk::grow(0) {
-                note(&mut problems, &format!("the data disk is not used to its end: {error}"));
+                note(&start, &format!("the data disk is not used to its end: {error}"));
             }
             log::info(&format!("root file system ready after {} ms", begin.elapsed().as_millis()));
-            start_init(&own_program, &mut problems);
         }
-        Err(error) => note(&mut problems, &error.to_string()),
+        Err(error) => {
+            note(&start, &error.to_string());
+            start.fail();
+        }
     }
+    // A process of several threads is not to be copied.
+    start.end();
+    let conversation = answering.and_then(|thread| thread.join().ok());
+    let conversation = conversation.unwrap_or_else(|| Conversation::new(start.clone()));
+    let conversation = if start.has_root() { start_init(conversation, &start) } else { conversation };
     log::error("the guest was not started; waiting for the manager");
-    port::serve(problems)
+    conversation.for_ever()
 }
 
-fn note(problems: &mut Vec<String>, text: &str) {
+fn note(start: &Start, text: &str) {
     log::error(text);
-    problems.push(text.to_owned());
+    start.note(text.to_owned());
 }
 
 fn kernel_mounts() -> Result<(), BootError> {
@@ -99,21 +120,23 @@ fn kernel_mounts() -> Result<(), BootError> {
     Ok(())
 }
 
-/// Loads what the image's builder listed. A module that does not load is a problem, but maybe not one for this guest.
-fn load_modules(problems: &mut Vec<String>) {
+/// Loads what the image's builder listed, and tells after each. A module that does not load is a problem, but maybe not one
+/// for this guest.
+fn load_modules(start: &Start, mut loaded: impl FnMut()) {
     let list = match fs::read_to_string("/modules.list") {
         Ok(list) => list,
-        Err(error) => return note(problems, &format!("cannot read /modules.list: {error}")),
+        Err(error) => return note(start, &format!("cannot read /modules.list: {error}")),
     };
     for path in list.lines().map(str::trim).filter(|path| !path.is_empty()) {
         let flags = if path.ends_with(".ko") { 0 } else { COMPRESSED };
-        let loaded = File::open(path).and_then(|file| match finit_module(&file, c"", flags) {
+        let outcome = File::open(path).and_then(|file| match finit_module(&file, c"", flags) {
             Err(Errno::EXIST) => Ok(()),
             other => Ok(other?),
         });
-        if let Err(error) = loaded {
-            note(problems, &format!("cannot load {path}: {error}"));
+        if let Err(error) = outcome {
+            note(start, &format!("cannot load {path}: {error}"));
         }
+        loaded();
     }
 }
 
@@ -157,8 +180,8 @@ fn mount_disk(name: &str, at: &str, kind: &str, flags: MountFlags, options: Opti
     mount(device.as_str(), at, kind, flags, options).attempt(|| format!("mount {device} as {kind}"))
 }
 
-/// Makes the stacked file system the root. Gives this program's file, whose path is out of reach from then on.
-fn enter(disks: &Disks) -> Result<File, BootError> {
+/// Makes the stacked file system the root, of all threads of this process.
+fn enter(disks: &Disks) -> Result<(), BootError> {
     rustix::fs::accessat(
         rustix::fs::CWD,
         Path::new("/new").join(INIT.to_string_lossy().trim_start_matches('/')),
@@ -170,7 +193,6 @@ fn enter(disks: &Disks) -> Result<File, BootError> {
         fs::symlink_metadata("/new/sbin/init").map(drop).map_err(|_| error)
     })
     .attempt(|| "find /sbin/init in the image".into())?;
-    let own_program = File::open("/proc/self/exe").attempt(|| "open this program".into())?;
     for at in ["/new/data", "/new/dev", "/new/proc", "/new/run", "/new/sys"] {
         directory(at)?;
     }
@@ -189,60 +211,64 @@ fn enter(disks: &Disks) -> Result<File, BootError> {
     rustix::process::chdir("/new").attempt(|| "enter the root file system".into())?;
     mount_move(".", "/").attempt(|| "move the root file system".into())?;
     chroot(".").attempt(|| "change to the root file system".into())?;
-    rustix::process::chdir("/").attempt(|| "enter the root file system".into())?;
-    Ok(own_program)
+    rustix::process::chdir("/").attempt(|| "enter the root file system".into())
 }
 
 fn directory(at: &str) -> Result<(), BootError> {
     fs::create_dir_all(at).attempt(|| format!("create {at}"))
 }
 
-/// Leaves a copy of this program running, then becomes the guest's init. Returns only if that fails.
-fn start_init(own_program: &File, problems: &mut Vec<String>) {
+/// Leaves a copy of this process running, which goes on with the conversation, then becomes the guest's init. Returns only if
+/// that fails.
+fn start_init(conversation: Conversation, start: &Arc<Start>) -> Conversation {
     // SAFETY: this process has one thread, so the child may do anything.
     let child = match unsafe { libc::fork() } {
-        0 => become_resident(own_program, problems),
+        0 => stay(conversation),
         child if child < 0 => {
-            return note(problems, &format!("cannot stay beside init: {}", io::Error::last_os_error()));
+            note(start, &format!("cannot stay beside init: {}", io::Error::last_os_error()));
+            return conversation;
         }
         child => child,
     };
-    let error = execute(None, INIT, &[INIT.to_owned()]);
-    note(problems, &format!("cannot start /sbin/init: {error}"));
+    // The port is the child's.
+    drop(conversation);
+    note(start, &format!("cannot start /sbin/init: {}", become_init()));
     if let Some(child) = Pid::from_raw(child) {
         let _ = kill_process(child, Signal::KILL);
         let _ = waitpid(Some(child), WaitOptions::empty());
     }
+    Conversation::new(start.clone())
 }
 
-fn become_resident(own_program: &File, problems: &[String]) -> ! {
+fn stay(conversation: Conversation) -> ! {
     let _ = setsid();
-    let words = std::iter::once(RESIDENT).chain(problems.iter().map(String::as_str));
-    let args: Vec<CString> = words.filter_map(|word| CString::new(word).ok()).collect();
-    let error = execute(Some(own_program), c"", &args);
-    log::error(&format!("cannot stay beside init: {error}"));
-    std::process::exit(1)
+    if let Err(error) = rename(RESIDENT) {
+        log::error(&format!("systemd will not let this program live through the shutdown: {error}"));
+    }
+    conversation.for_ever()
 }
 
-/// Becomes another program, named by an open file or by its path. Returns only if that fails.
-fn execute(file: Option<&File>, path: &CStr, args: &[CString]) -> io::Error {
-    let mut pointers: Vec<_> = args.iter().map(|arg| arg.as_ptr()).collect();
-    pointers.push(std::ptr::null());
-    // SAFETY: the path and the arguments end with NUL, the list of arguments with a null pointer; all outlive the call,
-    // and no other thread changes the environment.
-    unsafe {
-        match file {
-            Some(file) => libc::fexecve(file.as_raw_fd(), pointers.as_ptr(), environ()),
-            None => libc::execv(path.as_ptr(), pointers.as_ptr()),
-        };
-    }
+/// Changes what this process is called, and what its first argument is, by which systemd goes.
+fn rename(name: &'static CStr) -> io::Result<()> {
+    let begin = name.as_ptr() as usize;
+    let set = |option: libc::c_int, value: usize| {
+        // SAFETY: the kernel is told where to read the arguments from, for others who ask: a constant of this program, which
+        // lives as long as it.
+        match unsafe { libc::prctl(libc::PR_SET_MM, option, value, 0, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    rustix::thread::set_name(name)?;
+    // Programs are mapped below the stack, where the arguments were: the end stays behind the beginning.
+    set(libc::PR_SET_MM_ARG_START, begin)?;
+    set(libc::PR_SET_MM_ARG_END, begin + name.count_bytes() + 1)
+}
+
+/// Becomes the guest's init. Returns only if that fails.
+fn become_init() -> io::Error {
+    let args = [INIT.as_ptr(), std::ptr::null()];
+    // SAFETY: the path and the argument end with NUL, the list with a null pointer; all outlive the call.
+    unsafe { libc::execv(INIT.as_ptr(), args.as_ptr()) };
     io::Error::last_os_error()
-}
-
-fn environ() -> *const *const libc::c_char {
-    unsafe extern "C" {
-        static environ: *const *const libc::c_char;
-    }
-    // SAFETY: the C library sets it before `main`; nothing in this program changes it.
-    unsafe { environ }
 }

@@ -1,11 +1,11 @@
 //! What the agent does to, and knows of, the guest.
 
-use std::{fs, io};
+use std::{fs, io, sync::Arc};
 
 use clan_types::Timestamp;
 use rustix::system::RebootCommand;
 
-use crate::{disk, log, renew};
+use crate::{disk, log, renew, start::Start};
 
 /// The guest, as the manager sees and steers it.
 pub(crate) trait Machine {
@@ -13,6 +13,8 @@ pub(crate) trait Machine {
     fn uptime_ms(&self) -> u64;
     /// Different after each boot.
     fn boot_id(&self) -> String;
+    /// What has gone wrong while it was started.
+    fn problems(&self) -> Vec<String>;
     /// Sets the wall clock.
     fn set_clock(&mut self, now: Timestamp) -> io::Result<()>;
     /// Takes off the disk what only one guest may have.
@@ -29,8 +31,8 @@ pub(crate) trait Machine {
     fn power_off_now(&mut self) -> io::Result<()>;
 }
 
-/// The guest that this program runs in.
-pub(crate) struct Guest;
+/// The guest that this program runs in. What needs its root file system waits for that.
+pub(crate) struct Guest(pub(crate) Arc<Start>);
 
 impl Machine for Guest {
     fn uptime_ms(&self) -> u64 {
@@ -42,6 +44,10 @@ impl Machine for Guest {
 
     fn boot_id(&self) -> String {
         fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim_end().to_owned()
+    }
+
+    fn problems(&self) -> Vec<String> {
+        self.0.problems()
     }
 
     fn set_clock(&mut self, now: Timestamp) -> io::Result<()> {
@@ -56,10 +62,12 @@ impl Machine for Guest {
     }
 
     fn seal(&mut self) -> io::Result<()> {
+        self.0.wait_for_root()?;
         renew::seal()
     }
 
     fn renew(&mut self, entropy: &[u8]) -> io::Result<()> {
+        self.0.wait_for_root()?;
         renew::renew(entropy)
     }
 
@@ -68,6 +76,7 @@ impl Machine for Guest {
     }
 
     fn grow_disk(&mut self, least: u64) -> io::Result<()> {
+        self.0.wait_for_root()?;
         disk::grow(least)
     }
 

@@ -12,19 +12,13 @@ mod machine;
 mod port;
 mod renew;
 mod serve;
+mod start;
 
 use std::process::ExitCode;
 
-/// How the copy that stays is named. Systemd lets programs of root whose name begins with `@` live through the shutdown.
-const RESIDENT: &str = "@clan-agent";
-
 fn main() -> ExitCode {
-    let mut args = std::env::args();
-    let name = args.next().unwrap_or_default();
     if std::process::id() == 1 {
         boot::boot()
-    } else if name == RESIDENT {
-        port::serve(args.collect())
     } else {
         log::error("this program starts a clan's guest, as its first process");
         ExitCode::from(2)

@@ -5,7 +5,7 @@ use std::{
     io::{self, ErrorKind, Read, Write},
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
-    process::ExitCode,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
@@ -17,32 +17,62 @@ use crate::{
     log,
     machine::{Guest, Machine},
     serve::Server,
+    start::Start,
 };
 
 /// While no one holds the host's end, the port reads as ended and polls as ready without pause.
 const AWAY_PAUSE: Duration = Duration::from_millis(50);
-/// Right after the manager has gone, or this guest went on from a saved state, a manager comes soon.
+/// Right after the manager has gone, or this guest went on from a saved state, a manager comes soon. While the guest is
+/// started, whether that is over is looked for as often.
 const SOON_PAUSE: Duration = Duration::from_millis(4);
 const SOON: Duration = Duration::from_secs(1);
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
 
-/// Serves the manager for ever.
-pub(crate) fn serve(problems: Vec<String>) -> ExitCode {
-    log::open();
-    let mut server = Server::new(nonce(), Guest, problems, Instant::now());
-    let mut last = String::new();
-    loop {
-        let end = match open() {
-            Ok(port) => transfer(&port, &mut server),
-            Err(error) => Err(error),
-        };
-        // One line per kind of failure, not one per attempt.
-        if let Err(error) = end
-            && std::mem::replace(&mut last, error.to_string()) != last
-        {
-            log::info(&format!("port {PORT}: {last}"));
+/// The conversation with the manager. It goes on in a copy of this process.
+pub(crate) struct Conversation {
+    server: Server<Guest>,
+    start: Arc<Start>,
+    port: Option<File>,
+    /// One line per kind of failure is logged, not one per attempt.
+    last: String,
+}
+
+impl Conversation {
+    pub(crate) fn new(start: Arc<Start>) -> Self {
+        let server = Server::new(nonce(), Guest(start.clone()), Instant::now());
+        Self { server, start, port: None, last: String::new() }
+    }
+
+    /// Serves the manager while the guest is started; gives the conversation back when that is over.
+    pub(crate) fn while_starting(mut self) -> Self {
+        while !self.start.is_over() {
+            self.attempt(true);
         }
-        thread::sleep(RETRY_PAUSE);
+        self
+    }
+
+    /// Serves the manager for ever.
+    pub(crate) fn for_ever(mut self) -> ! {
+        loop {
+            self.attempt(false);
+        }
+    }
+
+    /// Until the port is gone, or the start of the guest is over.
+    fn attempt(&mut self, starting: bool) {
+        let over = || starting && self.start.is_over();
+        let opened = self.port.take().map_or_else(open, Ok);
+        let end = opened.and_then(|port| {
+            transfer(&port, &mut self.server, starting, over)?;
+            self.port = Some(port);
+            Ok(())
+        });
+        if let Err(error) = end {
+            if std::mem::replace(&mut self.last, error.to_string()) != self.last {
+                log::info(&format!("port {PORT}: {}", self.last));
+            }
+            thread::sleep(if starting { SOON_PAUSE } else { RETRY_PAUSE });
+        }
     }
 }
 
@@ -51,7 +81,7 @@ fn nonce() -> u64 {
     // Never blocks, unlike the system call this early. A poor number only weakens the detection of a restart.
     match File::open("/dev/urandom").and_then(|mut file| file.read_exact(&mut bytes)) {
         Ok(()) => u64::from_le_bytes(bytes),
-        Err(_) => Guest.uptime_ms(),
+        Err(_) => std::process::id().into(),
     }
 }
 
@@ -65,11 +95,16 @@ fn open() -> io::Result<File> {
     OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)
 }
 
-/// Moves bytes until the port is gone.
-fn transfer<M: Machine>(mut port: &File, server: &mut Server<M>) -> io::Result<()> {
+/// Moves bytes until the port is gone, which is an error, or until it is over.
+fn transfer<M: Machine>(
+    mut port: &File,
+    server: &mut Server<M>,
+    starting: bool,
+    over: impl Fn() -> bool,
+) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     let mut away_since: Option<Instant> = None;
-    loop {
+    while !over() {
         server.handle_timeout(Instant::now());
         let mut moved = false;
         let mut away = false;
@@ -100,9 +135,11 @@ fn transfer<M: Machine>(mut port: &File, server: &mut Server<M>) -> io::Result<(
         }
         away_since = None;
         if !moved {
-            wait(port, waiting, server.next_timeout())?;
+            let soon = starting.then(|| Instant::now() + SOON_PAUSE);
+            wait(port, waiting, server.next_timeout().into_iter().chain(soon).min())?;
         }
     }
+    Ok(())
 }
 
 /// Sorts out which errors are none.

@@ -27,15 +27,14 @@ pub(crate) struct Server<M> {
     /// To be done once the answer is on its way.
     pending: Option<AgentRequest>,
     machine: M,
+    /// Of this program itself.
     problems: Vec<String>,
 }
 
 impl<M: Machine> Server<M> {
-    pub(crate) fn new(nonce: u64, machine: M, problems: Vec<String>, now: Instant) -> Self {
-        let problems =
-            problems.iter().take(MAX_PROBLEMS).map(|line| line.chars().take(MAX_PROBLEM).collect()).collect();
+    pub(crate) fn new(nonce: u64, machine: M, now: Instant) -> Self {
         let mux = Mux::new(Role::Guest, nonce, VERSION, now);
-        Self { mux, requests: HashMap::new(), outbound: VecDeque::new(), pending: None, machine, problems }
+        Self { mux, requests: HashMap::new(), outbound: VecDeque::new(), pending: None, machine, problems: Vec::new() }
     }
 
     pub(crate) fn handle_bytes(&mut self, bytes: &[u8]) {
@@ -122,7 +121,7 @@ impl<M: Machine> Server<M> {
                 version: VERSION.to_owned(),
                 uptime_ms: self.machine.uptime_ms(),
                 boot_id: self.machine.boot_id(),
-                problems: self.problems.clone(),
+                problems: self.problems(),
             },
             AgentRequest::SetClock(now) => match self.machine.set_clock(now) {
                 Ok(()) => AgentResponse::Done,
@@ -154,6 +153,11 @@ impl<M: Machine> Server<M> {
         }
     }
 
+    fn problems(&self) -> Vec<String> {
+        let all = self.problems.iter().cloned().chain(self.machine.problems());
+        all.take(MAX_PROBLEMS).map(|line| line.chars().take(MAX_PROBLEM).collect()).collect()
+    }
+
     fn do_pending(&mut self) {
         let done = match self.pending.take() {
             Some(AgentRequest::PowerOff) => {
@@ -183,6 +187,7 @@ mod tests {
 
     #[derive(Default)]
     struct Fake {
+        problems: Vec<String>,
         clock: Option<Timestamp>,
         renewed: Vec<Vec<u8>>,
         off: u32,
@@ -196,6 +201,10 @@ mod tests {
 
         fn boot_id(&self) -> String {
             "boot".into()
+        }
+
+        fn problems(&self) -> Vec<String> {
+            self.problems.clone()
         }
 
         fn set_clock(&mut self, now: Timestamp) -> io::Result<()> {
@@ -239,7 +248,7 @@ mod tests {
         fn new(problems: &[&str]) -> Self {
             let now = Instant::now();
             let problems = problems.iter().map(|text| (*text).to_owned()).collect();
-            let server = Server::new(1, Fake::default(), problems, now);
+            let server = Server::new(1, Fake { problems, ..Fake::default() }, now);
             let mut pair = Self { server, host: Mux::new(Role::Host, 2, "manager", now) };
             assert!(matches!(pair.settle()[..], [Event::Started { .. }]));
             pair
@@ -290,6 +299,15 @@ mod tests {
         for _ in 0..200 {
             assert_eq!(pair.ask(&AgentRequest::Ping), expected);
         }
+    }
+
+    #[test]
+    fn problems_that_come_later_are_told_and_bounded() {
+        let mut pair = Pair::new(&[]);
+        pair.server.machine.problems = vec!["é".repeat(MAX_PROBLEM + 1); MAX_PROBLEMS + 1];
+        let AgentResponse::Pong { problems, .. } = pair.ask(&AgentRequest::Ping) else { panic!("no answer") };
+        assert_eq!(problems.len(), MAX_PROBLEMS);
+        assert!(problems.iter().all(|problem| problem.chars().count() == MAX_PROBLEM));
     }
 
     #[test]

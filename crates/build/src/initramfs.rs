@@ -6,7 +6,7 @@ use crate::{
     BuildError, KernelError, ModuleError, Step,
     cpio::Cpio,
     files::io_error,
-    modules::{INITRAMFS, ModuleIndex},
+    modules::{FIRST, INITRAMFS, ModuleIndex},
 };
 
 /// Larger files in the kernel bundle are refused.
@@ -55,7 +55,7 @@ impl KernelBundle {
         let index = ModuleIndex::parse(&self.text("modules.dep")?, &self.text("modules.builtin")?)?;
         let mut list = String::new();
         let mut modules = BTreeMap::new();
-        for path in index.load_order(INITRAMFS)? {
+        for path in index.load_order(&[FIRST, INITRAMFS].concat())? {
             let file = path.rsplit('/').next().unwrap_or(path);
             let content = self.modules.get(path).ok_or_else(|| ModuleError::Missing(file.to_owned()))?;
             list.push_str(&format!("/modules/{file}\n"));
@@ -102,7 +102,8 @@ mod tests {
         assert_eq!(one, bundle().initramfs(b"agent").unwrap());
         assert_ne!(one, bundle().initramfs(b"other").unwrap());
         let text = String::from_utf8_lossy(&one).into_owned();
-        assert!(text.contains("/modules/virtio.ko\n/modules/virtio_pci.ko\n"), "the list is in load order");
+        let order = "/modules/virtio.ko\n/modules/virtio_pci.ko\n/modules/virtio_console.ko\n/modules/virtio_blk.ko\n";
+        assert!(text.contains(order), "the list is in load order");
     }
 
     #[test]

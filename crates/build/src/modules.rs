@@ -17,6 +17,9 @@ pub(crate) const INITRAMFS: &[&str] = &[
     "tun",
 ];
 
+/// Those of them without which nobody can be answered: they are loaded before the others.
+pub(crate) const FIRST: &[&str] = &["virtio_pci", "virtio_console"];
+
 /// The kernel's index of modules (`modules.dep`), with what is built in (`modules.builtin`).
 #[derive(Debug, Default)]
 pub(crate) struct ModuleIndex {
