@@ -21,7 +21,10 @@ use tokio::{
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 pub(crate) use self::node::Access;
-use self::{node::Node, outcome::ProvisionError};
+use self::{
+    node::{Early, Node},
+    outcome::ProvisionError,
+};
 use crate::{
     Host, NodeError, Options,
     core::View,
@@ -67,6 +70,7 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
         host: options.host,
         identity: SyncMutex::new(Arc::new(identity)),
         environment: Mutex::new(Environment::default()),
+        early: SyncMutex::new(None),
         node: Mutex::new(None),
         alarm: Alarm::new(cancel.clone()),
         cancel: cancel.clone(),
@@ -102,6 +106,8 @@ struct Controller {
     identity: SyncMutex<Arc<Identity>>,
     images: Arc<ImageServer>,
     environment: Mutex<Environment>,
+    /// A guest's ways out that are being opened before it has its place in this clan.
+    early: SyncMutex<Option<Early>>,
     /// Locked while a node starts, so that it starts once.
     node: Mutex<Option<Node>>,
     /// Without its endpoint the machine hears nobody: the whole controller ends, and systemd starts it afresh.
@@ -165,6 +171,7 @@ impl Controller {
         if let Some(place) = Place::load(&self.dir)? {
             let files = self.files(&place.clan);
             let ways = self.ways(&place.clan).await?;
+            self.tell_addresses(&ways.endpoint).await;
             let node = self.start_node(place, files.await?, ways, Some(DOUBT), |_| Ok(())).await?;
             *self.node.lock().await = Some(node);
         }
@@ -291,6 +298,7 @@ impl Controller {
         if self.node.lock().await.as_ref().is_some_and(|node| node.place.clan != *clan) {
             return ControlResponse::Failed("this machine belongs to another clan".to_owned());
         }
+        self.begin_early(clan);
         let identity = self.identity();
         let proof = KeyProof::of_machine(identity.signing(), clan, &device.into(), &identity.wireguard_public());
         ControlResponse::Consent(proof.halves())
@@ -313,6 +321,7 @@ impl Controller {
     /// Ends the node, and makes the machine one that never was in a clan.
     async fn forget(&self) -> ControlResponse {
         let mut slot = self.node.lock().await;
+        self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(node) = slot.take() {
             node.stop().await;
         }

@@ -488,15 +488,19 @@ async fn connect(endpoint: &Endpoint, view: &View, machine: MachineId) -> Result
     Ok((connection, join(recv, send)))
 }
 
-/// Has the endpoint announce the machine on the local network, or not, as it is set, until cancelled.
-pub(crate) async fn keep_announcing(helm: Arc<Helm>, endpoint: Endpoint, cancel: CancellationToken) {
+/// Has the endpoint announce the machine on the local network, or not, as it is set, until cancelled. `announced` is as the
+/// endpoint was made; `None` where it knows nothing of the local network yet.
+pub(crate) async fn keep_announcing(
+    helm: Arc<Helm>,
+    endpoint: Endpoint,
+    mut announced: Option<bool>,
+    cancel: CancellationToken,
+) {
     let mut changed = helm.watch();
-    // As the endpoint was made.
-    let mut announced = true;
     loop {
         let wanted = helm.announces();
-        if wanted != announced {
-            announced = wanted;
+        if announced != Some(wanted) {
+            announced = Some(wanted);
             let lookup = lookup(wanted).build(endpoint.id());
             match (endpoint.address_lookup(), lookup) {
                 (Ok(services), Ok(lookup)) => {

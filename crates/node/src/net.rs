@@ -31,20 +31,20 @@ use crate::{
 pub(crate) const DISCOVERY: Duration = Duration::from_secs(3);
 
 /// Opens the endpoint. Bound to all addresses it offers our own tunnel as a path, too: [`clan_os::wireguard`] keeps its
-/// packets out of there.
+/// packets out of there. If it is not `announced` on the local network from the beginning, [`helm::keep_announcing`] sees to
+/// that.
 pub(crate) async fn endpoint(
     key: SecretKey,
     bind: SocketAddr,
-    external: &[SocketAddr],
     names: &Names,
+    announced: bool,
 ) -> Result<Endpoint, NodeError> {
     let mut builder = builder(key, names)
         .clear_ip_transports()
         .bind_addr(bind)
-        .map_err(|e| NodeError::network("the QUIC endpoint", e))?
-        .address_lookup(helm::lookup(true));
-    for addr in external {
-        builder = builder.external_addr(*addr);
+        .map_err(|e| NodeError::network("the QUIC endpoint", e))?;
+    if announced {
+        builder = builder.address_lookup(helm::lookup(true));
     }
     builder.bind().await.map_err(|e| NodeError::network("the QUIC endpoint", e))
 }

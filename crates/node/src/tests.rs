@@ -154,9 +154,14 @@ pub(crate) fn person(seed: u8) -> PersonId {
 }
 
 pub(crate) async fn endpoint(key: &SigningKey) -> Endpoint {
-    net::endpoint(iroh::SecretKey::from_bytes(&key.to_bytes()), (Ipv4Addr::LOCALHOST, 0).into(), &[], &Names::default())
-        .await
-        .unwrap()
+    net::endpoint(
+        iroh::SecretKey::from_bytes(&key.to_bytes()),
+        (Ipv4Addr::LOCALHOST, 0).into(),
+        &Names::default(),
+        true,
+    )
+    .await
+    .unwrap()
 }
 
 pub(crate) fn add(ledger: &mut Ledger, author: &SigningKey, body: Body) {

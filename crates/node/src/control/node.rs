@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, PoisonError},
     time::Duration,
 };
 
@@ -21,7 +21,7 @@ use super::{
     outcome::{ProvisionError, ProvisionOrNodeError},
 };
 use crate::{
-    NodeError,
+    Host, NodeError,
     core::{Core, CoreHandle, Own, View},
     helm::{self, Helm, Possible},
     host::{self, Ports},
@@ -57,7 +57,7 @@ pub(super) struct Node {
 pub(super) struct Ways {
     /// Or why there is none.
     tun: Result<Tun, NodeError>,
-    endpoint: Endpoint,
+    pub(super) endpoint: Endpoint,
     ports: Ports,
     names: Names,
     /// Relays that the endpoint was introduced to.
@@ -66,10 +66,16 @@ pub(super) struct Ways {
     admitted_by: Option<Connection>,
 }
 
+/// [`Ways`] that are being opened before the machine has its place.
+pub(super) struct Early {
+    clan: ClanId,
+    opening: AbortOnDropHandle<Result<Ways, NodeError>>,
+}
+
 /// What a node writes to and reads from, opened.
 pub(super) struct Files {
     store: LedgerStore,
-    certificate: Arc<Certificate>,
+    certificate: Option<Arc<Certificate>>,
 }
 
 /// What most requests need of a node, without holding its lock.
@@ -88,7 +94,11 @@ impl Controller {
         // Of a VM, which belongs to one clan, the files are made while the network is waited for. A computer that is not let in
         // keeps nothing of a clan.
         let files = self.host.is_guest().then(|| self.files(&provision.clan));
-        let mut ways = self.ways(&provision.clan).await?;
+        let mut ways = match self.take_early(&provision.clan) {
+            Some(ways) => ways.await?,
+            None => self.ways(&provision.clan).await?,
+        };
+        self.tell_addresses(&ways.endpoint).await;
         let mut peers = Vec::new();
         if let Some(redeem) = provision.redeem {
             ways.introduced =
@@ -124,20 +134,45 @@ impl Controller {
         Ok(node)
     }
 
-    pub(super) async fn ways(&self, clan: &ClanId) -> Result<Ways, NodeError> {
-        let identity = self.identity();
-        let ports = self.host.ports(&self.dir)?;
-        let tun = mesh::interface(&self.host.interface(clan), clan, &identity.machine()).await;
-        // A computer changes its network; what the endpoint sends into the tunnel does not get through it.
-        let found = timeout(self.host.network_patience(), base_address()).await.ok();
-        let address = found.filter(|_| self.host.is_guest()).unwrap_or_else(|| own::everywhere(found));
-        let external = self.environment.lock().await.quic.clone();
-        let bind = SocketAddr::new(address, ports.quic);
-        let names = Names::default();
-        let endpoint = net::endpoint(identity.endpoint_key(), bind, &external, &names).await?;
-        match tun {
-            Err(error) if self.host.is_guest() => Err(error),
-            tun => Ok(Ways { tun, endpoint, ports, names, introduced: Vec::new(), admitted_by: None }),
+    /// Opens a machine's ways out.
+    pub(super) fn ways(&self, clan: &ClanId) -> impl Future<Output = Result<Ways, NodeError>> + use<> {
+        let (identity, host, dir, clan) = (self.identity(), self.host.clone(), self.dir.clone(), *clan);
+        async move {
+            let ports = host.ports(&dir)?;
+            let tun = mesh::interface(&host.interface(&clan), &clan, &identity.machine()).await;
+            // A computer changes its network; what the endpoint sends into the tunnel does not get through it.
+            let found = timeout(host.network_patience(), base_address()).await.ok();
+            let address = found.filter(|_| host.is_guest()).unwrap_or_else(|| own::everywhere(found));
+            let bind = SocketAddr::new(address, ports.quic);
+            let names = Names::default();
+            let endpoint = net::endpoint(identity.endpoint_key(), bind, &names, announced(&host).is_some()).await?;
+            match tun {
+                Err(error) if host.is_guest() => Err(error),
+                tun => Ok(Ways { tun, endpoint, ports, names, introduced: Vec::new(), admitted_by: None }),
+            }
+        }
+    }
+
+    /// A guest is in one clan at most: as soon as it has agreed to one, and while its manager signs, it opens its ways.
+    pub(super) fn begin_early(&self, clan: &ClanId) {
+        let mut early = self.early.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.host.is_guest() && early.as_ref().is_none_or(|early| early.clan != *clan) {
+            // What belongs to another clan goes first.
+            *early = None;
+            *early = Some(Early { clan: *clan, opening: AbortOnDropHandle::new(tokio::spawn(self.ways(clan))) });
+        }
+    }
+
+    fn take_early(&self, clan: &ClanId) -> Option<impl Future<Output = Result<Ways, NodeError>> + use<>> {
+        let early = self.early.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let early = early.filter(|early| early.clan == *clan)?;
+        Some(async move { early.opening.await.map_err(|e| NodeError::network("the QUIC endpoint", e))? })
+    }
+
+    /// Tells the endpoint which of the base OS's addresses lead to it.
+    pub(super) async fn tell_addresses(&self, endpoint: &Endpoint) {
+        for addr in self.environment.lock().await.quic.clone() {
+            endpoint.add_external_addr(addr).await;
         }
     }
 
@@ -145,7 +180,7 @@ impl Controller {
     pub(super) fn files(&self, clan: &ClanId) -> impl Future<Output = Result<Files, NodeError>> + use<> {
         // What this machine has verified before it wrote it down need not be verified again at every start.
         let seal = SealKey::derive(&self.identity().signing().to_bytes());
-        let (dir, clan) = (self.dir.clone(), *clan);
+        let (dir, clan, is_guest) = (self.dir.clone(), *clan, self.host.is_guest());
         let opening = AbortOnDropHandle::new(tokio::task::spawn_blocking(move || {
             let path = dir.join("ledger.redb");
             let open = || LedgerStore::open_sealed(&path, &clan, seal.clone());
@@ -157,7 +192,9 @@ impl Controller {
                 }
                 opened => opened,
             };
-            Ok(Files { store: store?, certificate: Arc::new(Certificate::load_or_create(&dir)?) })
+            // From outside, no TCP port leads into a guest, which so is no relay.
+            let certificate = (!is_guest).then(|| Certificate::load_or_create(&dir)).transpose()?;
+            Ok(Files { store: store?, certificate: certificate.map(Arc::new) })
         }));
         async move { opening.await.map_err(|e| NodeError::network("the ledger's file", e))? }
     }
@@ -184,8 +221,7 @@ impl Controller {
             quic,
             wireguard,
             manifest: environment.manifest,
-            // From outside, no TCP port leads into a VM.
-            certificate: (!self.host.is_guest()).then(|| certificate.hash()),
+            certificate: certificate.as_ref().map(|certificate| certificate.hash()),
             ..Own::default()
         };
         let cancel = self.cancel.child_token();
@@ -201,6 +237,8 @@ impl Controller {
             Core::new(identity.signing().clone(), ledger, store, own, bootstrap, clan_name, doubt);
         let mut tasks = JoinSet::new();
         tasks.spawn(core.run(cancel.clone()));
+        // The others are talked to while the data plane comes up.
+        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, admitted_by, cancel.clone()));
         let plan = MeshPlan {
             port: ports.wireguard,
             names: self.host.names(&place.clan, &identity.machine()),
@@ -240,12 +278,13 @@ impl Controller {
             self.alarm.clone(),
         ));
         tasks.spawn(helm::keep_telling(helm.clone(), handle.clone(), cancel.clone()));
-        tasks.spawn(helm::keep_announcing(helm.clone(), endpoint.clone(), cancel.clone()));
+        tasks.spawn(helm::keep_announcing(helm.clone(), endpoint.clone(), announced(&self.host), cancel.clone()));
         tasks.spawn(words::announce(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(words::tell_relays(words.clone(), endpoint.clone(), handle.clone(), cancel.clone()));
         tasks.spawn(relay::follow(endpoint.clone(), names, introduced, handle.clone(), cancel.clone()));
-        tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
-        tasks.spawn(peer::dial(endpoint.clone(), handle.clone(), dials, admitted_by, cancel.clone()));
+        if let Some(certificate) = certificate {
+            tasks.spawn(relay::serve(certificate, words.lobby(), handle.clone(), cancel.clone()));
+        }
         tasks.spawn(recall::keep(self.dir.clone(), remembered, handle.clone(), cancel.clone()));
         tasks.spawn(services::run(helm.clone(), handle.clone(), self.host.starter(), cancel.clone()));
         Ok(Node { place, core: handle, endpoint, words, helm, mesh, tasks, cancel })
@@ -288,6 +327,12 @@ impl Node {
             tracing::debug!("the endpoint was not closed in time");
         }
     }
+}
+
+/// How the endpoint is announced on the local network from the beginning. A guest has time for that later: it hears of nobody
+/// there, through a network that is QEMU's or pasta's.
+fn announced(host: &Host) -> Option<bool> {
+    (!host.is_guest()).then_some(true)
 }
 
 /// The address of the base network, once there is one.
