@@ -59,6 +59,7 @@ const LAYERS: &[(&str, Layer)] = &[
     ("clan-cli", Layer::Edge),
     ("clan-lab", Layer::Beside),
     ("clan-hostile", Layer::Beside),
+    ("clan-cramped", Layer::Beside),
     ("clan-sim", Layer::Beside),
     ("xtask", Layer::Beside),
 ];

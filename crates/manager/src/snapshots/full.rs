@@ -1,7 +1,8 @@
 //! Copies of disks on a computer whose own is full: a small file system in a namespace of the test's own.
 
-use std::{path::PathBuf, process::Command};
+use std::path::PathBuf;
 
+use clan_cramped::Disk;
 use clan_vm::{AccelKind, Qemu};
 
 use super::*;
@@ -10,24 +11,9 @@ use crate::{
     template::{Kind, Templates},
 };
 
-const FOLDER: &str = "CLAN_TEST_FULL_DISK";
-
 #[test]
 fn a_full_disk_is_told_and_leaves_everything_as_it_was() {
-    let dir = tempfile::tempdir().unwrap();
-    let ran = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--mount", "--"])
-        .arg(std::env::current_exe().unwrap())
-        .args(["--exact", "snapshots::full::on_a_small_disk", "--ignored", "--nocapture"])
-        .env(FOLDER, dir.path())
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&ran.stdout).into_owned() + &String::from_utf8_lossy(&ran.stderr);
-    assert!(ran.status.success() && said.contains("1 passed"), "{said}");
-}
-
-fn mount(options: &str, at: &Path) {
-    assert!(Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(at).status().unwrap().success());
+    clan_cramped::run("snapshots::full::on_a_small_disk");
 }
 
 /// Every file with its length, but for what a clan's memory of its ledger is in.
@@ -46,9 +32,9 @@ fn files(folder: &Path) -> Vec<(PathBuf, u64)> {
 #[tokio::test]
 #[ignore = "run by the test above, in a namespace"]
 async fn on_a_small_disk() {
-    let full: PathBuf = std::env::var_os(FOLDER).unwrap().into();
-    mount("size=600m", &full);
-    let shared = Shared::for_tests(&full);
+    let small = Disk::mounted(ByteSize::from_mib(600));
+    let full = small.path();
+    let shared = Shared::for_tests(full);
     let record = ClanRecord { disk: ByteSize::from_mib(4), ..tests::record(1, Phase::Ready) };
     let record = ClanRecord { image: Some(ImageId::from_bytes([1; 32])), memory: ByteSize::from_mib(1), ..record };
     tests::put(&shared.paths, &record, None);
@@ -61,13 +47,13 @@ async fn on_a_small_disk() {
     let staging = templates.begin(Kind::of(&record, AccelKind::Tcg, &Qemu::Search).unwrap()).unwrap();
     fs::write(staging.state(), "state").unwrap();
     // Two disks are there, and no room for a third.
-    mount("remount,size=10m", &full);
-    let before = files(&full);
+    small.resize(ByteSize::from_mib(10));
+    let before = files(full);
 
     let told = make(&clan, "half", None).await.unwrap_err();
     assert_eq!(told.code, ErrorCode::DiskFull, "{told:?}");
     assert!(told.hints[0].contains("free some space"), "{told:?}");
-    assert_eq!(files(&full), before);
+    assert_eq!(files(full), before);
     assert_eq!(list(&clan).len(), 1);
 
     let snapshot = find(&clan, "whole").ok().unwrap();
@@ -80,16 +66,15 @@ async fn on_a_small_disk() {
     assert!(disk::list(&full.join("templates")).is_empty());
 
     // Not even room for a page: what was written before stays.
-    let free = rustix::fs::statvfs(&full).map(|s| s.f_bavail * s.f_frsize).unwrap();
-    fs::write(full.join("filling"), vec![0; usize::try_from(free).unwrap()]).unwrap();
+    small.fill(ByteSize::default());
     let told = problem::disk(&clan.record.update(|r| r.wanted = true).unwrap_err());
     assert_eq!(told.code, ErrorCode::DiskFull, "{told:?}");
     let on_disk = ClanRecord::load(clan.record.paths()).unwrap();
     assert!(!on_disk.wanted && !clan.record.get().wanted);
     assert_eq!(on_disk, clan.record.get());
 
-    mount("remount,size=64m", &full);
-    fs::remove_file(full.join("filling")).unwrap();
+    small.resize(ByteSize::from_mib(64));
+    small.relieve();
     put_back(&clan, &snapshot).await.unwrap();
     assert!(fs::read(&data).unwrap() == vec![1; 4 << 20]);
 }
