@@ -408,6 +408,10 @@ impl Shared {
     /// Goes on with what an earlier manager was doing.
     fn resume(self: &Arc<Self>, clan: Arc<Clan>) {
         let record = clan.record.get();
+        if record.phase == Phase::Ready {
+            let (clan, stop) = (clan.clone(), self.stop.clone());
+            self.closing.spawn(async move { stop.run_until_cancelled(clan.record.memory().recall()).await });
+        }
         match record.phase {
             Phase::Ready if record.trial.is_some() && (record.wanted || record.held) => update::go_on(self, clan),
             Phase::Ready => {}

@@ -55,9 +55,17 @@ impl Memory {
         Self { clan, paths, kept: Mutex::new(None), published: std::sync::Mutex::new(None) }
     }
 
-    /// What the clan publishes, as far as has been learnt since this manager began.
+    /// What the clan publishes, as far as this computer has heard.
     pub(crate) fn published(&self) -> Option<Published> {
         self.published.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Reads what an earlier manager has learnt, so that it is told of a machine that does not run.
+    pub(crate) async fn recall(&self) {
+        let mut kept = self.kept.lock().await;
+        if kept.is_none() && self.paths.ledger().exists() {
+            self.note(self.stored(&mut kept).await);
+        }
     }
 
     /// Fetches what is new.
@@ -66,10 +74,14 @@ impl Memory {
         let known = self.stored(&mut kept).await;
         let (ledger, has) = guest::entries_since(control, known.ledger.clone()).await?;
         known.ledger = ledger;
-        let published = known.ledger.state().published.clone();
-        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = published;
+        self.note(known);
         self.write(known).await;
         Ok(Known { ledger: known.ledger.clone(), has })
+    }
+
+    fn note(&self, known: &Kept) {
+        let published = known.ledger.state().published.clone();
+        *self.published.lock().unwrap_or_else(PoisonError::into_inner) = published;
     }
 
     /// What is remembered, with the file that keeps it if that can be opened.
@@ -176,11 +188,13 @@ async fn remind(channel: &Channel, record: &RecordCell) -> Result<bool, GuestErr
 
 #[cfg(test)]
 mod tests {
+    use clan_ledger::{Body, VmDescription};
+    use clan_types::{ByteSize, ImageId};
     use futures_util::FutureExt;
 
     use super::*;
     use crate::{
-        authority::tests::clan,
+        authority::tests::{clan, key, say},
         paths::Paths,
         record::{Phase, tests},
     };
@@ -205,5 +219,33 @@ mod tests {
         drop(kept);
         let again = Memory::new(record.id, paths.clan(&record.id));
         assert_eq!(again.stored(&mut None).await.ledger.len(), ledger.len(), "on disk");
+    }
+
+    #[tokio::test]
+    async fn what_the_clan_publishes_is_told_after_a_restart_while_its_machine_is_off() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::new(dir.path());
+        let (mut ledger, mut record) = (clan(), tests::record(1, Phase::Ready));
+        let image = ImageId::from_bytes([2; 32]);
+        let (memory, disk) = (ByteSize::from_mib(128), ByteSize::from_mib(64));
+        let description = VmDescription { image, title: "newer".parse().unwrap(), memory, cpus: 1, disk };
+        say(&mut ledger, &key(1), Body::Publish { description });
+        record.id = ledger.clan();
+        tests::put(&paths, &record, None);
+        let never = Memory::new(record.id, paths.clan(&record.id));
+        never.recall().await;
+        assert!(never.published().is_none() && !paths.clan(&record.id).ledger().exists(), "nothing was heard");
+
+        let earlier = Memory::new(record.id, paths.clan(&record.id));
+        let mut kept = None;
+        earlier.stored(&mut kept).await;
+        let known = kept.as_mut().unwrap();
+        known.ledger.insert_all(ledger.entries().cloned());
+        earlier.write(known).await;
+        drop(kept);
+        let memory = Memory::new(record.id, paths.clan(&record.id));
+        assert!(memory.published().is_none());
+        memory.recall().await;
+        assert_eq!(memory.published().unwrap().description.image, image);
     }
 }
