@@ -10,12 +10,15 @@ use std::{
 };
 
 use clan_ledger::{Intake, KeyProof, Ledger};
-use clan_os::channel::{Channel, ChannelError, LocalListener, Stream, open_virtio_port, recv_message, send_message};
+use clan_os::channel::{
+    Channel, ChannelError, Incoming, LocalListener, Stream, open_virtio_port, recv_message, send_message,
+};
 use clan_types::{ClanId, DeviceId};
 use clan_wire::control::{ControlRequest, ControlResponse, Environment, MAX_MESSAGE, PORT, Provision};
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     sync::{Mutex, Semaphore},
+    task::{JoinHandle, spawn_blocking},
     time::timeout,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
@@ -62,7 +65,17 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
         None => None,
         Some((path, user)) => Some(LocalListener::bind(path, user).map_err(NodeError::Socket)?),
     };
-    let identity = Identity::load_or_create(&options.state_dir)?;
+    let dir = options.state_dir.clone();
+    let identity = spawn_blocking(move || Identity::load_or_create(&dir));
+    // The manager's greeting takes its time, too.
+    let line = match door {
+        Some(_) => None,
+        None => {
+            let port = open_virtio_port(PORT, PORT_PATIENCE).await.map_err(NodeError::Port)?;
+            Some(Line::begin(port, cancel.clone()))
+        }
+    };
+    let identity = identity.await.map_err(|e| NodeError::network("the machine's keys", e))??;
     tracing::info!(machine = %identity.machine(), "controller starts");
     let controller = Arc::new(Controller {
         dir: options.state_dir,
@@ -76,15 +89,12 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
         cancel: cancel.clone(),
     });
     controller.resume().await?;
-    let outcome = match door {
-        Some(door) => {
-            controller.serve_socket(&door).await;
-            Ok(())
-        }
-        None => {
-            let port = open_virtio_port(PORT, PORT_PATIENCE).await.map_err(NodeError::Port)?;
-            controller.clone().serve_channel(port).await
-        }
+    if let Some(door) = &door {
+        controller.serve_socket(door).await;
+    }
+    let outcome = match line {
+        Some(line) => controller.clone().serve(line).await,
+        None => Ok(()),
     };
     cancel.cancel();
     controller.stop().await;
@@ -96,6 +106,23 @@ pub(crate) async fn serve(options: Options, cancel: CancellationToken) -> Result
             Err(NodeError::network("the channel to the manager", error))
         }
         _ => Ok(()),
+    }
+}
+
+/// A byte stream to a manager, which is greeted while whoever answers it is made ready.
+struct Line {
+    _channel: Channel,
+    incoming: Incoming,
+    driver: JoinHandle<Result<(), ChannelError>>,
+}
+
+impl Line {
+    fn begin<I>(io: I, cancel: CancellationToken) -> Self
+    where
+        I: AsyncRead + AsyncWrite + Send + 'static,
+    {
+        let (channel, incoming, driver) = Channel::guest(io, env!("CARGO_PKG_VERSION"), cancel);
+        Self { _channel: channel, incoming, driver: tokio::spawn(driver) }
     }
 }
 
@@ -129,7 +156,7 @@ impl Controller {
                 () = self.cancel.cancelled() => break,
                 entered = entered => entered,
             };
-            let serving = self.clone().serve_channel(stream);
+            let serving = self.clone().serve(Line::begin(stream, self.cancel.clone()));
             managers.spawn(async move {
                 let ended = serving.await;
                 tracing::debug!(?ended, "a manager is gone");
@@ -141,13 +168,8 @@ impl Controller {
     }
 
     /// Serves one byte stream until it ends or until cancelled.
-    async fn serve_channel<I>(self: Arc<Self>, io: I) -> Result<(), ChannelError>
-    where
-        I: AsyncRead + AsyncWrite + Send + 'static,
-    {
-        let (_channel, mut incoming, driver) = Channel::guest(io, env!("CARGO_PKG_VERSION"), self.cancel.clone());
+    async fn serve(self: Arc<Self>, Line { _channel, mut incoming, driver }: Line) -> Result<(), ChannelError> {
         let streams = TaskTracker::new();
-        let driver = tokio::spawn(driver);
         loop {
             let stream = tokio::select! {
                 () = self.cancel.cancelled() => break,

@@ -1,6 +1,6 @@
 //! The machine's keys: made on the machine, never leaving it.
 
-use std::path::Path;
+use std::{panic::resume_unwind, path::Path, thread};
 
 use clan_types::{MachineId, WgPublicKey};
 use ed25519_dalek::SigningKey;
@@ -23,8 +23,13 @@ pub enum IdentityError {
 impl Identity {
     /// Reads the keys of a machine, or makes them on its first start.
     pub(crate) fn load_or_create(dir: &Path) -> Result<Self, IdentityError> {
-        let signing = clan_store::SecretFile::load_or_create(&dir.join("machine.key"))?;
-        let wireguard = clan_store::SecretFile::load_or_create(&dir.join("wireguard.key"))?;
+        let secret = |name| clan_store::SecretFile::load_or_create(&dir.join(name));
+        // Each takes its way to the disk.
+        let (signing, wireguard) = thread::scope(|scope| {
+            let wireguard = scope.spawn(|| secret("wireguard.key"));
+            (secret("machine.key"), wireguard.join().unwrap_or_else(|panic| resume_unwind(panic)))
+        });
+        let (signing, wireguard) = (signing?, wireguard?);
         Ok(Self {
             signing: SigningKey::from_bytes(signing.expose()),
             wireguard: StaticSecret::from(*wireguard.expose()),
