@@ -48,7 +48,9 @@ pub use status::{
 pub use tasks::{
     StepState, TaskEvent, TaskId, TaskIdError, TaskInfo, TaskKind, TaskProgress, TaskResult, TaskState, TaskStep,
 };
-pub use vms::{ImageSource, MakeSnapshot, ResizeVm, SnapshotInfo, UnlockVm, UpdatePlan, UpdateVm, VmSize};
+pub use vms::{
+    ChangePassphrase, ImageSource, MakeSnapshot, ResizeVm, SnapshotInfo, UnlockVm, UpdatePlan, UpdateVm, VmSize,
+};
 
 /// What all paths of the API start with.
 pub const BASE: &str = "/api/v1";

@@ -20,7 +20,7 @@ pub fn openapi() -> utoipa::openapi::OpenApi {
         status, clans, create_clan, find_invitation, find_recovery, preview_join, join, tasks, task, task_events, cancel_task, invite, invites, revoke, set_role, rename, decide_admission, relays, set_relay, clan_log, members, machines, ping_machine, services, devices, add_device, remove_device, leave,
         add_wireguard, remove_wireguard, rules, set_rule, drop_rule, groups, set_group, drop_group,
         machine_report, machine_log, machine_journal, change_setting, revert_change, restart_machine, update_machine, machine_terminal, set_control, suggest_control,
-        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, preview_update, unlock_vm, lock_vm, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, publish_image, login
+        open_service, vms, start_vm, stop_vm, pause_vm, resume_vm, restart_vm, update_vm, preview_update, unlock_vm, lock_vm, change_passphrase, resize_vm, snapshots, make_snapshot, restore_snapshot, discard_snapshot, delete_vm, vm_logs, vm_console, vm_stats, images, build_image, verify_image, gc_images, publish_image, login
     ),
     components(schemas(ApiProblem, TaskEvent)),
     modifiers(&Security),
@@ -269,6 +269,10 @@ fn unlock_vm() {}
 /// Forget the passphrase of a VM that does not run
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/lock", params(("vm" = String, Path)), responses((status = 200, body = VmInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
 fn lock_vm() {}
+
+/// Give the encrypted disk of a VM, and the copies of it, another passphrase
+#[utoipa::path(post, path = "/api/v1/vms/{vm}/passphrase", params(("vm" = String, Path)), request_body = ChangePassphrase, responses((status = 202, body = TaskInfo), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]
+fn change_passphrase() {}
 
 /// Give a VM another size, or say what it would be
 #[utoipa::path(post, path = "/api/v1/vms/{vm}/size", params(("vm" = String, Path)), request_body = ResizeVm, responses((status = 200, body = VmSize), (status = "default", body = ApiProblem, content_type = "application/problem+json")))]

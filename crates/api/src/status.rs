@@ -357,6 +357,9 @@ pub struct VmInfo {
     /// Whether its data disk is encrypted on this computer.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub encrypted: bool,
+    /// Whether the manager does not know the passphrase of that disk: the VM starts only when somebody has said it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub locked: bool,
     /// What the data disk takes on this computer now.
     #[schema(value_type = u64)]
     pub disk_used: ByteSize,

@@ -91,6 +91,8 @@ pub enum TaskKind {
     VerifyImage,
     /// Waits for another computer to become a device of this person.
     AddDevice,
+    /// Gives the encrypted disk of a VM another passphrase.
+    ChangePassphrase,
 }
 
 /// How a task stands.

@@ -95,6 +95,18 @@ pub struct UnlockVm {
     pub passphrase: Passphrase,
 }
 
+/// Gives the encrypted disk of a VM, and the copies of it, another passphrase.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ChangePassphrase {
+    /// What opens the disk now.
+    #[schema(value_type = String)]
+    pub old: Passphrase,
+    /// What opens it afterwards. At least 8 characters.
+    #[schema(value_type = String)]
+    pub new: Passphrase,
+}
+
 /// Gives a VM another size. What is absent stays.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]

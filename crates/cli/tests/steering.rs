@@ -97,7 +97,7 @@ fn another_image_is_shown_then_asked_about_then_ordered() {
         json!({"entry": entry(7, json!({"deed": "image", "before": image(1), "after": image(2)}))}).to_string();
     let asked = computer.manager(&[(CLANS, 200, clans()), (path("POST update"), 200, change)]);
     let would = computer.clan(&["machine", "update", "desk", "--dry-run"]).assert().success().stdout_eq("");
-    let what = format!("image from {} to {}", &image(1)[..12], &image(2)[..12]);
+    let what = format!("image from {} to {}", &image(1)[..10], &image(2)[..10]);
     says(&would, &[&format!("Would change on desk: {what}.")]);
     let unasked = computer.clan(&["machine", "update", "desk"]).assert().code(1).stdout_eq("");
     says(&unasked, &["needs your consent", "--yes", "--dry-run"]);

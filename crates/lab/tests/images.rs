@@ -278,7 +278,7 @@ fn ordered(lab: &mut Lab, screen: &Screen, [old, new]: [&str; 2]) -> Result<(), 
     browser.open(&page)?;
     let origin = page.split('/').take(3).collect::<Vec<_>>().join("/");
     browser.open(&format!("{origin}/#/clan/{clan}/machine/{machine}"))?;
-    let what = format!("image from {} to {}", &old[..12], &new[..12]);
+    let what = format!("image from {} to {}", &old[..10], &new[..10]);
     browser.shows(".journal", &["founder", &what, "control from local to shared", "its own computer"])?;
     browser.picture(&lab.record().logs().join("journal.png"))?;
     browser.press(".journal button.revert")?;

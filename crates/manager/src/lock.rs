@@ -6,11 +6,18 @@
 
 use std::sync::Arc;
 
-use clan_api::{ApiProblem, ErrorCode, VmState};
+use clan_api::{ApiProblem, ErrorCode, TaskKind, VmState};
 use clan_types::{ByteSize, Passphrase};
-use clan_vm::{check_passphrase, encryption_overhead};
+use clan_vm::{VmError, change_passphrase, check_passphrase, encryption_overhead};
 
-use crate::{clan::Clan, fetch::blocking, leave::is_vm, manager::Shared, problem, tasks::TaskHandle};
+use crate::{
+    clan::Clan,
+    fetch::blocking,
+    leave::{is_vm, vm_task},
+    manager::Shared,
+    problem, snapshots,
+    tasks::{Task, TaskHandle},
+};
 
 /// Why a locked VM does not start.
 pub(crate) fn locked() -> ApiProblem {
@@ -50,7 +57,7 @@ pub(crate) async fn unlock(clan: &Arc<Clan>, passphrase: Passphrase) -> Result<(
     check_encrypted(clan)?;
     let disk = clan.record.paths().data_disk();
     if !disk.exists() {
-        return Err(ApiProblem::new(ErrorCode::Conflict, "the VM is being made or removed").hint("wait for that task"));
+        return Err(being_made());
     }
     let said = passphrase.clone();
     blocking(move || check_passphrase(&disk, &said)).await?.map_err(|e| problem::vm(&e))?;
@@ -70,6 +77,51 @@ pub(crate) async fn lock(shared: &Shared, clan: &Clan) -> Result<(), ApiProblem>
     }
     clan.record.set_passphrase(None);
     clan.keeper.want(false).await
+}
+
+/// Gives the disk, and the copies of it, another passphrase, as a task; the VM may run. A manager that is killed in the middle leaves
+/// disks of which each opens by the old passphrase or the new one, and the same again comes to the end.
+pub(crate) fn change_task(
+    shared: &Arc<Shared>,
+    clan: Arc<Clan>,
+    old: Passphrase,
+    new: Passphrase,
+) -> Result<Arc<Task>, ApiProblem> {
+    check_encrypted(&clan)?;
+    let disk = clan.record.paths().data_disk();
+    if !disk.exists() {
+        return Err(being_made());
+    }
+    let steps = ["Change the passphrase of the copies", "Change the passphrase of the disk"];
+    let verb = "Change the passphrase of";
+    vm_task(shared, clan, TaskKind::ChangePassphrase, verb, &steps, move |clan, task| async move {
+        let judged = (disk.clone(), old.clone(), new.clone());
+        // A copy is changed only where the disk will be.
+        let judge = move || check_passphrase(&judged.0, &judged.1).or_else(|_| check_passphrase(&judged.0, &judged.2));
+        blocking(judge).await?.map_err(|e| problem::vm(&e))?;
+        for (name, copy) in snapshots::disks(&clan) {
+            let (old, new) = (old.clone(), new.clone());
+            match blocking(move || change_passphrase(&copy, &old, &new)).await? {
+                Ok(()) => {}
+                Err(VmError::WrongPassphrase { .. }) => {
+                    task.log(format!("the copy {name} has another passphrase, and keeps it"));
+                }
+                Err(error) => task.log(format!("the copy {name} keeps its passphrase: {error}")),
+            }
+        }
+        task.begin(1);
+        let (said, next) = (new.clone(), disk.clone());
+        blocking(move || change_passphrase(&next, &old, &said)).await?.map_err(|e| problem::vm(&e))?;
+        // Whoever locked it meanwhile has it locked.
+        if !clan.record.is_locked() {
+            clan.record.set_passphrase(Some(new));
+        }
+        Ok(())
+    })
+}
+
+fn being_made() -> ApiProblem {
+    ApiProblem::new(ErrorCode::Conflict, "the VM is being made or removed").hint("wait for that task")
 }
 
 /// How much longer the file of a VM's disk, or of a copy of it, is than what the guest sees.
@@ -130,6 +182,36 @@ mod tests {
         lock(&shared, &clan).await.unwrap();
         assert!(clan.record.is_locked());
         assert_eq!(clan.keeper.view().state, VmState::Locked);
+    }
+
+    #[tokio::test]
+    async fn another_passphrase_opens_the_disk_and_its_copies_and_the_manager_knows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let shared = Shared::for_tests(dir.path());
+        let clan = clan(&shared).await;
+        let (old, new) = (phrase("correct horse"), phrase("battery staple"));
+        unlock(&clan, old.clone()).await.unwrap();
+        snapshots::make_task(&shared, clan.clone(), Some("first".into())).unwrap().finished().await;
+        let copy = snapshots::disks(&clan)[0].1.clone();
+        let change = |from: &Passphrase| change_task(&shared, clan.clone(), from.clone(), new.clone()).unwrap();
+
+        let wrong = change(&phrase("neither of them"));
+        wrong.finished().await;
+        assert_eq!(wrong.info().problem.unwrap().code, ErrorCode::WrongPassphrase);
+        check_passphrase(&copy, &old).unwrap();
+        // As a manager leaves it that was killed after the first copy.
+        change_passphrase(&copy, &old, &new).unwrap();
+        let task = change(&old);
+        task.finished().await;
+        assert_eq!(task.info().problem, None);
+        for file in [clan.record.paths().data_disk(), copy] {
+            check_passphrase(&file, &new).unwrap();
+            assert!(matches!(check_passphrase(&file, &old), Err(VmError::WrongPassphrase { .. })));
+        }
+        assert_eq!(clan.record.passphrase(), Some(new.clone()), "what the VM starts with");
+        lock(&shared, &clan).await.unwrap();
+        assert_eq!(unlock(&clan, old).await.unwrap_err().code, ErrorCode::WrongPassphrase);
+        unlock(&clan, new).await.unwrap();
     }
 
     #[tokio::test]

@@ -85,6 +85,11 @@ fn info(clan: &Clan, dir: &Path) -> Option<SnapshotInfo> {
     })
 }
 
+/// The files of all copies, each with its name.
+pub(crate) fn disks(clan: &Clan) -> Vec<(String, PathBuf)> {
+    list(clan).into_iter().map(|s| (s.name.clone(), folder(clan).join(s.name).join("data.ext4"))).collect()
+}
+
 fn find(clan: &Clan, name: &str) -> Result<SnapshotInfo, ApiProblem> {
     let known = list(clan);
     known.iter().find(|s| s.name == name).cloned().ok_or_else(|| {

@@ -335,6 +335,7 @@ pub(crate) fn vm_info(shared: &Shared, clan: &Clan, seen: Option<&Told>) -> VmIn
         cpus: u32::from(record.cpus),
         disk: record.disk,
         encrypted: record.encrypted,
+        locked: clan.record.is_locked(),
         disk_used: ByteSize::from_bytes(disk_used.unwrap_or(0)),
         image: record.image,
         quic_port: record.ports.quic,

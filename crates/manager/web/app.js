@@ -1,7 +1,8 @@
 // The manager's page. It asks for /api/v1/status once a second while it is looked at, and shows what it says.
 // INVARIANT: text from elsewhere never becomes markup; it only ever passes text nodes and attributes.
 
-import { controlWord, journals } from "./journal.js";
+import { controlWord, journals, short } from "./journal.js";
+import { locks } from "./lock.js";
 
 const API = "/api/v1";
 const EVERY_MS = 1000;
@@ -95,6 +96,8 @@ const ICON = {
   invite: () => svg(20, "M11 6.5a3 3 0 1 1-6 0 3 3 0 0 1 6 0z", "M2.5 16.5c.4-3 2.6-4.7 5.5-4.7s5.1 1.7 5.5 4.7", "M15.5 6v5M13 8.5h5"),
   start: () => svg(20, "M6.5 4.2v11.6L16 10z"),
   stop: () => svg(20, "M5.5 5.5h9v9h-9z"),
+  lock: () => svg(20, "M4.5 9h11v7.5h-11z", "M6.8 9V6.700a3.2 3.2 0 0 1 6.4 0V9"),
+  unlock: () => svg(20, "M4.5 9h11v7.5h-11z", "M6.8 9V6.700a3.2 3.2 0 0 1 6.2-1.100"),
   attention: () => svg(20, "M10 3.2 18 16.8H2z", "M10 8.5v4M10 14.7v.1"),
   link: () => svg(20, "M8.5 11.5a3.2 3.2 0 0 0 4.6 0l2.6-2.6a3.2 3.2 0 0 0-4.6-4.6L10 5.400", "M11.5 8.5a3.2 3.2 0 0 0-4.6 0l-2.6 2.6a3.2 3.2 0 0 0 4.6 4.6l1.100-1.100"),
 };
@@ -239,7 +242,7 @@ function tell() {
 }
 
 function announce(text) {
-  document.getElementById("announce").textContent = text;
+  document.getElementById("announce").textContent = text.replaceAll("`", "");
 }
 
 /** Runs what a button does: once at a time, with its failure shown. */
@@ -314,16 +317,26 @@ function cancelTask(task) {
 const dialog = document.createElement("dialog");
 dialog.setAttribute("aria-labelledby", "dialog-title");
 document.body.append(dialog);
+// However it was closed; the next one may be open already.
+dialog.addEventListener("close", () => dialog.open || wipe());
 
-/** Shows a form. `fields()` describes its inside; `done(values)` may return what describes the next page of it. */
-function ask({ title, text, verb, fields, done }) {
+/** Passphrases that were typed go. */
+function wipe() {
+  for (const typed of dialog.querySelectorAll("input[type=password]")) typed.value = "";
+}
+
+/**
+ * Shows a form. `fields()` describes its inside; `done(values)` may return what describes the next page of it. With `anew`, passphrases
+ * are typed anew when it was refused.
+ */
+function ask({ title, text, verb, fields, done, anew = false }) {
   const form = { busy: false, error: null, next: null };
   const buttons = () => [
     h("button", { type: "button", class: "button", onclick: () => dialog.close() }, "Cancel"),
     h("button", { type: "submit", class: "button primary", disabled: form.busy }, form.busy ? "One moment…" : verb),
   ];
   const problem = ({ message, why, hints }) =>
-    h("p", { class: "form-error", role: "alert" }, sentence(why ? `${message}: ${why}` : message), (hints ?? []).map((hint) => ` ${sentence(hint)}`));
+    h("p", { class: "form-error", role: "alert" }, prose(why ? `${message}: ${why}` : message), (hints ?? []).map((hint) => [" ", prose(hint)]));
   const draw = () => {
     const inside = form.next
       ? [form.next(), h("div", { key: "close", class: "row" }, h("button", { type: "submit", class: "button primary" }, "Close"))]
@@ -343,9 +356,11 @@ function ask({ title, text, verb, fields, done }) {
       if (!form.next) dialog.close();
     } catch (error) {
       form.error = error instanceof Refusal ? error.problem : { message: "The manager does not answer" };
+      if (anew) wipe();
     }
     form.busy = false;
     draw();
+    dialog.querySelector(".form-error[role=alert]")?.scrollIntoView({ block: "nearest" });
     refresh();
   };
   patch(dialog, []);
@@ -472,13 +487,16 @@ function confirmJoin(link, p, home) {
         ["Network", networkWord(p.network_layer)],
         ["Runs by", p.vm && runsBy(p)],
       ])),
-      p.warnings.map((warning) => h("p", { class: "form-error" }, sentence(warning))),
+      p.warnings.map((warning) => h("p", { class: "form-error" }, prose(warning))),
       field("Who may steer this computer’s machine, with a terminal on it", h("select", { name: "control" },
         Object.entries(CONTROL_WORD).map(([mode, word]) => h("option", { value: mode, selected: mode === p.control_mode }, word)))),
       p.device_of || field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, value: machineName(p.machines) })),
+      p.vm && lock.fields(),
     ],
-    done: ({ person, machine, control }) => call("POST", "/joins", { link, person: p.device_of ?? person, machine, control, ...home, ...agreed(p) }).then(() => undefined),
+    done: async ({ person, machine, control, ...typed }) => {
+      await call("POST", "/joins", { link, person: p.device_of ?? person, machine, control, ...home, ...agreed(p), ...lock.chosen(typed) });
+    },
   });
 }
 
@@ -492,8 +510,11 @@ function askCreate() {
       field("Your name", h("input", { name: "person", required: true, pattern: NAME, autocomplete: "username", title: NAME_HELP })),
       field("Name of this computer", h("input", { name: "machine", required: true, pattern: NAME, title: NAME_HELP, placeholder: "laptop" })),
       homeFields(),
+      lock.fields(),
     ],
-    done: ({ integrate, container, ...values }) => call("POST", "/clans", { ...values, ...homeOf(integrate, container) }).then(() => undefined),
+    done: async ({ name, person, machine, integrate, container, ...typed }) => {
+      await call("POST", "/clans", { name, person, machine, ...homeOf(integrate, container), ...lock.chosen(typed) });
+    },
   });
 }
 
@@ -524,6 +545,15 @@ function sentence(text) {
   return /[.!?]$/.test(first) ? first : `${first}.`;
 }
 
+/** The same, with what is to be typed somewhere set apart. */
+function prose(text) {
+  return marked(sentence(text));
+}
+
+function marked(text) {
+  return text.split("`").map((part, n) => (n % 2 ? h("code", null, part) : part));
+}
+
 const dot = (tone) => h("span", { class: `dot ${tone}`, "aria-hidden": "true" });
 const stateWord = (tone, word) => h("span", { class: "state" }, dot(tone), word);
 const facts = (rows) => rows.filter(([, value]) => value).flatMap(([name, value]) => [h("dt", null, name), h("dd", null, value)]);
@@ -531,25 +561,25 @@ const facts = (rows) => rows.filter(([, value]) => value).flatMap(([name, value]
 /** A word whose reason shows on hover and on focus. */
 function tip(id, word, reason) {
   if (!reason) return h("span", null, word);
-  return h("button", { type: "button", class: "tip", "aria-describedby": id }, word, h("span", { class: "tip-text", role: "tooltip", id }, sentence(reason)));
+  return h("button", { type: "button", class: "tip", "aria-describedby": id }, word, h("span", { class: "tip-text", role: "tooltip", id }, prose(reason)));
 }
 
 function problemBox(problem, onclose) {
   const kind = problem.severity === "warning" ? "warning" : "error";
   return h("div", { key: problem.key ?? `${problem.clan} ${problem.message}`, class: `problem ${kind}` },
     ICON.attention(),
-    h("p", null, h("span", { class: "visually-hidden" }, kind === "error" ? "Error: " : "Warning: "), h("strong", null, problem.clan ? `${problem.clan}: ` : "", sentence(problem.why ? `${problem.message}: ${problem.why}` : problem.message))),
-    (problem.hints ?? []).length > 0 && h("p", null, problem.hints.map(sentence).join(" ")),
+    h("p", null, h("span", { class: "visually-hidden" }, kind === "error" ? "Error: " : "Warning: "), h("strong", null, problem.clan ? `${problem.clan}: ` : "", prose(problem.why ? `${problem.message}: ${problem.why}` : problem.message))),
+    (problem.hints ?? []).length > 0 && h("p", null, problem.hints.map((hint) => [prose(hint), " "])),
     onclose && h("p", null, h("button", { type: "button", class: "button small", onclick: onclose }, "Dismiss")));
 }
 
 function problemsOf(clans) {
+  // What the controllers say is among them.
   const { problems } = state.status;
   const names = new Set(clans.map((c) => c.name));
   const all = [
     ...state.notices.map((n) => problemBox(n, () => { state.notices = state.notices.filter((other) => other !== n); render(); })),
     ...problems.filter((p) => !p.clan || names.has(p.clan)).map((p) => problemBox(p)),
-    ...clans.flatMap((c) => c.problems.map((message) => problemBox({ severity: "warning", clan: c.name, message }))),
     ...clans.filter((c) => !c.online && c.phase === "ready" && c.as_of).map((c) => problemBox({ severity: "warning", clan: c.name, message: `its machine here does not answer; what you see is as of ${ago(c.as_of)}` })),
   ];
   return all.length > 0 && h("section", { key: "problems", "aria-label": "What needs attention" }, all);
@@ -610,16 +640,16 @@ function statsSection(clan, vm) {
   const [tone, word] = VM_WORD[vm.state];
   const busy = state.busy.has(`vm ${vm.id}`) || Boolean(vm.task);
   // The controller of an integrated machine is a service of the computer, and not for the manager to start or stop.
-  const button = vm.flavour === "integrated" || vm.state === "locked" ? null : vm.state === "stopped" || vm.state === "failed"
+  const run = vm.flavour === "integrated" || vm.state === "locked" ? null : vm.state === "stopped" || vm.state === "failed"
     ? h("button", { type: "button", key: "start", class: "button small", disabled: busy, onclick: () => startVm(vm) }, ICON.start(), "Start")
     : h("button", { type: "button", key: "stop", class: "button small", disabled: busy, onclick: () => stopVm(vm) }, ICON.stop(), "Stop");
   const head = h("div", { class: "section-head" },
     h("h2", null, "This computer’s machine"),
-    h("div", { class: "sub" }, stateWord(tone, `${vm.machine}: ${word.toLowerCase()} for ${span(state.status.now - vm.since)}`), button));
+    h("div", { class: "sub" }, stateWord(tone, `${vm.machine}: ${word.toLowerCase()} for ${span(state.status.now - vm.since)}`), run, lock.button(vm, busy)));
   const now = points.at(-1) ?? vm.stats;
   if (!now || ["stopped", "locked", "failed"].includes(vm.state)) {
     return h("section", { key: `stats ${vm.id}`, "aria-label": "This computer’s machine" }, head,
-      h("p", { class: "panel empty" }, vm.reason ? sentence(vm.reason) : vm.state === "stopped" ? "It is stopped." : "Statistics show once it has started."));
+      h("p", { class: "panel empty" }, vm.reason ? prose(vm.reason) : vm.state === "stopped" ? "It is stopped." : "Statistics show once it has started."));
   }
   const over = "last two minutes";
   const percent = now.cpu_permille / 10;
@@ -683,7 +713,8 @@ function peopleSection(clan) {
 // ---------------------------------------------------------------------------------------------------------------
 // Pages
 
-const journal = journals({ h, call, ask, ago, span, sentence, segment, render });
+const journal = journals({ h, call, ask, ago, span, prose, segment, render });
+const lock = locks({ h, call, ask, act, field, segment, icon: ICON, Refusal });
 
 function clanHead(clan, level) {
   const online = clan.machines.filter((m) => machineState(clan, m)[0] === "good").length;
@@ -743,7 +774,7 @@ function clanPage(clan) {
 /** That the clan publishes another image than the machine here runs, and how to take it. */
 function publishedNote(clan, { published }) {
   return h("section", { key: "published", class: "panel published", "aria-label": "Another image" },
-    h("p", null, `${clan.name} publishes another image than this machine runs: ${published.title} (${published.image.slice(0, 10)}).`),
+    h("p", null, `${clan.name} publishes another image than this machine runs: ${published.title} (${short(published.image)}).`),
     h("p", { class: "row" },
       h("button", { type: "button", class: "button", disabled: state.busy.has(`update ${clan.id}`), onclick: () => askUpdate(clan, published) }, "Take it…"),
       h("span", { class: "small" }, "Or in a terminal: ", h("code", null, `clan vm update ${clan.name}`))));
@@ -761,11 +792,11 @@ function askUpdate(clan, published) {
       verb: "Update",
       fields: () => [
         h("dl", { class: "facts panel" }, facts([
-          ["Runs now", plan.before && h("code", null, plan.before.slice(0, 10))],
-          ["Next", `${plan.image_title} (${plan.image.slice(0, 10)})`],
+          ["Runs now", plan.before && h("code", null, short(plan.before))],
+          ["Next", `${plan.image_title} (${short(plan.image)})`],
           ["Download", plan.source === "members" && download(plan.download)],
         ])),
-        plan.stays.map((line) => h("p", { class: "form-error" }, sentence(line))),
+        plan.stays.map((line) => h("p", { class: "form-error" }, prose(line))),
       ],
       done: () => call("POST", path, request).then(() => undefined),
     });
@@ -801,7 +832,7 @@ function machinePage(clan, machine) {
         ["Kind", vm && (KIND_WORD[vm.flavour](vm))],
         ["Memory", vm && vm.flavour === "vm" && bytes(vm.memory)],
         ["Disk", vm && vm.flavour === "vm" && `up to ${bytes(vm.disk)}; takes ${bytes(vm.disk_used)} of this computer now`],
-        ["Image", (machine.image ?? vm?.image) && h("code", null, (machine.image ?? vm.image).slice(0, 10))],
+        ["Image", (machine.image ?? vm?.image) && h("code", null, short(machine.image ?? vm.image))],
         ["Control", vm ? CONTROL_WORD[vm.control_mode] : controlWord(machine, CONTROL_WORD)],
         ["Restarts", vm && vm.restarts > 0 && String(vm.restarts)],
         ["System units", units.length > 0 && units.map((u) => `${u.name}: ${u.state}`).join(", ")],
@@ -855,11 +886,11 @@ function taskRow(task) {
     ? h("progress", { key: "known", max: progress.total, value: progress.done, "aria-label": `${task.title}: ${step?.title ?? ""}` })
     : h("progress", { key: "unknown", "aria-label": `${task.title}: step ${done + 1} of ${task.steps.length || 1}` });
   const ended = { done: ["good", "Done"], failed: ["bad", "Failed"], cancelled: ["idle", "Cancelled"] }[task.state];
-  const why = task.problem && task.state === "failed" ? [sentence(task.problem.why ? `${task.problem.message}: ${task.problem.why}` : task.problem.message), ...(task.problem.hints ?? []).map(sentence)].join(" ") : "";
+  const why = task.problem && task.state === "failed" ? [task.problem.why ? `${task.problem.message}: ${task.problem.why}` : task.problem.message, ...(task.problem.hints ?? [])].map((text) => [prose(text), " "]) : "";
   const unheard = isUnheard(task);
   return h("li", { class: "task", key: task.id },
     h("span", { class: "task-title" }, task.title),
-    h("span", { class: "task-step" }, running ? now || "Starting" : unheard ? UNHEARD : why),
+    h("span", { class: "task-step" }, running ? (now ? marked(now) : "Starting") : unheard ? UNHEARD : why),
     running ? bar : unheard ? stateWord("warn", "Done, unheard") : stateWord(...ended),
     h("span", { class: "task-figures" }, running ? figures : task.finished ? span(task.finished - task.started) : ""),
     running ? h("button", { type: "button", class: "button small", disabled: state.busy.has(`task ${task.id}`), "aria-label": `Cancel: ${task.title}`, onclick: () => cancelTask(task) }, "Cancel") : h("span", null));

@@ -6,7 +6,9 @@ const FRESH_MS = 10_000;
 const REFUSED_MS = 60_000;
 /** The latest entries are shown. */
 const SHOWN = 30;
-const SHORT = 12;
+
+/** So much of an image’s id is shown, or of a key: as the command line shows it. */
+export const short = (id) => id.slice(0, 10);
 
 /** Who steers a machine that is not this computer's, in a sentence; of this computer's own, see `CONTROL_WORD`. */
 const THEIRS = { local: "Only its user steers it", remote: "The clan’s admins steer it", shared: "Its user and the clan’s admins steer it" };
@@ -15,7 +17,7 @@ export function controlWord(machine, own) {
   return machine.control_mode && (machine.this ? own[machine.control_mode] : THEIRS[machine.control_mode]);
 }
 
-export function journals({ h, call, ask, ago, span, sentence, segment, render }) {
+export function journals({ h, call, ask, ago, span, prose, segment, render }) {
   /** Per machine: what its journal said last, or why it said nothing, and when. */
   const known = new Map();
   const keyOf = (clan, machine) => `${clan.id} ${machine.id}`;
@@ -39,11 +41,10 @@ export function journals({ h, call, ask, ago, span, sentence, segment, render })
   }
 
   function deed(entry) {
-    const short = (id) => (id ?? "?").slice(0, SHORT);
     const said = {
       control_mode: () => `control from ${entry.before} to ${entry.after}`,
       setting: () => `${entry.setting} from ${entry.before} to ${entry.after}`,
-      image: () => `image from ${short(entry.before)} to ${short(entry.after)}`,
+      image: () => `image from ${short(entry.before ?? "?")} to ${short(entry.after ?? "?")}`,
       restart: () => "restart",
       terminal: () => (entry.ended ? `terminal, for ${span(entry.ended - entry.at)}` : "terminal, open"),
     }[entry.deed];
@@ -97,7 +98,7 @@ export function journals({ h, call, ask, ago, span, sentence, segment, render })
     }
     const { entries, problem } = known.get(keyOf(clan, machine)) ?? {};
     if (problem) {
-      const said = [problem.why ? `${problem.message}: ${problem.why}` : problem.message, ...(problem.hints ?? [])].map(sentence).join(" ");
+      const said = [problem.why ? `${problem.message}: ${problem.why}` : problem.message, ...(problem.hints ?? [])].flatMap((text) => [prose(text), " "]);
       return body(h("p", { class: "panel empty" }, said));
     }
     if (!entries) return body(h("p", { class: "panel empty" }, "Asking the machine…"));
@@ -108,7 +109,7 @@ export function journals({ h, call, ask, ago, span, sentence, segment, render })
       cell("Number", String(entry.number)),
       cell("When", ago(entry.at)),
       cell("Who", h("span", { class: "wrap" }, entry.person_name ?? "somebody")),
-      cell("From", h("span", { class: "wrap" }, entry.here ? "its own computer" : entry.from_name ?? entry.from.slice(0, SHORT))),
+      cell("From", h("span", { class: "wrap" }, entry.here ? "its own computer" : entry.from_name ?? short(entry.from))),
       cell("What", h("span", { class: "wrap" }, deed(entry))),
       cell("", last.has(entry.number) && !forbidden &&
         h("button", { type: "button", class: "button small revert", "aria-label": `Take entry ${entry.number} back`, onclick: () => askRevert(clan, machine, entry) }, "Take back")));

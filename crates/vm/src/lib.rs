@@ -36,7 +36,7 @@ pub use limits::Unlimited;
 pub use network::Network;
 pub use probe::{AccelKind, Accelerator};
 pub use qmp::{Qmp, QmpError, QmpEvent};
-pub use sealed::{check_passphrase, create_encrypted_disk, encryption_overhead};
+pub use sealed::{change_passphrase, check_passphrase, create_encrypted_disk, encryption_overhead};
 pub use spec::{Begin, ImageFiles, Qemu, UdpForward, VmSpec};
 pub use terminal::Console;
 pub use vm::{Exit, ExitReason, Vm};

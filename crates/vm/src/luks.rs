@@ -9,6 +9,7 @@
 //! zeros that the file system needs: where they should be is noise, and `e2fsck` finds damaged bitmaps. `cryptsetup` opens a disk
 //! for programs as root only. And a passphrase is to be judged while a virtual machine has the disk open.
 
+mod change;
 mod xts;
 
 use std::{
@@ -23,6 +24,7 @@ use pbkdf2::pbkdf2_hmac;
 use sha2::{Digest, Sha256};
 use zeroize::Zeroizing;
 
+pub(crate) use change::change;
 use xts::Xts;
 
 pub(crate) const SECTOR: usize = 512;
@@ -62,6 +64,8 @@ pub(crate) enum LuksError {
     WrongPassphrase,
     #[error("it does not begin as an encrypted disk does: {0}")]
     Damaged(&'static str),
+    #[error("all of its places for keys are taken")]
+    Full,
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -150,29 +154,50 @@ impl Layout {
 
     /// Opens the disk.
     pub(crate) fn open(&self, disk: &File, passphrase: &Passphrase) -> Result<Luks, LuksError> {
-        let slots = (0..SLOTS).map(|slot| &self.bytes[SLOTS_AT + slot * SLOT..][..SLOT]);
-        for slot in slots.filter(|slot| word(slot, 0) == ENABLED) {
-            let (iterations, at) = (word(slot, 4), word(slot, 40));
-            let end = u64::from(at) * SECTOR as u64 + MATERIAL as u64;
-            if !(1..=MOST_ITERATIONS).contains(&iterations) || word(slot, 44) != STRIPES as u32 || end > self.payload()
-            {
-                return Err(LuksError::Damaged("a place for a key makes no sense"));
-            }
-            let mut material = Zeroizing::new(vec![0; MATERIAL]);
-            disk.read_exact_at(&mut material, u64::from(at) * SECTOR as u64)?;
-            stretched(passphrase, &slot[8..40], iterations).decrypt(0, &mut material);
-            let key = merge(&material);
-            let digest_iterations = word(&self.bytes, 164);
-            if !(1..=MOST_ITERATIONS).contains(&digest_iterations) {
-                return Err(LuksError::Damaged("the check of its key makes no sense"));
-            }
-            if digest(&key, &self.bytes[132..164], digest_iterations) == self.bytes[112..132] {
-                return Ok(Luks { cipher: Xts::new(&key) });
+        self.key(disk, passphrase).map(|(_, key)| Luks { cipher: Xts::new(&key) })
+    }
+
+    /// The key, and the slot that gives it for this passphrase.
+    fn key(&self, disk: &File, passphrase: &Passphrase) -> Result<(usize, Key), LuksError> {
+        for slot in (0..SLOTS).filter(|slot| word(self.slot(*slot), 0) == ENABLED) {
+            if let Some(key) = self.key_in(slot, disk, passphrase)? {
+                return Ok((slot, key));
             }
         }
         Err(LuksError::WrongPassphrase)
     }
+
+    fn key_in(&self, slot: usize, disk: &File, passphrase: &Passphrase) -> Result<Option<Key>, LuksError> {
+        let (place, header) = (self.material(slot), self.slot(slot));
+        let iterations = word(header, 4);
+        let Some(place) = place.filter(|_| (1..=MOST_ITERATIONS).contains(&iterations)) else {
+            return Err(LuksError::Damaged("a place for a key makes no sense"));
+        };
+        let mut material = Zeroizing::new(vec![0; MATERIAL]);
+        disk.read_exact_at(&mut material, place)?;
+        stretched(passphrase, &header[8..40], iterations).decrypt(0, &mut material);
+        let key = merge(&material);
+        let digest_iterations = word(&self.bytes, 164);
+        if !(1..=MOST_ITERATIONS).contains(&digest_iterations) {
+            return Err(LuksError::Damaged("the check of its key makes no sense"));
+        }
+        let fits = digest(&key, &self.bytes[132..164], digest_iterations) == self.bytes[112..132];
+        Ok(fits.then_some(key))
+    }
+
+    fn slot(&self, slot: usize) -> &[u8] {
+        &self.bytes[SLOTS_AT + slot * SLOT..][..SLOT]
+    }
+
+    /// Where a slot's material is, in bytes, if that can be.
+    fn material(&self, slot: usize) -> Option<u64> {
+        let header = self.slot(slot);
+        let at = u64::from(word(header, 40)) * SECTOR as u64;
+        (word(header, 44) == STRIPES as u32 && at + MATERIAL as u64 <= self.payload()).then_some(at)
+    }
 }
+
+type Key = Zeroizing<[u8; KEY]>;
 
 /// So many iterations that a guess takes about [`GUESS`] here.
 pub(crate) fn affordable() -> u32 {
@@ -259,7 +284,7 @@ fn uuid_text(mut random: [u8; 16]) -> String {
 mod tests {
     use super::*;
 
-    fn phrase(text: &str) -> Passphrase {
+    pub(super) fn phrase(text: &str) -> Passphrase {
         text.parse().unwrap()
     }
 

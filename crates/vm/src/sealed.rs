@@ -87,6 +87,18 @@ pub fn check_passphrase(path: &Path, passphrase: &Passphrase) -> Result<(), VmEr
     opened.map(drop).map_err(|error| explain(error, path))
 }
 
+/// Gives an encrypted disk another passphrase; a virtual machine may have it open. Wherever this is cut short, the old one or the new
+/// one opens it, and doing the same again comes to the end. Blocks, for some seconds.
+///
+/// # Errors
+/// As [`check_passphrase`], of the old one; [`VmError::Io`] also if the disk has no room for another key.
+pub fn change_passphrase(path: &Path, old: &Passphrase, new: &Passphrase) -> Result<(), VmError> {
+    let file = File::options().read(true).write(true).open(path);
+    let file = file.map_err(|source| VmError::MissingFile { path: path.into(), source })?;
+    let write = |at, bytes: &[u8]| file.write_all_at(bytes, at).and_then(|()| file.sync_data());
+    luks::change(&file, old, new, luks::affordable(), write).map_err(|error| explain(error, path))
+}
+
 /// How much longer the file of an encrypted disk is than the disk that the guest sees.
 ///
 /// # Errors
@@ -100,7 +112,8 @@ fn explain(error: LuksError, path: &Path) -> VmError {
     match error {
         LuksError::WrongPassphrase => VmError::WrongPassphrase { path: path.into() },
         LuksError::Damaged(why) => VmError::DamagedDisk { path: path.into(), why },
-        LuksError::Io(source) => VmError::io("read", path)(source),
+        LuksError::Io(source) => VmError::io("use", path)(source),
+        LuksError::Full => VmError::io("write", path)(io::Error::other(error)),
     }
 }
 

@@ -10,7 +10,7 @@ use std::{
 };
 
 use clan_types::{ByteSize, Passphrase};
-use clan_vm::{ExitReason, Vm, VmError, VmSpec, create_encrypted_disk};
+use clan_vm::{ExitReason, Vm, VmError, VmSpec, change_passphrase, create_encrypted_disk};
 use guest::{LIMIT, Then, adopted, spec, started};
 use tokio::time::timeout;
 
@@ -95,6 +95,31 @@ async fn a_wrong_passphrase_starts_nothing_and_changes_nothing() {
     assert!(Vm::adopt(&right.dir).await.unwrap().is_none());
     assert!(fs::read(&right.data_disk).unwrap() == before);
     started(&right).await.quit(LIMIT).await;
+}
+
+#[tokio::test]
+async fn a_passphrase_changes_under_a_guest_that_goes_on_and_the_next_one_needs_the_new_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let before = encrypted(folder.path()).await;
+    let vm = started(&before).await;
+    has(&vm, "write -P 0xa5 1048576 65536").await;
+    let new: Passphrase = "battery staple".parse().unwrap();
+    let (disk, said) = (before.data_disk.clone(), new.clone());
+    let change = move || change_passphrase(&disk, &RIGHT.parse().unwrap(), &said);
+    tokio::task::spawn_blocking(change).await.unwrap().unwrap();
+    has(&vm, "write -P 0x5a 2097152 4096").await;
+    let said = ended(&before, vm).await;
+    assert!(said.matches("bytes at offset").count() == 2 && !said.contains("ailed"), "{said}");
+
+    let refused = timeout(LIMIT, Vm::start(before.clone())).await.unwrap();
+    assert!(matches!(refused, Err(VmError::WrongPassphrase { .. })), "{refused:?}");
+    let after = VmSpec { passphrase: Some(new), ..before };
+    let vm = started(&after).await;
+    for read in ["read -P 0xa5 1048576 65536", "read -P 0x5a 2097152 4096", "read -P 0x53 1080 1"] {
+        has(&vm, read).await;
+    }
+    let said = ended(&after, vm).await;
+    assert!(said.matches("bytes at offset").count() == 3 && !said.contains("ailed"), "{said}");
 }
 
 #[tokio::test]

@@ -4,8 +4,8 @@ use hyper::Method;
 
 use super::{ByteStream, ClientError, Console, ManagerClient, segment};
 use crate::{
-    CONSOLE_UPGRADE, DeleteQuery, ImageGc, ImageInfo, LogQuery, LogSource, MakeSnapshot, Publication, PublishImage,
-    ResizeVm, SnapshotInfo, TaskInfo, UnlockVm, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
+    CONSOLE_UPGRADE, ChangePassphrase, DeleteQuery, ImageGc, ImageInfo, LogQuery, LogSource, MakeSnapshot, Publication,
+    PublishImage, ResizeVm, SnapshotInfo, TaskInfo, UnlockVm, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
 };
 
 impl ManagerClient {
@@ -57,6 +57,11 @@ impl ManagerClient {
     /// Has the manager forget the passphrase of a VM that does not run.
     pub async fn lock_vm(&self, vm: &str) -> Result<VmInfo, ClientError> {
         self.post(&format!("/vms/{}/lock", segment(vm)), &serde_json::json!({})).await
+    }
+
+    /// Gives the encrypted disk of a VM another passphrase.
+    pub async fn change_passphrase(&self, vm: &str, request: &ChangePassphrase) -> Result<TaskInfo, ClientError> {
+        self.post(&format!("/vms/{}/passphrase", segment(vm)), request).await
     }
 
     /// Gives a VM another size, or finds out what it would be.

@@ -1,6 +1,6 @@
 //! `clan image`: what VMs boot from.
 
-use clan_api::{ImageGc, ImageInfo, Publication, PublishImage, PublishedVm};
+use clan_api::{ImageGc, Publication, PublishImage, PublishedVm};
 use clan_types::{AppName, ByteSize, ControlMode, NameError, NetworkLayer};
 
 use crate::{context::Context, error::CliError, printer::harmless, progress, table::Table, words};
@@ -112,7 +112,7 @@ async fn list(context: &Context) -> Result<(), CliError> {
     for image in &images {
         let clans: Vec<&str> = image.clans.iter().map(|c| c.as_str()).collect();
         table.row([
-            short(image).as_str().into(),
+            image.id.short().as_str().into(),
             harmless(&image.title).as_ref().into(),
             image.used.to_string().into(),
             if image.template { "at once" } else { "by booting" }.into(),
@@ -120,10 +120,6 @@ async fn list(context: &Context) -> Result<(), CliError> {
         ]);
     }
     table.print(&context.printer)
-}
-
-fn short(image: &ImageInfo) -> String {
-    image.id.to_string().chars().take(10).collect()
 }
 
 async fn verify(image: Option<String>, context: &Context) -> Result<(), CliError> {

@@ -24,14 +24,32 @@ pub(crate) struct Source {
 
 /// Whether the disk is to be encrypted.
 #[derive(Debug, Default, clap::Args)]
+#[command(mut_arg("passphrase_file", |file| file.requires("encrypt")))]
 pub(crate) struct Encrypt {
     /// Encrypt the virtual machine's disk with a passphrase, which is asked for. Whenever the manager was started anew, the
     /// machine waits for it: `clan vm unlock`
     #[arg(long, conflicts_with_all = ["container", "integrate"])]
     encrypt: bool,
-    /// Read the passphrase from a file instead of asking for it; without a terminal it is read from stdin
-    #[arg(long, value_name = "FILE", requires = "encrypt")]
-    passphrase_file: Option<PathBuf>,
+    #[command(flatten)]
+    source: Source,
+}
+
+/// Which passphrase gives way to which.
+#[derive(Debug, Default, clap::Args)]
+pub(crate) struct Change {
+    #[command(flatten)]
+    old: Source,
+    /// Read the new passphrase from a file; without a terminal it is the second line of stdin
+    #[arg(long, value_name = "FILE")]
+    new_passphrase_file: Option<PathBuf>,
+}
+
+impl Change {
+    /// The old passphrase, and the new one.
+    pub(crate) fn passphrases(self, context: &Context) -> Result<(Passphrase, Passphrase), CliError> {
+        let old = self.old.passphrase(context)?;
+        Ok((old, chosen(self.new_passphrase_file, "New passphrase for the disk (it does not show):", context)?))
+    }
 }
 
 impl Encrypt {
@@ -41,20 +59,13 @@ impl Encrypt {
             return Ok(None);
         }
         let printer = &context.printer;
-        let asked = self.passphrase_file.is_none() && printer.can_ask();
+        let asked = self.source.passphrase_file.is_none() && printer.can_ask();
         if asked {
             printer.talk(
                 "Nobody opens the disk without its passphrase, and nobody can tell you what it was: keep it well.",
             );
         }
-        let passphrase = get(self.passphrase_file, "Passphrase for the disk (it does not show):", printer)?;
-        if asked {
-            printer.ask("The same again:");
-            if line(&Zeroizing::new(secret_line(printer)?)) != passphrase.expose() {
-                return Err(CliError::refused("passphrase", "the two are not the same").hint("try again"));
-            }
-        }
-        Ok(Some(passphrase))
+        chosen(self.source.passphrase_file, "Passphrase for the disk (it does not show):", context).map(Some)
     }
 }
 
@@ -63,6 +74,20 @@ impl Source {
     pub(crate) fn passphrase(self, context: &Context) -> Result<Passphrase, CliError> {
         get(self.passphrase_file, "Passphrase of the disk (it does not show):", &context.printer)
     }
+}
+
+/// A new one, which a person says twice.
+fn chosen(file: Option<PathBuf>, question: &str, context: &Context) -> Result<Passphrase, CliError> {
+    let printer = &context.printer;
+    let asked = file.is_none() && printer.can_ask();
+    let passphrase = get(file, question, printer)?;
+    if asked {
+        printer.ask("The same again:");
+        if line(&Zeroizing::new(secret_line(printer)?)) != passphrase.expose() {
+            return Err(CliError::refused("passphrase", "the two are not the same").hint("try again"));
+        }
+    }
+    Ok(passphrase)
 }
 
 fn get(file: Option<PathBuf>, question: &str, printer: &Printer) -> Result<Passphrase, CliError> {

@@ -2,7 +2,10 @@
 
 use std::{io, time::Duration};
 
-use clan_api::{ByteStream, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, UnlockVm, UpdateVm, VmInfo};
+use clan_api::{
+    ByteStream, ChangePassphrase, Console, DeleteQuery, Flavour, LogQuery, LogSource, TaskInfo, UnlockVm, UpdateVm,
+    VmInfo,
+};
 
 mod control;
 mod disk;
@@ -74,6 +77,13 @@ pub(crate) enum Verb {
     },
     /// Have the manager forget the passphrase of one that is stopped
     Lock(Which),
+    /// Give its encrypted disk, and the copies of it, another passphrase
+    Passphrase {
+        #[command(flatten)]
+        which: Which,
+        #[command(flatten)]
+        change: passphrase::Change,
+    },
     /// Make a copy of its disk, to come back to
     Snapshot(disk::Make),
     /// Show the copies of its disk
@@ -162,6 +172,12 @@ pub(crate) async fn run(verb: Verb, context: &Context) -> Result<(), CliError> {
         Verb::Lock(which) => {
             let vm = context.clan(which.clan).await?;
             told(context.ask(context.client.lock_vm(&vm)).await?, "is locked", context)
+        }
+        Verb::Passphrase { which, change } => {
+            let vm = context.clan(which.clan).await?;
+            let (old, new) = change.passphrases(context)?;
+            let task = context.ask(context.client.change_passphrase(&vm, &ChangePassphrase { old, new })).await?;
+            follow(context, task).await
         }
         Verb::Snapshot(args) => disk::make(args, context).await,
         Verb::Snapshots(which) => disk::list(which, context).await,

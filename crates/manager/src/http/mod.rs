@@ -368,6 +368,7 @@ fn router(shared: Arc<Shared>, door: Door) -> Router {
         .route("/vms/{vm}/size", post(vms::resize))
         .route("/vms/{vm}/unlock", post(vms::unlock))
         .route("/vms/{vm}/lock", post(vms::lock))
+        .route("/vms/{vm}/passphrase", post(vms::change_passphrase))
         .route("/vms/{vm}/control", post(helm::set_control))
         .route("/vms/{vm}/snapshots", get(vms::snapshots).post(vms::make_snapshot))
         .route("/vms/{vm}/snapshots/{name}/restore", post(vms::restore_snapshot))

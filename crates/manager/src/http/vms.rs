@@ -9,8 +9,8 @@ use axum::{
     response::IntoResponse,
 };
 use clan_api::{
-    ApiProblem, CONSOLE_UPGRADE, DeleteQuery, ErrorCode, LogQuery, LogSource, MakeSnapshot, ResizeVm, SnapshotInfo,
-    TaskInfo, UnlockVm, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
+    ApiProblem, CONSOLE_UPGRADE, ChangePassphrase, DeleteQuery, ErrorCode, LogQuery, LogSource, MakeSnapshot, ResizeVm,
+    SnapshotInfo, TaskInfo, UnlockVm, UpdatePlan, UpdateVm, VmInfo, VmSize, VmStats,
 };
 use clan_wire::control::{ControlRequest, ControlResponse};
 use hyper_util::rt::TokioIo;
@@ -106,6 +106,16 @@ pub(super) async fn lock(State(shared): State<Arc<Shared>>, Path(vm): Path<Strin
     let clan = shared.find(&vm)?;
     lock::lock(&shared, &clan).await?;
     Ok(Json(StatusCode::OK, status::vm_info(&shared, &clan, clan.keeper.told().as_ref())))
+}
+
+pub(super) async fn change_passphrase(
+    State(shared): State<Arc<Shared>>,
+    Path(vm): Path<String>,
+    body: Bytes,
+) -> Answer<Json<TaskInfo>> {
+    let ChangePassphrase { old, new } = parse(&body)?;
+    let clan = shared.find(&vm)?;
+    Ok(Json(StatusCode::ACCEPTED, lock::change_task(&shared, clan, old, new)?.info()))
 }
 
 pub(super) async fn snapshots(

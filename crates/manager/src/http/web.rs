@@ -9,11 +9,12 @@ use clan_api::{ApiProblem, ErrorCode};
 
 use super::problems::Refusal;
 
-const FILES: [(&str, &str, &str); 5] = [
+const FILES: [(&str, &str, &str); 6] = [
     ("/", "text/html; charset=utf-8", include_str!("../../web/index.html")),
     ("/index.html", "text/html; charset=utf-8", include_str!("../../web/index.html")),
     ("/app.js", "text/javascript; charset=utf-8", include_str!("../../web/app.js")),
     ("/journal.js", "text/javascript; charset=utf-8", include_str!("../../web/journal.js")),
+    ("/lock.js", "text/javascript; charset=utf-8", include_str!("../../web/lock.js")),
     ("/style.css", "text/css; charset=utf-8", include_str!("../../web/style.css")),
 ];
 const POLICY: &str =
@@ -84,6 +85,7 @@ mod tests {
             ("/", "text/html"),
             ("/app.js", "text/javascript"),
             ("/journal.js", "text/javascript"),
+            ("/lock.js", "text/javascript"),
             ("/style.css", "text/css"),
         ] {
             let response = get(path).await;

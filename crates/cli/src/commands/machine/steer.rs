@@ -5,7 +5,7 @@ use std::time::Duration;
 use clan_api::{
     ChangeSetting, LogSource, MachineChange, MachineDeed, MachineEntry, RevertChange, SuggestControl, UpdateMachine,
 };
-use clan_types::ControlMode;
+use clan_types::{ControlMode, ImageId};
 
 use crate::{
     commands::vm::{self, stats::show},
@@ -16,9 +16,6 @@ use crate::{
     table::{Table, facts},
     words,
 };
-
-/// So much of an image's id is shown.
-const SHORT: usize = 12;
 
 /// Which machine.
 #[derive(Debug, clap::Args)]
@@ -290,7 +287,10 @@ fn deed(entry: &MachineEntry) -> String {
             format!("{} from {} to {}", text(&entry.setting), text(&entry.before), text(&entry.after))
         }
         MachineDeed::Image => {
-            let short = |id: &Option<String>| text(id).chars().take(SHORT).collect::<String>();
+            let short = |id: &Option<String>| match id.as_deref().map(str::parse::<ImageId>) {
+                Some(Ok(id)) => id.short(),
+                _ => text(id),
+            };
             format!("image from {} to {}", short(&entry.before), short(&entry.after))
         }
         MachineDeed::Restart => "restart".to_owned(),
