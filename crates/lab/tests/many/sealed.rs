@@ -60,7 +60,8 @@ pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let place = founder.data().join("clans").join(text(&vm(founder)?, "id"));
     let is_draft = |name: &String| name.starts_with("data.ext4.");
     let mut restore = Beside::start(lab, &["vm", "restore", "first", CLAN, "--yes"])?;
-    caught(&mut restore, || names(&place).iter().any(is_draft))?;
+    let seen = caught(&mut restore, || names(&place).iter().any(is_draft))?;
+    promise(seen, || format!("the restoration was over before it was seen: {}", restore.said()))?;
     let founder = lab.person("founder");
     founder.kill_manager()?;
     drop(restore);
