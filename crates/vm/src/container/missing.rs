@@ -4,6 +4,10 @@ use std::{fs, io, path::PathBuf};
 
 use crate::{network, tool};
 
+/// Where `useradd` begins with subordinate ids, and how many it gives (login.defs(5)).
+const FIRST: u64 = 100_000;
+const RANGE: u64 = 65_536;
+
 /// Something that a container cannot do without.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{why}")]
@@ -28,7 +32,9 @@ pub fn check() -> Result<(), Missing> {
     tools().map(drop)
 }
 
+/// The programs, where this user can have containers.
 pub(super) fn tools() -> Result<Tools, Missing> {
+    no_root(rustix::process::geteuid().is_root())?;
     let find = |program: &str, package: &str| {
         tool::find(&[program]).ok_or_else(|| Missing {
             why: format!("`{program}` is not installed"),
@@ -51,6 +57,20 @@ pub(super) fn tools() -> Result<Tools, Missing> {
     user_namespaces()?;
     subordinate_ids()?;
     Ok(tools)
+}
+
+/// Root in a container is whoever started it, outside.
+fn no_root(root: bool) -> Result<(), Missing> {
+    if !root {
+        return Ok(());
+    }
+    Err(Missing {
+        why: "the manager is run by root, and root in a container would be this computer's own".to_owned(),
+        remedy: "run the manager as an ordinary user, on a server one that is there for it: `sudo useradd --create-home clan`, \
+                 `sudo loginctl enable-linger clan`, \
+                 `sudo su - clan -c 'XDG_RUNTIME_DIR=/run/user/$(id -u) clan manager --install'`"
+            .to_owned(),
+    })
 }
 
 fn user_namespaces() -> Result<(), Missing> {
@@ -84,10 +104,24 @@ fn subordinate_ids() -> Result<(), Missing> {
         return Ok(());
     }
     let user = if name.is_empty() { uid.to_string() } else { name };
+    let range = |path: &str| {
+        let first = unused(&fs::read_to_string(path).unwrap_or_default());
+        format!("{first}-{}", first.saturating_add(RANGE - 1))
+    };
+    let (users, groups) = (range("/etc/subuid"), range("/etc/subgid"));
     Err(Missing {
         why: format!("the user {user} has no subordinate ids, which the users in a container need"),
-        remedy: format!("add a range: `sudo usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}`"),
+        remedy: format!("add a range: `sudo usermod --add-subuids {users} --add-subgids {groups} {user}`"),
     })
+}
+
+/// Where a range can begin, behind those that others have: nobody's containers shall own what another's do.
+fn unused(text: &str) -> u64 {
+    let end = |line: &str| {
+        let mut fields = line.split(':').skip(1).map(|field| field.trim().parse::<u64>().ok());
+        fields.next()??.checked_add(fields.next()??)
+    };
+    text.lines().filter_map(end).fold(FIRST, u64::max)
 }
 
 /// Lines such as `anna:100000:65536` (subuid(5)).
@@ -120,5 +154,21 @@ mod tests {
         assert!(has_range(text, "carl", 1001));
         assert!(!has_range(text, "bert", 1002), "too small");
         assert!(!has_range(text, "ann", 1003));
+    }
+
+    #[test]
+    fn the_range_that_is_proposed_is_nobodys() {
+        assert_eq!(unused(""), FIRST);
+        assert_eq!(unused("root:1:65536\n"), FIRST, "below those of ordinary users");
+        assert_eq!(unused("bert:231072:65536\nanna:100000:65536\n"), 296_608);
+        assert_eq!(unused("anna:many:65536\ncarl:100000\n:18446744073709551615:2\n"), FIRST, "no ranges at all");
+    }
+
+    #[test]
+    fn root_is_told_to_have_an_ordinary_user_run_the_manager() {
+        assert_eq!(no_root(false), Ok(()));
+        let missing = no_root(true).unwrap_err();
+        assert!(missing.why.contains("run by root"), "{missing}");
+        assert!(missing.remedy.contains("enable-linger") && !missing.remedy.ends_with('.'), "{}", missing.remedy);
     }
 }
