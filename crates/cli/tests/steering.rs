@@ -169,3 +169,14 @@ fn help_says_what_is_steered_and_by_whom() {
     let help = Computer::new().clan(&["vm", "control", "--help"]).assert().success().stderr_eq("");
     says(&help, &["local    you alone", "remote   the clan's admins", "shared   both"]);
 }
+
+#[test]
+fn the_manager_of_a_service_can_be_started_again_while_its_machines_run() {
+    let computer = Computer::new();
+    let printed = computer.clan(&["manager", "--print-unit"]).assert().success();
+    let text = String::from_utf8_lossy(&printed.get_output().stdout).into_owned();
+    // Machines outlive the process, and the controllers that bound them stay enabled for as long as it runs.
+    for line in ["KillMode=process", "Delegate=cpu memory pids", "Restart=on-failure"] {
+        assert!(text.lines().any(|l| l == line), "{line} is missing in: {text}");
+    }
+}

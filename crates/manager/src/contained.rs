@@ -336,7 +336,7 @@ impl Loop {
 
     async fn shut_down(mut self) {
         let Some(running) = self.running.take() else { return };
-        if !self.with.config.keep_vms {
+        if !self.with.config.keep_vms.get() {
             // The wish stays on disk: the next manager starts it again.
             self.show(VmState::Stopping, None);
             let control = self.with.out.control.borrow().clone();

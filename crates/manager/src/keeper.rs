@@ -41,6 +41,7 @@ use crate::{
     contained::Contained,
     integrated::Integrated,
     link::{Outlets, Stats, Told},
+    manager::KeepVms,
     record::Flavour,
     tasks::now,
     template::Templates,
@@ -100,7 +101,7 @@ pub(crate) struct KeeperConfig {
     /// This executable, by which containers are started.
     pub(crate) program: PathBuf,
     /// Whether VMs go on when the manager stops.
-    pub(crate) keep_vms: bool,
+    pub(crate) keep_vms: KeepVms,
     pub(crate) patience: Patience,
 }
 

@@ -57,5 +57,5 @@ mod update;
 mod words;
 
 pub use clan_vm::container::Stage;
-pub use manager::{Manager, ManagerError, Options};
+pub use manager::{KeepVms, Manager, ManagerError, Options};
 pub use paths::Paths;

@@ -6,7 +6,10 @@ use std::{
     net::SocketAddr,
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use clan_api::{ApiProblem, ErrorCode, HealthProblem, Severity};
@@ -55,9 +58,25 @@ pub struct Options {
     /// Which QEMU to run.
     pub qemu: Qemu,
     /// Whether VMs go on when the manager stops in good order. When it is killed they do anyway.
-    pub keep_vms: bool,
+    pub keep_vms: KeepVms,
     /// How much memory all VMs together may have; those that do not fit wait. No limit if absent.
     pub vm_memory: Option<ByteSize>,
+}
+
+/// Whether VMs and containers go on when the manager stops in good order: no, until it is said. Clones are the same one, as it may
+/// turn out late that another manager follows at once.
+#[derive(Debug, Clone, Default)]
+pub struct KeepVms(Arc<AtomicBool>);
+
+impl KeepVms {
+    /// They go on from now on.
+    pub fn keep(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn get(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Options {
@@ -73,7 +92,7 @@ impl Options {
             proxy: None,
             mirror: None,
             qemu: Qemu::Search,
-            keep_vms: false,
+            keep_vms: KeepVms::default(),
             vm_memory: None,
         }
     }
@@ -394,7 +413,7 @@ impl Shared {
             qemu: self.options.qemu.clone(),
             trees: self.trees.clone(),
             program: self.options.clan_executable.clone(),
-            keep_vms: self.options.keep_vms,
+            keep_vms: self.options.keep_vms.clone(),
             patience: Patience::default(),
         };
         let keeper = Keeper::spawn(record.clone(), config, self.keepers.child_token());

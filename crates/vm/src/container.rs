@@ -176,7 +176,7 @@ impl Container {
         }
         let Some(identity) = dir.holder().await else { return Ok(None) };
         let Some(handle) = identity.handle()? else { return Ok(None) };
-        let group = Group::of(identity.pid).ok_or_else(Unlimited::from_before);
+        let group = Group::found(&dir.join("."), identity.pid);
         Self::watch(dir, identity, handle, None, group).map(Some)
     }
 
@@ -267,7 +267,7 @@ fn launch(
     lock: &Lock,
     dir: &Dir,
 ) -> Result<(Child, OwnedFd, Identity), VmError> {
-    let bounds = Bounds::of_container(group).map_err(VmError::io("confine", command.get_program()))?;
+    let bounds = Bounds::within(group).map_err(VmError::io("confine", command.get_program()))?;
     let lock_fd = lock.as_fd().as_raw_fd();
     // SAFETY: the closure only makes system calls, which are safe between fork and exec. The lock stays open in the
     // parent until `spawn` has returned. Privileges can be gained up to here: newuidmap(1) needs to.

@@ -20,6 +20,9 @@ use rustix::{
     fs::{Access, CWD},
     process::{Resource, Rlimit},
 };
+use serde::{Deserialize, Serialize};
+
+use crate::file;
 
 /// In the order of their weight here.
 const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
@@ -27,7 +30,7 @@ const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
 const PREFIX: &str = "clan-vm-";
 /// Half of what everybody else has: one that spins leaves two thirds of a busy processor to whoever wants it.
 const WEIGHT: u32 = 50;
-/// Beside the machine's memory: the code cache of the emulation, what connects a container, and what is cached of files.
+/// Beside the machine's memory: the code cache of the emulation, what connects the machine, and what is cached of files.
 const MEMORY_BESIDE: ByteSize = ByteSize::from_mib(512);
 /// QEMU's threads, with those that it does input and output by.
 const THREADS: u32 = 256;
@@ -39,6 +42,9 @@ const PERIOD_US: u64 = 100_000;
 const NICE: i32 = 5;
 /// Addresses beside the guest's memory, of which little is used: stacks, heaps, libraries.
 const ADDRESSES_BESIDE: ByteSize = ByteSize::from_mib(8 << 10);
+/// In a machine's directory: how it is bounded.
+const KEPT: &str = "limits.json";
+const KEPT_VERSION: u32 = 1;
 const HIERARCHY: &str = "cgroup2";
 /// A group is busy until the kernel has forgotten its last process.
 const REMOVE_AGAIN: Duration = Duration::from_millis(20);
@@ -50,7 +56,7 @@ pub fn check() -> Result<(), Unlimited> {
 }
 
 /// The most that a machine may take.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Most {
     /// Of the machine; what runs it has some beside.
     memory: ByteSize,
@@ -138,11 +144,8 @@ fn plan(levels: &[Level]) -> Result<Plan, Unlimited> {
     let mut any = false;
     for level in fit {
         any = true;
-        let has = |set: &BTreeSet<String>, name: &str| set.contains(name);
-        let controllers: Vec<_> = CONTROLLERS.into_iter().filter(|name| has(&level.available, name)).collect();
-        if controllers.contains(&"cpu") {
-            let enable = controllers.iter().copied().filter(|name| !has(&level.enabled, name)).collect();
-            return Ok(Plan { parent: level.dir.clone(), controllers, enable });
+        if let Some(plan) = divided(level) {
+            return Ok(plan);
         }
     }
     Err(Unlimited(if any {
@@ -151,6 +154,14 @@ fn plan(levels: &[Level]) -> Result<Plan, Unlimited> {
         "no control group is yours to divide; a manager that is a service of yours has one (`clan manager --install`)"
             .into()
     }))
+}
+
+/// How a group is divided, if those in it can be bounded.
+fn divided(level: &Level) -> Option<Plan> {
+    let among = |set: &BTreeSet<String>, name: &str| set.contains(name);
+    let controllers: Vec<_> = CONTROLLERS.into_iter().filter(|name| among(&level.available, name)).collect();
+    let enable = controllers.iter().copied().filter(|name| !among(&level.enabled, name)).collect();
+    controllers.contains(&"cpu").then(|| Plan { parent: level.dir.clone(), controllers, enable })
 }
 
 /// The groups that this process is in, the nearest first.
@@ -203,8 +214,20 @@ impl Group {
     /// Makes a group for the machine in `dir`.
     pub(crate) fn make(dir: &Path, most: Most) -> Result<Self, Unlimited> {
         let plan = plan(&levels())?;
-        Self::by(&plan, dir, most)
-            .map_err(|error| Unlimited(format!("{} cannot be divided: {error}", plan.parent.display())))
+        let made = keep(dir, most).and_then(|()| Self::by(&plan, dir, most));
+        made.map_err(|error| Unlimited(format!("{} cannot be divided: {error}", plan.parent.display())))
+    }
+
+    /// The group of the machine in `dir` that was found running, bounded anew: a service manager that enables fewer controllers for
+    /// a while, as systemd does when its last unit with a share of processors ends, takes the bounds away.
+    pub(crate) fn found(dir: &Path, pid: u32) -> Result<Self, Unlimited> {
+        let group = Self::of(pid).ok_or_else(Unlimited::from_before)?;
+        let (Some(most), Some(parent)) = (kept(dir), group.0.parent()) else { return Ok(group) };
+        let again =
+            divided(&level(parent, false)).ok_or_else(|| io::Error::other("it cannot bound processors any more"));
+        again
+            .and_then(|plan| Self::by(&plan, dir, most))
+            .map_err(|error| Unlimited(format!("its control group does not bound it any more: {error}")))
     }
 
     fn by(plan: &Plan, dir: &Path, most: Most) -> io::Result<Self> {
@@ -272,6 +295,17 @@ pub(crate) async fn tidy(dir: &Path) {
     }
 }
 
+/// Writes down how the machine in `dir` is bounded, for whoever finds it running.
+fn keep(dir: &Path, most: Most) -> io::Result<()> {
+    file::replace(&dir.join(KEPT), &serde_json::to_vec(&(KEPT_VERSION, most))?)
+}
+
+fn kept(dir: &Path) -> Option<Most> {
+    let bytes = file::read_bounded(&dir.join(KEPT), 4096).ok()?;
+    let (version, most): (u32, Most) = serde_json::from_slice(&bytes).ok()?;
+    (version == KEPT_VERSION).then_some(most)
+}
+
 /// What a group is called: by its machine's folder, which no two share.
 fn name(dir: &Path) -> io::Result<String> {
     let meta = fs::metadata(dir)?;
@@ -288,11 +322,11 @@ impl Bounds {
     /// Of a QEMU whose guest has so much memory.
     pub(crate) fn of_vm(group: Option<&Group>, memory: ByteSize) -> io::Result<Self> {
         let addresses = memory.as_bytes().saturating_add(ADDRESSES_BESIDE.as_bytes());
-        Ok(Self { addresses: Some(addresses), ..Self::of_container(group)? })
+        Ok(Self { addresses: Some(addresses), ..Self::within(group)? })
     }
 
-    /// Of what runs a container: programs in it may need many addresses, however little they use of them.
-    pub(crate) fn of_container(group: Option<&Group>) -> io::Result<Self> {
+    /// Of what else runs a machine: programs in a container may need many addresses, however little they use of them.
+    pub(crate) fn within(group: Option<&Group>) -> io::Result<Self> {
         Ok(Self { group: group.map(Group::entrance).transpose()?, addresses: None })
     }
 
@@ -417,7 +451,7 @@ mod tests {
             eprintln!("this kernel does not kill groups: not tested");
             return group.remove().await;
         }
-        let bounds = Bounds::of_container(Some(&group)).unwrap();
+        let bounds = Bounds::within(Some(&group)).unwrap();
         let mut command = Command::new("sh");
         // A child that outlives what started it.
         command.args(["-c", "sleep 1000 & echo $!"]).stdout(std::process::Stdio::piped());
@@ -436,6 +470,41 @@ mod tests {
         assert!(
             crate::host::Stat::of(left).is_ok_and(|stat| stat.zombie) || !Path::new(&format!("/proc/{left}")).exists()
         );
+    }
+
+    /// Where this user has controllers to enable: in a group of its own, whose owner takes them away.
+    #[tokio::test]
+    async fn a_machine_that_is_found_running_is_bounded_anew() {
+        let Ok(plan) = plan(&levels()) else {
+            eprintln!("no control group is ours to divide here: only what is written down is tested");
+            let folder = tempfile::tempdir().unwrap();
+            assert_eq!(kept(folder.path()), None);
+            let most = Most::of_container(ByteSize::from_mib(64), 1);
+            keep(folder.path(), most).unwrap();
+            assert_eq!(kept(folder.path()), Some(most));
+            fs::write(folder.path().join(KEPT), "[2, {}]").unwrap();
+            assert_eq!(kept(folder.path()), None);
+            return;
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let group = Group::make(folder.path(), Most::of_container(ByteSize::from_mib(64), 1)).unwrap();
+        let bounds = Bounds::within(Some(&group)).unwrap();
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        // SAFETY: makes system calls only.
+        unsafe { std::os::unix::process::CommandExt::pre_exec(&mut command, move || bounds.enter()) };
+        let mut child = command.spawn().unwrap();
+        // As it is after its controller was disabled and enabled again.
+        fs::write(group.0.join("cpu.weight"), "100").unwrap();
+        fs::write(group.0.join("cpu.max"), "max").unwrap();
+        let found = Group::found(folder.path(), child.id()).unwrap();
+        assert_eq!(found.0, group.0);
+        assert_eq!(fs::read_to_string(group.0.join("cpu.weight")).unwrap().trim(), "50");
+        assert_eq!(fs::read_to_string(group.0.join("cpu.max")).unwrap().trim(), "100000 100000");
+        assert!(plan.controllers.contains(&"cpu"));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        group.remove().await;
     }
 
     #[test]

@@ -46,6 +46,7 @@ use tokio::{
 use crate::{
     UdpForward, console, file,
     host::{Stat, processes},
+    limits::{Bounds, Group},
     process::{self, Dir},
     tool,
 };
@@ -149,10 +150,11 @@ pub(crate) struct Entrance {
 }
 
 impl Namespace {
-    /// Makes a namespace into which the UDP ports of `forwards` lead, by their numbers on the base OS.
-    pub(crate) async fn make(dir: &Dir, forwards: &[UdpForward]) -> Result<Self, Exposure> {
+    /// Makes a namespace into which the UDP ports of `forwards` lead, by their numbers on the base OS. What connects it is in
+    /// the machine's group: a guest that floods its network spins there, too.
+    pub(crate) async fn make(dir: &Dir, forwards: &[UdpForward], group: Option<&Group>) -> Result<Self, Exposure> {
         let (pasta, cat) = programs()?;
-        let made = Self::start(&pasta, &cat, dir, forwards).await;
+        let made = Self::start((&pasta, &cat), dir, forwards, group).await;
         made.map_err(|error| {
             let said = console::tail(&dir.join(LOG), 3).unwrap_or_default().replace('\n', "; ");
             let because = if said.is_empty() { error.to_string() } else { said };
@@ -164,7 +166,12 @@ impl Namespace {
         })
     }
 
-    async fn start(pasta: &Path, cat: &Path, dir: &Dir, forwards: &[UdpForward]) -> io::Result<Self> {
+    async fn start(
+        (pasta, cat): (&Path, &Path),
+        dir: &Dir,
+        forwards: &[UdpForward],
+        group: Option<&Group>,
+    ) -> io::Result<Self> {
         let log = File::options().write(true).create(true).truncate(true).mode(0o600).open(dir.join(LOG))?;
         let resolver = Resolver::prepare(dir)?;
         let (until_cut, lifeline) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
@@ -177,11 +184,12 @@ impl Namespace {
         command.args(arguments(forwards, resolver.is_some())).arg("--").arg(cat).current_dir(dir.join("."));
         command.stdin(until_cut).stdout(answers).stderr(log);
         command.env_clear().env("LC_ALL", "C").envs(std::env::var_os("PATH").map(|path| ("PATH", path)));
-        // SAFETY: the closure only makes a system call, which is safe between fork and exec.
+        let bounds = group.map(|group| Bounds::within(Some(group))).transpose()?;
+        // SAFETY: the closure only makes system calls, which are safe between fork and exec.
         unsafe {
-            command.pre_exec(|| {
+            command.pre_exec(move || {
                 rustix::process::setsid()?;
-                Ok(())
+                bounds.as_ref().map_or(Ok(()), Bounds::enter)
             });
         }
         let mut child = command.spawn()?;

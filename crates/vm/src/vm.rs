@@ -108,20 +108,28 @@ impl Vm {
         };
         preflight::check(&spec)?;
         let qemu = preflight::executable(&spec.qemu)?;
-        let (emulator, namespace, kernel) =
-            tokio::join!(preflight::emulator(&qemu), Namespace::make(&dir, &spec.forwards), Lent::to(&spec, &dir));
+        let group = Group::make(&dir.join("."), Most::of_vm(spec.memory));
+        let (emulator, namespace, kernel) = tokio::join!(
+            preflight::emulator(&qemu),
+            Namespace::make(&dir, &spec.forwards, group.as_ref().ok()),
+            Lent::to(&spec, &dir)
+        );
         let (namespace, network) = match namespace {
             Ok(namespace) => (Some(namespace), Network::Apart),
             Err(exposure) => {
                 // Which may be why.
-                preflight::ports(&spec)?;
+                if let Err(error) = preflight::ports(&spec) {
+                    if let Ok(group) = group {
+                        group.remove().await;
+                    }
+                    return Err(error);
+                }
                 (None, Network::Exposed(exposure))
             }
         };
         let state = saved::open(&spec.begin);
         let key = spec.passphrase.as_ref().map(sealed::hand_over).transpose();
         let key = key.map_err(|source| VmError::Process { doing: "hand the passphrase to", source });
-        let group = Group::make(&dir.join("."), Most::of_vm(spec.memory));
         let started = emulator.and_then(|emulator| Ok((emulator, state?, key?))).and_then(|(emulator, state, key)| {
             let (namespace, group) = (namespace.as_ref(), group.as_ref().ok());
             let (state, key) = (state.as_ref().map(AsFd::as_fd), key.as_ref().map(AsFd::as_fd));
@@ -212,7 +220,7 @@ impl Vm {
             Found::Fed(feeder) => (Network::Apart, Feed::By(feeder)),
             Found::Cut => (Network::Apart, Feed::Cut),
         };
-        let group = Group::of(identity.pid).ok_or_else(Unlimited::from_before);
+        let group = Group::found(&dir.join("."), identity.pid);
         let vm = Self::watch(dir, identity, handle, None, (network, feed), group)?;
         // From then on it will tell why it ends.
         tokio::select! {

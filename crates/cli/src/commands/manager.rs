@@ -18,7 +18,7 @@ pub(crate) struct Args {
     /// Loopback address and port of the web page; a socket handed in by LISTEN_FDS wins over it
     #[arg(long, value_name = "ADDR", default_value = "127.0.0.1:7420")]
     listen: SocketAddr,
-    /// Leave the virtual machines running when it stops
+    /// Leave the virtual machines running when it stops; a restart of its service does so in any case
     #[arg(long)]
     keep_vms: bool,
     /// How much memory all virtual machines together may have; those that do not fit wait until others stop [default: what this computer has]
@@ -72,7 +72,10 @@ fn serve(args: Args, global: &Global, printer: &Printer) -> Result<(), CliError>
     let agent = args.agent.unwrap_or_else(|| agent_beside(&executable));
     let mut options = Options::new(executable, agent);
     options.listen = args.listen;
-    options.keep_vms = args.keep_vms;
+    if args.keep_vms {
+        options.keep_vms.keep();
+    }
+    let keep = options.keep_vms.clone();
     options.vm_memory = args.vm_memory;
     options.mirror = args.mirror;
     options.proxy =
@@ -86,7 +89,7 @@ fn serve(args: Args, global: &Global, printer: &Printer) -> Result<(), CliError>
     runtime.block_on(async {
         let cancel = CancellationToken::new();
         // Before anything starts: a signal that arrives meanwhile ends the manager in good order too.
-        let signals = signals(cancel.clone())
+        let signals = signals(cancel.clone(), keep)
             .map_err(|e| CliError::refused("system", "the manager cannot listen for signals").why(e))?;
         let manager = Manager::open(&data, options).await.map_err(refused)?;
         if printer.stderr_is_terminal() {
@@ -112,7 +115,10 @@ fn agent_beside(executable: &std::path::Path) -> PathBuf {
 
 /// A task that cancels at the first SIGINT or SIGTERM; a second one ends the program at once.
 #[cfg(feature = "manager")]
-fn signals(cancel: tokio_util::sync::CancellationToken) -> std::io::Result<tokio::task::JoinHandle<()>> {
+fn signals(
+    cancel: tokio_util::sync::CancellationToken,
+    keep: clan_manager::KeepVms,
+) -> std::io::Result<tokio::task::JoinHandle<()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
     Ok(tokio::spawn(async move {
@@ -125,7 +131,11 @@ fn signals(cancel: tokio_util::sync::CancellationToken) -> std::io::Result<tokio
                 tracing::warn!("told to stop again: the manager ends now, and virtual machines go on");
                 std::process::exit(i32::from(crate::error::Exit::Refused as u8));
             }
-            tracing::info!("told to stop");
+            let another = unit::restarts().await;
+            tracing::info!(another, "told to stop");
+            if another {
+                keep.keep();
+            }
             cancel.cancel();
         }
     }))

@@ -508,7 +508,7 @@ impl Loop {
 
     async fn shut_down(mut self) {
         let Some(running) = self.running.take() else { return };
-        if !self.config.keep_vms {
+        if !self.config.keep_vms.get() {
             // The wish stays on disk: the next manager starts it again.
             self.show(VmState::Stopping, None);
             power_off(running.vm.clone(), self.out.agent.subscribe(), POWER_OFF_QUICKLY).await;

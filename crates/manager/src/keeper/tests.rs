@@ -106,7 +106,7 @@ impl Site {
             qemu: Qemu::Search,
             trees: crate::trees::Trees::open(folder.path().join("trees")),
             program: "/nonexistent/clan".into(),
-            keep_vms: false,
+            keep_vms: Default::default(),
             patience: Patience {
                 template: Duration::from_millis(500),
                 kvm: Duration::from_millis(500),

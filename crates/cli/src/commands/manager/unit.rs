@@ -18,6 +18,9 @@ use crate::{
 const SOCKET: &str = "clan-manager.socket";
 const SERVICE: &str = "clan-manager.service";
 const HANDLER: &str = "clan-open.desktop";
+/// For systemd to say what it is about.
+#[cfg(feature = "manager")]
+const JOBS_LIMIT: std::time::Duration = std::time::Duration::from_secs(5);
 const SCHEME: &str = "x-scheme-handler/clan";
 
 /// Writes the units and the desktop's entry, and starts the manager.
@@ -84,6 +87,31 @@ pub(super) fn print(args: &Args, global: &Global, printer: &Printer) -> Result<(
     Ok(())
 }
 
+/// Whether this is the service, which its systemd stops to start it again at once.
+#[cfg(feature = "manager")]
+pub(super) async fn restarts() -> bool {
+    // systemd.exec(5): older ones than 248 do not tell, and then the virtual machines are stopped and started.
+    let is_service = env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid == std::process::id().to_string());
+    if !is_service {
+        return false;
+    }
+    let mut command = tokio::process::Command::new("systemctl");
+    command.args(["--user", "list-jobs", "--plain", "--no-legend", "--no-pager"]).stdin(Stdio::null());
+    match tokio::time::timeout(JOBS_LIMIT, command.kill_on_drop(true).output()).await {
+        Ok(Ok(output)) => is_restarted(&String::from_utf8_lossy(&output.stdout)),
+        _ => false,
+    }
+}
+
+/// Whether the service is being restarted, by systemd's list of jobs: number, unit, type, state.
+#[cfg(feature = "manager")]
+fn is_restarted(jobs: &str) -> bool {
+    jobs.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next() == Some(SERVICE) && words.next().is_some_and(|kind| kind.ends_with("restart"))
+    })
+}
+
 /// Of the XDG base directory specification.
 struct Places {
     units: PathBuf,
@@ -141,7 +169,8 @@ fn service(args: &Args, global: &Global, data: &Path) -> Result<String, CliError
     if let Some(memory) = args.vm_memory {
         command.push_str(&format!(" --vm-memory {}M", memory.as_mib()));
     }
-    // The virtual machines outlive a manager that died; one that is told to stop stops them itself.
+    // The virtual machines outlive a manager that died; one that is told to stop stops them itself, but for a restart. Their
+    // control groups are beside the service's own: what is delegated is enabled there, too, for as long as it runs.
     Ok(format!(
         "[Unit]
 Description=Clan manager: your clans and their virtual machines
@@ -153,6 +182,7 @@ ExecStart={command}
 Restart=on-failure
 RestartSec=2
 KillMode=process
+Delegate=cpu memory pids
 TimeoutStopSec=120
 
 [Install]
@@ -207,4 +237,19 @@ fn desktop(program: &str, arguments: &[&str]) -> bool {
     let mut command = Command::new(program);
     command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     command.status().is_ok_and(|status| status.success())
+}
+
+#[cfg(all(test, feature = "manager"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restart_is_told_from_a_stop() {
+        let of = |kind: &str| format!("41 clan-manager.service {kind} running\n42 other.service restart waiting\n");
+        for (kind, restarted) in [("restart", true), ("try-restart", true), ("stop", false), ("start", false)] {
+            assert_eq!(is_restarted(&of(kind)), restarted, "{kind}");
+        }
+        assert!(!is_restarted("7 clan-manager.socket restart waiting\n"));
+        assert!(!is_restarted("No jobs running.\n"));
+    }
 }

@@ -40,7 +40,8 @@ async fn a_locked_vm_says_so_starts_when_it_is_unlocked_and_again_when_it_dies()
 #[tokio::test]
 async fn the_next_manager_finds_what_runs_and_locks_what_has_ended() {
     let mut site = Site::encrypted(true).await;
-    (site.config.patience.boot, site.config.keep_vms) = (LIMIT, true);
+    site.config.patience.boot = LIMIT;
+    site.config.keep_vms.keep();
     site.record.set_passphrase(Some(PASSPHRASE.parse().unwrap()));
     let keeper = site.keeper();
     let pid = pids(&until(&keeper, |view| view.pid.is_some()).await)[0];
