@@ -106,6 +106,19 @@ fn the_size_that_a_person_asks_for_is_what_the_offer_is_judged_by() {
     assert_eq!(asked.all(), [expected]);
 }
 
+#[test]
+fn a_container_has_memory_and_processors_at_most_and_no_disk() {
+    let computer = Computer::new();
+    let asked = computer.manager(&[]);
+    computer.clan(&["join", &link(), "--container", "--memory", "256M", "--cpus", "1", "--dry-run"]).assert().code(1);
+    let asked = asked.all();
+    for part in [r#""container":true"#, r#""memory":268435456"#, r#""cpus":1"#] {
+        assert!(asked[0].contains(part), "{part} is missing in: {asked:?}");
+    }
+    let wrong = computer.clan(&["join", &link(), "--container", "--disk", "4G"]).assert().code(2);
+    assert!(String::from_utf8_lossy(&wrong.get_output().stderr).contains("cannot be used with"));
+}
+
 fn plan(change: impl FnOnce(&mut Value)) -> String {
     let mut plan = json!({"clan": "family", "flavour": "vm", "before": ImageId::from_bytes([8; 32]), "image": ImageId::from_bytes([9; 32]), "image_title": "Debian 12, small",
         "source": "members", "download": {"total": 180u64 << 20, "missing": 24u64 << 20}});

@@ -87,7 +87,7 @@ pub(crate) fn flavour(integrated: bool, container: bool) -> Flavour {
 pub(crate) struct Contain {
     /// Make the clan's machine a container instead of a virtual one: for weak computers, as it shares this one's kernel,
     /// and keeps less apart
-    #[arg(long, conflicts_with_all = ["integrate", "memory", "disk", "cpus"])]
+    #[arg(long, conflicts_with_all = ["integrate", "disk"])]
     pub(crate) container: bool,
 }
 
