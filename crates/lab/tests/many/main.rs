@@ -2,6 +2,8 @@
 //! `make deps` installs.
 #![allow(clippy::unwrap_used, reason = "what helps a test may fail it")]
 
+#[path = "../chromium/mod.rs"]
+mod chromium;
 mod crashes;
 #[path = "../people/mod.rs"]
 mod people;

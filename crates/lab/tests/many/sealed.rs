@@ -14,6 +14,7 @@ use clan_lab::{Lab, LabError, Screen, matching, story};
 
 use crate::{
     Beside, MANAGER,
+    chromium::Chromium,
     crashes::{caught, names},
     people::promise,
     text, vms,
@@ -25,19 +26,21 @@ const HEAL: Duration = Duration::from_secs(120);
 /// What is written in the guest, many times.
 const MARK: &str = "nobody-reads-this-outside";
 const RIGHT: &str = "correct horse of this test";
+const NEXT: &str = "battery staple of this test";
 
 /// A file with the passphrase that the person can read.
-fn passphrase(lab: &mut Lab) -> Result<PathBuf, LabError> {
+fn passphrase(lab: &mut Lab, name: &str, text: &str) -> Result<PathBuf, LabError> {
     let (uid, gid) = (lab.account().uid, lab.account().gid);
-    let path = lab.person("founder").data().join("passphrase");
+    let path = lab.person("founder").data().join(name);
     let mut file = File::options().write(true).create_new(true).mode(0o600).open(&path).map_err(complain)?;
-    file.write_all(RIGHT.as_bytes()).and_then(|()| fchown(&file, Some(uid), Some(gid))).map_err(complain)?;
+    file.write_all(text.as_bytes()).and_then(|()| fchown(&file, Some(uid), Some(gid))).map_err(complain)?;
     Ok(path)
 }
 
 pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     let began = Instant::now();
-    let (file, logs) = (passphrase(lab)?, lab.record().logs());
+    let (file, logs) = (passphrase(lab, "passphrase", RIGHT)?, lab.record().logs());
+    let next = passphrase(lab, "next-passphrase", NEXT)?;
     let founder = lab.person("founder");
     let made = ["create", CLAN, "--person", "founder", "--machine", "vault", "--memory", "256M", "--cpus", "1"];
     founder.clan_typing(&[&made[..], &["--encrypt"]].concat(), RIGHT)?.success()?;
@@ -55,7 +58,8 @@ pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     promise(told.contains("does not know the passphrase"), || format!("the status says nothing of a lock: {told}"))?;
     let from = file.display().to_string();
     let unlock = ["vm", "unlock", CLAN, "--passphrase-file", &from];
-    founder.clan(&unlock)?.success()?;
+    on_the_page(lab)?;
+    let founder = lab.person("founder");
 
     let place = founder.data().join("clans").join(text(&vm(founder)?, "id"));
     let is_draft = |name: &String| name.starts_with("data.ext4.");
@@ -88,22 +92,60 @@ pub(crate) fn tell(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     })?;
     screen.seen("it opens by its passphrase only, and has what was written", began.elapsed());
 
+    let began = Instant::now();
+    let to = next.display().to_string();
+    let change = ["vm", "passphrase", CLAN, "--passphrase-file", &from, "--new-passphrase-file", &to];
+    founder.clan(&change)?.success()?;
+    founder.clan(&["vm", "stop", CLAN])?.success()?;
+    founder.clan(&["vm", "lock", CLAN])?.success()?;
+    let refused = founder.clan(&unlock)?;
+    promise(!refused.status.success(), || format!("the old passphrase opens it: {}", refused.output()))?;
+    founder.clan(&["vm", "unlock", CLAN, "--passphrase-file", &to])?.success()?;
+    screen.seen("it has another passphrase, while it runs", began.elapsed());
+
     promise(place.join("snapshots/first/data.ext4").exists(), || "there is no snapshot to look through".into())?;
     let marked = containing(MARK, &[&place])?;
     promise(marked.is_empty(), || format!("these files have it in the clear: {marked}"))?;
-    fs::remove_file(&file).map_err(complain)?;
+    for file in [&file, &next] {
+        fs::remove_file(file).map_err(complain)?;
+    }
     let data = founder.data();
     let folders = ["clans", "tasks", "cache/templates"].map(|folder| data.join(folder));
     let folders: Vec<&Path> = folders.iter().chain([&logs]).filter(|f| f.exists()).map(PathBuf::as_path).collect();
-    let told = containing(RIGHT, &folders)?;
-    promise(told.is_empty(), || format!("these files have the passphrase: {told}"))?;
+    for secret in [RIGHT, NEXT] {
+        let told = containing(secret, &folders)?;
+        promise(told.is_empty(), || format!("these files have the passphrase: {told}"))?;
+    }
     let shows = |proc: &PathBuf| {
         let seen = ["cmdline", "environ"].map(|file| fs::read(proc.join(file)).unwrap_or_default());
-        seen.iter().any(|seen| seen.windows(RIGHT.len()).any(|part| part == RIGHT.as_bytes()))
+        let has = |seen: &Vec<u8>| String::from_utf8_lossy(seen).contains("of this test");
+        seen.iter().any(has)
     };
     let showing = matching(shows);
     promise(showing.is_empty(), || format!("these processes show the passphrase: {showing:?}"))?;
     founder.clan(&["vm", "delete", CLAN, "--force", "--yes"])?.success().map(drop)
+}
+
+/// Unlocks the machine, which runs, in a browser.
+fn on_the_page(lab: &mut Lab) -> Result<(), LabError> {
+    let founder = lab.person("founder");
+    let page = story::url_in(&founder.clan_quietly(&["web", "--print"])?.success()?.stdout)?;
+    let origin = page.split('/').take(3).collect::<Vec<_>>().join("/");
+    let place = text(&vm(founder)?, "id").to_owned();
+    let mut browser = Chromium::start(lab.account())?;
+    browser.open(&page)?;
+    browser.open(&format!("{origin}/#/clan/{place}"))?;
+    browser.press("button.unlock")?;
+    browser.type_into("dialog[open] input[name=passphrase]", "correct horse of no test")?;
+    browser.press("dialog[open] button[type=submit]")?;
+    browser.shows("dialog[open] [role=alert]", &["The passphrase is wrong"])?;
+    browser.picture(&lab.record().logs().join("wrong-passphrase.png"))?;
+    promise(vm(lab.person("founder"))?["locked"] == true, || "a wrong passphrase unlocks it".into())?;
+    browser.type_into("dialog[open] input[name=passphrase]", RIGHT)?;
+    browser.press("dialog[open] button[type=submit]")?;
+    browser.gone("dialog[open]")?;
+    browser.gone("button.unlock")?;
+    promise(vm(lab.person("founder"))?["locked"].is_null(), || "the page did not unlock it".into())
 }
 
 /// Those of the files below these folders that have a text in them, and what cannot be read.
