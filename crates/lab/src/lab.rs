@@ -198,6 +198,27 @@ impl Lab {
         Ok(Self { record, account, screen: screen.clone(), people, capture, _proxy: proxy })
     }
 
+    /// Has a person's manager build an image with another build of `clan` in it. Gives its id.
+    ///
+    /// # Errors
+    /// When the program cannot be exchanged, or the image not be built.
+    pub fn build_another(&mut self, person: &str) -> Result<String, LabError> {
+        let program = self.record.programs().join("clan");
+        let complain = || LabError::io("make another build");
+        let (kept, next) = (program.with_extension("kept"), program.with_extension("next"));
+        // Nobody looks at what follows the last section.
+        let mut bytes = fs::read(&program).map_err(complain())?;
+        bytes.extend_from_slice(b"another build");
+        fs::write(&next, bytes).map_err(complain())?;
+        fs::set_permissions(&next, fs::metadata(&program).map_err(complain())?.permissions()).map_err(complain())?;
+        fs::rename(&program, &kept).and_then(|()| fs::rename(&next, &program)).map_err(complain())?;
+        let built = self.person(person).clan_json(&["image", "build"]);
+        fs::rename(&kept, &program).map_err(complain())?;
+        let built = built?;
+        let id = built["result"]["id"].as_str();
+        id.map(str::to_owned).ok_or_else(|| LabError::Promise(format!("no image was built: {built}")))
+    }
+
     /// One of the lab's people: `founder` or `second`.
     ///
     /// # Panics

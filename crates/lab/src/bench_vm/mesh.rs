@@ -39,6 +39,9 @@ fn rounds(config: &VmBenchConfig, lab: &mut Lab, results: &mut Results) -> Resul
     let id = image.and_then(|image| image["id"].as_str());
     let id = id.ok_or_else(|| LabError::Promise(format!("no image of the clan among {images}")))?;
     let folder = lab.person(FOUNDER).data().join("images").join(id);
+    let began = Instant::now();
+    lab.build_another(FOUNDER)?;
+    results.add(Key::Rebuild, millis(began.elapsed()));
     // The first one that joins leaves the template, of which the others come.
     for round in 0..=config.rounds {
         let link = story::link_in(&lab.person(FOUNDER).clan_quietly(&["invite"])?.success()?.stdout)?;

@@ -20,6 +20,7 @@ pub(super) enum Key {
     BootServices,
     BootMesh,
     FirstMesh,
+    Rebuild,
     RestoreMonitor,
     RestoreChannel,
     RestoreAgent,
@@ -56,11 +57,12 @@ const fn line(key: Key, title: &'static str, bar: Option<f64>, debian: Option<Ke
     Line { key, title, bar, debian }
 }
 
-const LINES: [Line; 25] = [
+const LINES: [Line; 26] = [
     line(Key::BootAgent, "boot: agent answers, ms", Some(1800.0), None),
     line(Key::BootServices, "boot: services up, ms", Some(8000.0), Some(Key::DebianServices)),
     line(Key::BootMesh, "boot: in the mesh, ms", Some(10_000.0), Some(Key::DebianServices)),
     line(Key::FirstMesh, "first boot of an image, leaving a template: in the mesh, ms", None, None),
+    line(Key::Rebuild, "an image again, one file of it changed, ms", None, None),
     line(Key::RestoreMonitor, "template: QEMU has read it, ms", None, None),
     line(Key::RestoreChannel, "template: channel to the agent, ms", None, None),
     line(Key::RestoreAgent, "template: agent answers, ms", Some(300.0), Some(Key::DebianServices)),
