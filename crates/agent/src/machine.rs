@@ -1,11 +1,18 @@
 //! What the agent does to, and knows of, the guest.
 
-use std::{fs, io, sync::Arc};
+use std::{
+    fs, io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use clan_types::Timestamp;
 use rustix::system::RebootCommand;
 
 use crate::{disk, log, renew, start::Start};
+
+/// A guest that goes on from a template is in its clan's mesh by then, unless its computer is very busy.
+const JOURNAL_AFTER: Duration = Duration::from_secs(5);
 
 /// The guest, as the manager sees and steers it.
 pub(crate) trait Machine {
@@ -15,6 +22,10 @@ pub(crate) trait Machine {
     fn boot_id(&self) -> String;
     /// What has gone wrong while it was started.
     fn problems(&self) -> Vec<String>;
+    /// When [`Machine::handle_timeout`] is due.
+    fn next_timeout(&self) -> Option<Instant>;
+    /// Does what had time.
+    fn handle_timeout(&mut self, now: Instant);
     /// Sets the wall clock.
     fn set_clock(&mut self, now: Timestamp) -> io::Result<()>;
     /// Takes off the disk what only one guest may have.
@@ -32,7 +43,17 @@ pub(crate) trait Machine {
 }
 
 /// The guest that this program runs in. What needs its root file system waits for that.
-pub(crate) struct Guest(pub(crate) Arc<Start>);
+pub(crate) struct Guest {
+    start: Arc<Start>,
+    /// When the journal is to learn who this guest is now.
+    journal: Option<Instant>,
+}
+
+impl Guest {
+    pub(crate) fn new(start: Arc<Start>) -> Self {
+        Self { start, journal: None }
+    }
+}
 
 impl Machine for Guest {
     fn uptime_ms(&self) -> u64 {
@@ -47,7 +68,19 @@ impl Machine for Guest {
     }
 
     fn problems(&self) -> Vec<String> {
-        self.0.problems()
+        self.start.problems()
+    }
+
+    fn next_timeout(&self) -> Option<Instant> {
+        self.journal
+    }
+
+    fn handle_timeout(&mut self, now: Instant) {
+        if self.journal.take_if(|due| *due <= now).is_some()
+            && let Err(error) = renew::journal()
+        {
+            log::error(&format!("the journal was not renewed: {error}"));
+        }
     }
 
     fn set_clock(&mut self, now: Timestamp) -> io::Result<()> {
@@ -62,13 +95,16 @@ impl Machine for Guest {
     }
 
     fn seal(&mut self) -> io::Result<()> {
-        self.0.wait_for_root()?;
+        self.start.wait_for_root()?;
         renew::seal()
     }
 
     fn renew(&mut self, entropy: &[u8]) -> io::Result<()> {
-        self.0.wait_for_root()?;
-        renew::renew(entropy)
+        self.start.wait_for_root()?;
+        if renew::renew(entropy)? {
+            self.journal = Some(Instant::now() + JOURNAL_AFTER);
+        }
+        Ok(())
     }
 
     fn sync(&mut self) {
@@ -76,7 +112,7 @@ impl Machine for Guest {
     }
 
     fn grow_disk(&mut self, least: u64) -> io::Result<()> {
-        self.0.wait_for_root()?;
+        self.start.wait_for_root()?;
         disk::grow(least)
     }
 

@@ -39,7 +39,7 @@ pub(crate) struct Conversation {
 
 impl Conversation {
     pub(crate) fn new(start: Arc<Start>) -> Self {
-        let server = Server::new(nonce(), Guest(start.clone()), Instant::now());
+        let server = Server::new(nonce(), Guest::new(start.clone()), Instant::now());
         Self { server, start, port: None, last: String::new() }
     }
 

@@ -61,23 +61,22 @@ pub(crate) fn seal() -> io::Result<()> {
     Ok(())
 }
 
-/// Makes this guest differ from every other. The first step is the one that counts, as all others draw from it.
-pub(crate) fn renew(entropy: &[u8]) -> io::Result<()> {
+/// Makes this guest differ from every other. The first step is the one that counts, as all others draw from it. Whether it had
+/// to be made so: then [`journal`] is to follow.
+pub(crate) fn renew(entropy: &[u8]) -> io::Result<bool> {
     stir(entropy)?;
     if !has_gate() {
-        return Ok(());
+        return Ok(false);
     }
     fs::write(MACHINE_ID, format!("{}\n", hex(&random::<16>()?)))?;
     let id = uuid(random()?);
     fs::write(NEW_BOOT_ID, format!("{id}\n"))?;
     mount_bind(NEW_BOOT_ID, BOOT_ID)?;
-    // Nothing secret hangs on these.
-    for (what, done) in [("the network device's address", address()), ("the journal", journal())] {
-        if let Err(error) = done {
-            log::error(&format!("{what} was not renewed: {error}"));
-        }
+    // Nothing secret hangs on this.
+    if let Err(error) = address() {
+        log::error(&format!("the network device's address was not renewed: {error}"));
     }
-    open_gate()
+    open_gate().map(|()| true)
 }
 
 /// INVARIANT: the controller goes on only after the kernel's random numbers are this guest's own.
@@ -142,8 +141,9 @@ fn address() -> io::Result<()> {
 }
 
 /// The journal notes the ids with every line, and knows them from its start. systemd starts it again, and has kept what
-/// programs are writing to.
-fn journal() -> io::Result<()> {
+/// programs are writing to. Nothing secret hangs on it either, and it takes a processor half a second, which the guest has other
+/// use for at first.
+pub(crate) fn journal() -> io::Result<()> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<i32>().ok()) else { continue };
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();

@@ -46,10 +46,11 @@ impl<M: Machine> Server<M> {
 
     pub(crate) fn handle_timeout(&mut self, now: Instant) {
         self.mux.handle_timeout(now);
+        self.machine.handle_timeout(now);
     }
 
     pub(crate) fn next_timeout(&self) -> Option<Instant> {
-        self.mux.next_timeout()
+        self.mux.next_timeout().into_iter().chain(self.machine.next_timeout()).min()
     }
 
     /// Bytes to write; empty when there is nothing to say.
@@ -188,6 +189,7 @@ mod tests {
     #[derive(Default)]
     struct Fake {
         problems: Vec<String>,
+        due: Option<Instant>,
         clock: Option<Timestamp>,
         renewed: Vec<Vec<u8>>,
         off: u32,
@@ -205,6 +207,14 @@ mod tests {
 
         fn problems(&self) -> Vec<String> {
             self.problems.clone()
+        }
+
+        fn next_timeout(&self) -> Option<Instant> {
+            self.due
+        }
+
+        fn handle_timeout(&mut self, now: Instant) {
+            self.due = self.due.filter(|due| *due > now);
         }
 
         fn set_clock(&mut self, now: Timestamp) -> io::Result<()> {
@@ -308,6 +318,16 @@ mod tests {
         let AgentResponse::Pong { problems, .. } = pair.ask(&AgentRequest::Ping) else { panic!("no answer") };
         assert_eq!(problems.len(), MAX_PROBLEMS);
         assert!(problems.iter().all(|problem| problem.chars().count() == MAX_PROBLEM));
+    }
+
+    #[test]
+    fn what_the_machine_does_later_is_waited_for() {
+        let mut pair = Pair::new(&[]);
+        let due = Instant::now() + std::time::Duration::from_millis(1);
+        pair.server.machine.due = Some(due);
+        assert!(pair.server.next_timeout().is_some_and(|next| next <= due));
+        pair.server.handle_timeout(due);
+        assert_eq!(pair.server.machine.due, None);
     }
 
     #[test]

@@ -409,7 +409,7 @@ impl Controller {
 
     /// Status when it changes, statistics always, once a second, until the manager has enough.
     async fn report(&self, mut stream: Stream, access: &Access) {
-        let mut sampler = Sampler::new(self.host.measured(&self.dir));
+        let mut sampler = Sampler::new(self.host.measured(&self.dir)).units_later();
         let mut tick = tokio::time::interval(REPORT_EVERY);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         let mut last = None;

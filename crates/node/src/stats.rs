@@ -12,6 +12,7 @@ use crate::{core::now, sockets};
 const TICKS_PER_SECOND: u64 = 100;
 /// Asking systemd costs a process; units change seldom.
 const UNITS_EVERY: Duration = Duration::from_secs(15);
+const UNITS_AFTER: Duration = Duration::from_secs(5);
 
 /// What is measured, where machines differ.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,12 +31,19 @@ pub(crate) struct Sampler {
     busy: u64,
     total: u64,
     units: Vec<UnitStatus>,
-    units_at: Option<Instant>,
+    /// When they are asked for.
+    units_due: Instant,
 }
 
 impl Sampler {
     pub(crate) fn new(measured: Measured) -> Self {
-        Self { measured, busy: 0, total: 0, units: Vec::new(), units_at: None }
+        Self { measured, busy: 0, total: 0, units: Vec::new(), units_due: Instant::now() }
+    }
+
+    /// Asks for the units only after a while: a machine that has just come up has other use for its processors.
+    pub(crate) fn units_later(mut self) -> Self {
+        self.units_due = Instant::now() + UNITS_AFTER;
+        self
     }
 
     pub(crate) async fn sample(&mut self) -> GuestStats {
@@ -44,9 +52,9 @@ impl Sampler {
         let busy = own.map_or(all_busy, |own| own.ticks);
         let cpu_permille = share(busy.saturating_sub(self.busy), total.saturating_sub(self.total));
         (self.busy, self.total) = (busy, total);
-        if self.units_at.is_none_or(|at| at.elapsed() >= UNITS_EVERY) && sockets::is_still() {
+        if self.units_due <= Instant::now() && sockets::is_still() {
             self.units = units(self.measured.units).await;
-            self.units_at = Some(Instant::now());
+            self.units_due = Instant::now() + UNITS_EVERY;
         }
         let (memory_total, memory_available) = parse_memory(&read("/proc/meminfo"));
         let (disk_total, disk_used) = disk(&self.measured.disk);
