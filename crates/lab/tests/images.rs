@@ -225,6 +225,12 @@ fn published(lab: &mut Lab, screen: &Screen) -> Result<(), LabError> {
     // Of the other one nothing is left once nobody runs it, nor takes it back.
     let second = lab.person("second");
     second.clan(&["vm", "control", "local", "--yes"])?.success()?;
+    // What was taken back on the page is being seen to be well.
+    story::until(HEAL, "an end of the machine's tasks", || {
+        let status = second.clan_json(&["status"])?;
+        let mut tasks = status["tasks"].as_array().into_iter().flatten();
+        Ok(tasks.all(|task| task["state"] != "running").then_some(()))
+    })?;
     second.clan(&["image", "gc", "--yes"])?.success()?;
     let images = second.clan_json(&["image", "list"])?;
     promise(images.as_array().is_some_and(|all| all.len() == 1), || format!("{images}"))
