@@ -278,19 +278,8 @@ fn launch(
             bounds.enter()
         });
     }
-    let mut child = command.spawn().map_err(VmError::io("run", command.get_program()))?;
-    let pid = child.id();
-    let failed = |source| VmError::Process { doing: "watch", source };
-    let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
-    match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {
-        Ok((handle, identity)) => Ok((child, handle, identity)),
-        Err(error) => {
-            // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(error)
-        }
-    }
+    let child = command.spawn().map_err(VmError::io("run", command.get_program()))?;
+    dir.take_in(child)
 }
 
 /// Connects to a socket in a folder that a container shares.

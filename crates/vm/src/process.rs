@@ -141,6 +141,22 @@ impl Dir {
         identity.lives().then_some(identity)
     }
 
+    /// Writes down that a process which was just started is the one of this directory. It does not run after an error.
+    pub(crate) fn take_in(&self, mut child: Child) -> Result<(Child, OwnedFd, Identity), VmError> {
+        let pid = child.id();
+        let failed = |source| VmError::Process { doing: "watch", source };
+        let watched = open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
+        match watched.and_then(|(handle, identity)| self.record(&identity).map(|()| (handle, identity))) {
+            Ok((handle, identity)) => Ok((child, handle, identity)),
+            Err(error) => {
+                // It may have ended by itself.
+                let _ = child.kill();
+                let _ = child.wait();
+                Err(error)
+            }
+        }
+    }
+
     pub(crate) fn record(&self, identity: &Identity) -> Result<(), VmError> {
         let path = self.join(PID);
         let bytes = serde_json::to_vec(identity).map_err(|error| VmError::io("write", &path)(error.into()))?;

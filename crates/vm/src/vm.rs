@@ -457,18 +457,8 @@ fn launch(
     let entrance = namespace.map(Namespace::entrance).transpose().map_err(failed)?;
     let fence = Fence::around(&dir.join("."), spec, qemu).map_err(VmError::io("confine", qemu))?;
     let bounds = Bounds::of_vm(group, spec.memory).map_err(VmError::io("confine", qemu))?;
-    let mut child = process::spawn(qemu, arguments, dir, lock, Confined { entrance, bounds, fence }, [state, key])?;
-    let pid = child.id();
-    let watched = process::open_pidfd(pid).and_then(|handle| Ok((handle, Identity::of(pid)?))).map_err(failed);
-    match watched.and_then(|(handle, identity)| dir.record(&identity).map(|()| (handle, identity))) {
-        Ok((handle, identity)) => Ok((child, handle, identity)),
-        Err(error) => {
-            // It may have ended by itself.
-            let _ = child.kill();
-            let _ = child.wait();
-            Err(error)
-        }
-    }
+    let child = process::spawn(qemu, arguments, dir, lock, Confined { entrance, bounds, fence }, [state, key])?;
+    dir.take_in(child)
 }
 
 /// What connects QEMU's network.
